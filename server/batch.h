@@ -1,0 +1,75 @@
+// The batcher: jobs reserve room in the open batch, fill it where it lies, and leave with it.
+// batch.c is the structure and its one lock; scheduler.c the thread that launches and completes.
+//
+//     FREE -> OPEN -> CLOSED -> RUNNING -> ANSWERING -> FREE
+//
+//     OPEN       takes reservations. Leaves when a lane is free and something is committed (so an
+//     idle daemon
+//                adds no delay), or when it is full, or max_queue_delay_us after its first commit,
+//                if that is set.
+//     CLOSED     waits until every reservation is committed or abandoned and a lane is free. Then
+//     late and
+//                cancelled jobs are dropped and the rest is launched; with none left it skips to
+//                ANSWERING.
+//     RUNNING    until the engine is done; then each job's on_done is called.
+//     ANSWERING  until every reply has let go of the output memory.
+//
+// A batch owns one buffer of input and one of output memory, given by the engine at start. Nothing
+// is allocated afterwards: when no buffer is free, or queue_requests_max jobs wait, reserving fails
+// with RESOURCE_EXHAUSTED and advice when to come again.
+#pragma once
+
+#include "job.h"
+
+struct batcher;
+
+struct batcher_options {
+    const struct engine_ops *ops;
+    struct engine *engine; // opened with wake = batcher_wake_hook, see below
+    uint32_t lanes;
+    uint32_t batches; // buffers
+    uint64_t batch_input_bytes, batch_output_bytes;
+    uint32_t batch_tokens_max, batch_requests_max;
+    uint32_t queue_requests_max;
+    uint32_t max_queue_delay_us;
+    const uint32_t *buckets; // ascending, the last one batch_tokens_max; borrowed
+    uint32_t buckets_n;
+};
+
+// The engine is opened before the batcher that it wakes, so the two meet in this: pass &waker to
+// the engine as wake_context with batcher_wake as wake, and the same to batcher_create.
+struct batcher_waker {
+    _Atomic(struct batcher *) batcher; // NULL until created
+};
+void batcher_wake(void *waker);
+
+// Allocates the buffers and starts the scheduler thread.
+NODISCARD enum status batcher_create(const struct batcher_options *options,
+                                     struct batcher_waker *waker, struct batcher **batcher,
+                                     struct error *err);
+// No job is left (every one was released or abandoned). Stops the scheduler thread.
+void batcher_destroy(struct batcher *batcher);
+
+// Any thread. Finds room for a job (IDLE, operand.tokens >= 1, shapes checked by the caller) and
+// sets the operand's pointers: activations, scales and output each at 64 bytes. The job is then
+// DECODING: fill it, then commit or abandon. RESOURCE_EXHAUSTED: full, with retry advice;
+// INVALID_ARGUMENT: it would not fit an empty batch; UNAVAILABLE: the device is lost.
+NODISCARD enum status batcher_reserve(struct batcher *batcher, struct job *job, struct error *err);
+void batcher_commit(struct batcher *batcher, struct job *job);
+void batcher_abandon(struct batcher *batcher, struct job *job); // the job is IDLE again
+
+// Any thread, after DONE: the output memory is needed no more. The job is IDLE again.
+void batcher_release(struct batcher *batcher, struct job *job);
+
+// True once the engine has reported the device lost. Every later reserve fails.
+bool batcher_device_lost(struct batcher *batcher);
+
+struct batcher_stats {
+    uint64_t batches, tokens, padding_tokens, requests; // launched
+    uint64_t expired, cancelled, failed;                // jobs
+    uint64_t busy_ns;                                   // with at least one batch running
+    uint32_t jobs;                                      // reserved and not yet released
+    uint32_t queued;                                    // of those, not yet launched
+    uint64_t buffer_bytes;                              // all buffers
+};
+void batcher_stats(struct batcher *batcher, struct batcher_stats *stats);

@@ -1,0 +1,88 @@
+// The configuration: one JSON file, one table of keys (config.c). Every key has a unit, a range and
+// a default there, and `einsumd --help-config` prints that table. Unknown keys, duplicates and
+// values out of range are errors that name the line or the key's path.
+#pragma once
+
+#include "log.h"
+#include "status.h"
+
+enum {
+    CONFIG_LISTEN_MAX = 16,
+    CONFIG_ROOTS_MAX = 16,
+    CONFIG_WEIGHTS_MAX = 64,
+    CONFIG_TENSORS_MAX = 16,
+    CONFIG_BUCKETS_MAX = 64,
+};
+
+struct config_weights { // one entry of "weights": what to load at start; as LoadWeightsRequest
+    char *path;
+    char *tensors[CONFIG_TENSORS_MAX];
+    size_t tensors_n;
+    char *name_prefix; // never NULL
+    uint32_t tensor_parallel_rank;
+    uint32_t tensor_parallel_size;
+    uint32_t output_dim;
+};
+
+struct config {
+    // where callers come in
+    char *listen[CONFIG_LISTEN_MAX]; // "HOST:PORT", "[V6]:PORT" (port 0: any free one), "unix:PATH"
+    size_t listen_n;                 // default: "127.0.0.1:50061"
+    uint32_t unix_socket_mode;       // octal string in JSON; default 0660
+    uint32_t connections_max;        // default 1024
+    uint32_t connection_requests_max; // HTTP/2 streams open at once on one connection; default 256
+    uint32_t stream_requests_max;     // in flight on one EinsumStream; default 64
+    uint32_t rpc_threads;             // gRPC completion queues; 0: one per 4 cores, at least 1
+
+    // the engine
+    char *engine;             // "auto" (default), "cpu", "cuda", "null"
+    char *kernel;             // "auto" (default) or a kernel's name
+    uint32_t compute_threads; // CPU engine; 0 (default): one per core
+    uint32_t lanes;           // batches in flight; 0 (default): the engine's own choice
+
+    // batching
+    uint32_t request_tokens_max; // default 512; at most batch_tokens_max
+    uint32_t batch_tokens_max;   // default 512: the largest bucket
+    uint32_t
+        buckets[CONFIG_BUCKETS_MAX]; // ascending; default: powers of two up to batch_tokens_max
+    size_t buckets_n;
+    uint32_t batch_requests_max; // segments in a batch; default 256
+    uint32_t max_queue_delay_us; // default 0: an idle daemon adds no delay
+    uint32_t batches; // batch buffers: running, forming and being answered; 0 (default): lanes + 2
+    uint64_t batch_input_bytes; // of one buffer; 0 (default): batch_tokens_max of the largest
+                                // weight at start
+    uint64_t batch_output_bytes;
+    uint32_t queue_requests_max; // decoded and not yet launched; default 1024
+    uint32_t deadline_ms_max;  // cap on any request's deadline, and the deadline of those without;
+                               // default 60000
+    uint32_t reply_timeout_ms; // a caller that does not read its reply for so long is cut off;
+                               // default 10000
+
+    // weights
+    char *weights_roots[CONFIG_ROOTS_MAX];
+    size_t weights_roots_n;
+    struct config_weights weights[CONFIG_WEIGHTS_MAX];
+    size_t weights_n;
+    uint32_t load_threads; // at start; 0 (default): one per core
+
+    // running
+    uint32_t drain_grace_ms;    // after SIGTERM, for requests in flight; default 30000
+    uint32_t lame_duck_ms;      // after SIGTERM, serving on as NOT_SERVING; default 0
+    bool self_test_at_start;    // default true
+    enum log_level log_level;   // "debug", "info" (default), "warn", "error"
+    enum log_format log_format; // "plain" (default), "json"
+};
+
+// The defaults alone.
+NODISCARD enum status config_init(struct config *config, struct error *err);
+// Defaults, overlaid by a file or by text (for tests and the fuzzer). On failure `config` holds
+// nothing to free.
+NODISCARD enum status config_load(struct config *config, const char *path, struct error *err);
+NODISCARD enum status config_parse(struct config *config, const char *text, size_t bytes,
+                                   struct error *err);
+void config_deinit(struct config *config);
+
+// Prints every key: type, unit, range, default, meaning.
+void config_print_help(void);
+// Prints the configuration in force as JSON that config_load accepts.
+void config_print(const struct config *config);

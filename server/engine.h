@@ -1,0 +1,106 @@
+// An engine computes batches on one device. engine_cpu.c, engine_cuda.c and engine_null.c each fill
+// in one engine_ops.
+//
+//     open -> weight_load ... -> { submit lane -> poll lane until done } ... -> weight_free ... ->
+//     close
+//
+// A batch is submitted on a lane and runs asynchronously; lanes may overlap. The engine calls
+// options.wake from any of its threads when a lane may be done; the scheduler then polls. An engine
+// never fails a submit: what goes wrong is in the result of the poll.
+#pragma once
+
+#include "../kernels/einsum.h"
+#include "status.h"
+
+struct engine;
+struct engine_weight;
+
+struct engine_options {
+    const char *kernel; // forces a kernel by name; NULL: the best that the device supports
+    uint32_t threads;   // CPU engine: compute threads; 0: one per core
+    uint32_t lanes;     // batches that may be in flight
+    uint64_t batch_input_bytes;
+    uint64_t batch_output_bytes;
+    uint32_t batch_segments_max;
+    const uint32_t *buckets; // token counts, ascending; borrowed for the engine's life
+    uint32_t buckets_n;
+    uint32_t reduced_dim_max; // the largest R that a weight may have
+    void (*wake)(void *context);
+    void *wake_context;
+};
+
+// Where weight_load reads a weight from. Reading may fail (truncated file, disk error) and may be
+// called from the calling thread only. Offsets are in bytes of the tensor as stored, of this rank's
+// groups alone.
+struct engine_weight_source {
+    struct einsum_weight_format format;
+    enum status (*read_weight)(const struct engine_weight_source *source, uint64_t offset, void *to,
+                               uint64_t bytes, struct error *err);
+    enum status (*read_scales)(const struct engine_weight_source *source, void *to,
+                               struct error *err); // whole
+    void (*progress)(const struct engine_weight_source *source,
+                     uint64_t bytes); // since the last call; may be NULL
+};
+
+// One request's share of a batch. All pointers of the operand lie in the batch's memory.
+struct engine_segment {
+    const struct engine_weight *weight;
+    struct einsum_operand operand;
+};
+
+struct engine_batch {
+    const struct engine_segment *segments;
+    uint32_t segments_n;
+    uint32_t tokens;      // of all segments
+    uint32_t bucket;      // index into buckets: the smallest that holds `tokens`
+    const void *input;    // from memory_alloc
+    uint64_t input_bytes; // in use
+    void *output;
+    uint64_t output_bytes;
+};
+
+struct engine_result {
+    enum status status; // OK; INTERNAL: this batch failed; UNAVAILABLE: the device is lost for good
+    struct error error;
+    uint64_t started_ns, ended_ns; // on now_ns()'s clock
+};
+
+struct engine_info {
+    char device[128]; // "AMD EPYC 7763, 2 threads"
+    char kernel[128]; // "avx2: best that this CPU supports"
+    uint32_t threads;
+    uint64_t scratch_bytes;
+};
+
+struct engine_ops {
+    const char *name;
+    NODISCARD enum status (*open)(const struct engine_options *options, struct engine **engine,
+                                  struct error *err);
+    void (*close)(struct engine *engine); // nothing in flight, no weight left
+    void (*describe)(const struct engine *engine, struct engine_info *info);
+
+    // Any thread, several at once; may take seconds. RESOURCE_EXHAUSTED if the device's memory does
+    // not suffice.
+    NODISCARD enum status (*weight_load)(struct engine *engine,
+                                         const struct engine_weight_source *source,
+                                         struct engine_weight **weight, struct error *err);
+    void (*weight_free)(struct engine *engine, struct engine_weight *weight);
+    uint64_t (*weight_bytes)(const struct engine_weight *weight); // held on the device
+
+    // Memory that the device can reach, page-aligned and touched, so that its cost shows at start.
+    NODISCARD enum status (*memory_alloc)(struct engine *engine, uint64_t bytes, void **memory,
+                                          struct error *err);
+    void (*memory_free)(struct engine *engine, void *memory, uint64_t bytes);
+
+    // Scheduler thread only. `batch` and all that it points to stay put until poll says done.
+    void (*submit)(struct engine *engine, uint32_t lane, const struct engine_batch *batch);
+    bool (*poll)(struct engine *engine, uint32_t lane,
+                 struct engine_result *result); // true once per submit
+};
+
+extern const struct engine_ops engine_cpu;
+extern const struct engine_ops
+    engine_null; // answers zeros without computing: measures everything else
+
+// By config name ("auto", "cpu", "null"): NULL if this build has no such engine.
+const struct engine_ops *engine_find(const char *name);

@@ -1,0 +1,48 @@
+// A job is one projection on its way through the daemon. It has one owner at a time, and
+// job_advance is the only function that hands it on; the hand-over is a release store, so that the
+// next owner sees all that the last one wrote.
+//
+//     state      owner        leaves by
+//     IDLE       rpc thread   batcher_reserve succeeds
+//     DECODING   rpc thread   the batch's memory is filled, or batcher_abandon
+//     QUEUED     scheduler    its batch is launched, or it is dropped: expired, cancelled
+//     RUNNING    scheduler    the engine is done
+//     DONE       rpc thread   the reply is made: REPLYING, or the job is released at once
+//     REPLYING   rpc thread   gRPC lets go of the reply's memory
+#pragma once
+
+#include <stdatomic.h>
+
+#include "engine.h"
+#include "weights.h"
+
+enum job_state { JOB_IDLE, JOB_DECODING, JOB_QUEUED, JOB_RUNNING, JOB_DONE, JOB_REPLYING };
+
+struct batch;
+
+struct job {
+    _Atomic enum job_state state;
+    // Set by whoever asks for it; the owner looks before launch and after.
+    _Atomic bool cancelled;
+
+    // The request, valid from IDLE on. operand's pointers are set by batcher_reserve.
+    struct weight *weight; // a reference
+    struct einsum_operand operand;
+    uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
+    uint64_t received_ns;
+
+    // How it ended; valid in DONE.
+    struct error error;
+    uint64_t queued_ns, launched_ns, done_ns;
+    uint32_t batch_tokens, batch_bucket, batch_requests;
+
+    // Told once, on the scheduler thread, after DONE. Must not block.
+    void (*on_done)(struct job *job);
+
+    // Private to batch.c.
+    struct batch *batch;
+    uint64_t input_bytes, output_bytes;
+};
+
+// From `from` to `to`; asserts that the job was in `from` and that the table above has that step.
+void job_advance(struct job *job, enum job_state from, enum job_state to);

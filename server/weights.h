@@ -1,0 +1,86 @@
+// The registry: name -> resident weight. Loads, replaces and unloads while serving.
+//
+// A struct weight is immutable once visible and counted by reference: a request takes one reference
+// when it is decoded and drops it when it is answered, so that it keeps the weight it started with.
+// The last reference frees it.
+//
+// Threads: get, unref and visit from any thread, briefly locked; load and unload from control
+// threads, one at a time.
+#pragma once
+
+#include "engine.h"
+#include "selftest.h"
+
+enum { WEIGHT_NAME_BYTES = 256, WEIGHT_SOURCE_BYTES = 1024 };
+
+struct weights;
+
+struct weight {
+    char name[WEIGHT_NAME_BYTES]; // canonical, with the load's prefix
+    struct einsum_weight_format format;
+    struct engine_weight *engine_weight;
+    uint64_t resident_bytes;
+    char source[WEIGHT_SOURCE_BYTES]; // file, below its root
+    uint32_t tensor_parallel_rank, tensor_parallel_size;
+    uint64_t generation;
+    struct selftest_answers *answers;
+    // Private to weights.c:
+    struct weights *owner;
+    _Atomic uint32_t references;
+};
+
+struct weights_load {
+    const char *path;           // as LoadWeightsRequest
+    const char *const *tensors; // shell patterns; none: "*.attn.wo_a.weight"
+    size_t tensors_n;
+    const char *name_prefix; // "" for none
+    uint32_t tensor_parallel_rank;
+    uint32_t tensor_parallel_size; // 0 means 1
+    uint32_t output_dim;           // of 2-D weights; 0 means 1024
+    bool replace;
+    uint32_t threads; // that load side by side; 0 means 1
+    // Called from loading threads as work proceeds; may be NULL. Returns false to give up
+    // (CANCELLED).
+    bool (*progress)(void *context, uint32_t weights_done, uint32_t weights_total,
+                     uint64_t bytes_done, uint64_t bytes_total);
+    void *progress_context;
+};
+
+// `roots` are the only directories from which anything is read; borrowed for the registry's life,
+// and made absolute with all links resolved. FAILED_PRECONDITION if one does not exist.
+NODISCARD enum status weights_create(const struct engine_ops *ops, struct engine *engine,
+                                     const char *const *roots, size_t roots_n,
+                                     uint32_t reduced_dim_max, struct weights **weights,
+                                     struct error *err);
+void weights_destroy(struct weights *weights); // no reference left but the registry's own
+
+// Blocks until all named weights are visible, or none. `loaded` (may be NULL) gets their number.
+NODISCARD enum status weights_load(struct weights *weights, const struct weights_load *load,
+                                   uint32_t *loaded, struct error *err);
+
+// `pattern` is a name or shell pattern. Calls `unloaded` (may be NULL) with each canonical name.
+// NOT_FOUND if it names none.
+NODISCARD enum status weights_unload(struct weights *weights, const char *pattern,
+                                     void (*unloaded)(void *context, const char *name),
+                                     void *context, struct error *err);
+
+// Takes a reference; NULL if there is none of that name. `name` needs no terminator; any spelling
+// of it is accepted.
+struct weight *weights_get(struct weights *weights, const char *name, size_t name_bytes);
+struct weight *weight_ref(struct weight *weight);
+void weight_unref(struct weight *weight);
+
+// All weights in order of name, each with a reference that the callback borrows.
+void weights_visit(struct weights *weights, void (*visit)(void *context, struct weight *weight),
+                   void *context);
+
+struct weights_totals {
+    uint32_t weights;
+    uint64_t resident_bytes;
+    uint32_t groups_max, output_dim_max, reduced_dim_max; // of any resident weight
+};
+struct weights_totals weights_totals(struct weights *weights);
+
+// Strips "model." before and ".weight" behind; the rule by which names are compared. Returns the
+// first byte of what remains within `name`, and its length.
+const char *weight_name_canonical(const char *name, size_t name_bytes, size_t *canonical_bytes);

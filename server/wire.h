@@ -1,0 +1,60 @@
+// The two hot messages, EinsumRequest and EinsumResponse, read from and written to gRPC's slices
+// without flattening them.
+//
+// Reading is two passes. The first walks the tags, copies the few scalar fields and notes where the
+// tensors lie; it touches no tensor byte and accepts fields in any order, unknown ones, repeats
+// (the last wins). The second, once memory is reserved, copies each tensor once to where it
+// belongs.
+#pragma once
+
+#include <grpc/slice.h>
+
+#include "status.h"
+
+// A range of bytes within a sequence of slices.
+struct wire_range {
+    uint64_t offset, bytes; // from the start of the message
+};
+
+enum { WIRE_WEIGHT_BYTES_MAX = 256, WIRE_EQUATION_BYTES_MAX = 64 };
+
+struct wire_request {
+    uint64_t request_id;
+    char weight[WIRE_WEIGHT_BYTES_MAX +
+                1]; // terminated; longer, or holding a NUL, is INVALID_ARGUMENT
+    char equation[WIRE_EQUATION_BYTES_MAX + 1];
+    int32_t recipe, activation_layout, scale_layout, scale_type, output_type; // as sent: any value
+    uint32_t tokens, group_begin, group_end;
+    bool digest_only;
+    struct wire_range activations, activation_scales;
+};
+
+// INVALID_ARGUMENT for bytes that are not such a message. `slices` may be empty: all fields unset.
+// A scalar field of an unexpected wire type is an error; unknown fields are skipped, groups (wire
+// types 3 and 4) are refused.
+NODISCARD enum status wire_read_request(const grpc_slice *slices, size_t slices_n,
+                                        struct wire_request *request, struct error *err);
+
+// The same for EinsumStreamRequest, which holds an EinsumRequest as its field 1.
+NODISCARD enum status wire_read_stream_request(const grpc_slice *slices, size_t slices_n,
+                                               struct wire_request *request, struct error *err);
+
+// Copies a range to `to`. Asserts that it lies within the slices.
+void wire_copy(const grpc_slice *slices, size_t slices_n, struct wire_range range, void *to);
+
+struct wire_response {
+    uint64_t request_id;
+    uint32_t tokens, groups, output_dim;
+    int32_t output_type;
+    uint64_t output_bytes; // of field `output`, which follows the head; 0: none
+    uint32_t batch_tokens, batch_bucket, batch_requests;
+    uint64_t queue_ns, run_ns;
+};
+
+enum { WIRE_RESPONSE_HEAD_BYTES_MAX = 192 };
+
+// Writes all of an EinsumResponse but the output's bytes, which must follow it at once: the head
+// ends with the output's tag and length. With `streamed`, wraps it as field 1 of an
+// EinsumStreamResponse. Returns the head's length.
+size_t wire_write_response_head(const struct wire_response *response, bool streamed,
+                                uint8_t head[WIRE_RESPONSE_HEAD_BYTES_MAX]);
