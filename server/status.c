@@ -36,12 +36,24 @@ void assert_failed(const char *condition, const char *file, int line, const char
     abort();
 }
 
+// Names and values that a client sent end up in these texts, and the texts in headers, logs and
+// terminals: whatever is not printable ASCII becomes '?'.
+static void make_printable(char *text)
+{
+    for (; *text; text++) {
+        unsigned char byte = (unsigned char)*text;
+        if (byte < 0x20 || byte >= 0x7f)
+            *text = '?';
+    }
+}
+
 // Formats into `text`, cutting silently at its end: a long client-sent name must not become a
 // second error.
 static void format_text(char *text, size_t bytes, const char *format, va_list args)
 {
     if (vsnprintf(text, bytes, format, args) < 0)
         text[0] = '\0';
+    make_printable(text);
 }
 
 enum status error_set(struct error *err, enum status status, const char *format, ...)
@@ -66,10 +78,12 @@ enum status error_field(struct error *err, enum status status, const char *field
     err->status = status;
     err->retry_after_ms = 0;
     snprintf(err->field, sizeof err->field, "%s", field);
-    int used = snprintf(err->text, sizeof err->text, "%s: ", field);
-    size_t at = used < 0                          ? 0
-                : (size_t)used < sizeof err->text ? (size_t)used
-                                                  : sizeof err->text - 1;
+    make_printable(err->field);
+    // The text names as much of the field as `field` holds, so that a long one leaves room for what
+    // is wrong with it.
+    int used = snprintf(err->text, sizeof err->text, "%s: ", err->field);
+    ASSERT(used > 0 && (size_t)used < sizeof err->text);
+    size_t at = (size_t)used;
     va_list args;
     va_start(args, format);
     format_text(err->text + at, sizeof err->text - at, format, args);
