@@ -16,6 +16,43 @@ struct wire_range {
     uint64_t offset, bytes; // from the start of the message
 };
 
+// Below the two messages lies a walk over any message's fields, for message.c and tests as well:
+//
+//     while (cursor.offset < end)
+//         wire_read_tag, then wire_read_value, then for WIRE_BYTES: wire_skip, wire_take or a walk
+//         of its own up to the value's end
+//
+// `end` is where the message that is walked ends; the caller has it from wire_bytes or a range.
+enum wire_type { WIRE_VARINT = 0, WIRE_FIXED64 = 1, WIRE_BYTES = 2, WIRE_FIXED32 = 5 };
+
+struct wire_cursor {
+    const grpc_slice *next, *slices_end; // slices not yet begun
+    const uint8_t *at, *at_end;          // what is left of the one at hand
+    uint64_t offset;                     // of `at`, from the start of the message
+};
+
+struct wire_field {
+    uint32_t number;
+    enum wire_type type;
+    uint64_t offset;         // of its tag
+    uint64_t value;          // of a varint or fixed value
+    struct wire_range range; // of WIRE_BYTES: the content, at which the cursor then stands
+};
+
+uint64_t wire_bytes(const grpc_slice *slices, size_t slices_n);
+// The slices are borrowed, at these addresses: small ones hold their bytes within themselves.
+void wire_cursor_init(struct wire_cursor *cursor, const grpc_slice *slices, size_t slices_n);
+NODISCARD enum status wire_read_tag(struct wire_cursor *cursor, uint64_t end,
+                                    struct wire_field *field, struct error *err);
+// `name` goes into the error; NULL if the field is not known.
+NODISCARD enum status wire_read_value(struct wire_cursor *cursor, uint64_t end, const char *name,
+                                      struct wire_field *field, struct error *err);
+void wire_skip(struct wire_cursor *cursor, uint64_t bytes);
+void wire_take(struct wire_cursor *cursor, uint64_t bytes, void *to);
+
+// The length of the longest prefix that is text: UTF-8 without NUL.
+size_t wire_text_prefix(const void *text, size_t bytes);
+
 enum { WIRE_WEIGHT_BYTES_MAX = 256, WIRE_EQUATION_BYTES_MAX = 64 };
 
 struct wire_request {
@@ -30,8 +67,9 @@ struct wire_request {
 };
 
 // INVALID_ARGUMENT for bytes that are not such a message. `slices` may be empty: all fields unset.
-// A scalar field of an unexpected wire type is an error; unknown fields are skipped, groups (wire
-// types 3 and 4) are refused.
+// A known field of an unexpected wire type is an error; unknown fields are skipped, groups (wire
+// types 3 and 4) are refused. On failure `request` holds the scalars that came before the fault, so
+// that a stream can answer with the request_id.
 NODISCARD enum status wire_read_request(const grpc_slice *slices, size_t slices_n,
                                         struct wire_request *request, struct error *err);
 
@@ -54,7 +92,7 @@ struct wire_response {
 enum { WIRE_RESPONSE_HEAD_BYTES_MAX = 192 };
 
 // Writes all of an EinsumResponse but the output's bytes, which must follow it at once: the head
-// ends with the output's tag and length. With `streamed`, wraps it as field 1 of an
-// EinsumStreamResponse. Returns the head's length.
+// ends with the output's tag and length, or without them if output_bytes is 0. With `streamed`,
+// wraps it as field 1 of an EinsumStreamResponse. Returns the head's length.
 size_t wire_write_response_head(const struct wire_response *response, bool streamed,
                                 uint8_t head[WIRE_RESPONSE_HEAD_BYTES_MAX]);
