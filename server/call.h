@@ -1,16 +1,23 @@
-// One gRPC call, from arrival to the last tag. Only rpc.c, call.c, listener.c and service_*.c see
-// gRPC.
+// One gRPC call, from arrival to the last tag. Only rpc.c, call.c, message.c, wire.c and
+// service_*.c see gRPC.
 //
-// A method is a table of callbacks, all run on the call's rpc thread, none at the same time as
-// another of the same call:
+// A method is a table of callbacks, all run on the call's rpc thread, never two of one call at the
+// same time:
 //
-//     on_start    the call has arrived; the first message is already asked for
+//     on_start    the call has arrived; its first message is already asked for
 //     on_message  a message has come whole; NULL: the client has half-closed and sends no more
-//     on_sent     the message given to call_send has left; the next may be sent. NULL if of no
-//     interest on_wake     another thread has called call_wake on_end      the call is over
-//     (answered, cancelled or cut off) and no callback follows; drop what `state` holds
+//     on_sent     the message given to call_send has left; the next may be sent
+//     on_wake     another thread has called call_wake
+//     on_cancel   the client, its deadline or a lost connection has ended the call; answering is
+//     pointless now on_drain    the daemon is draining: end the call soon. Only long-lived calls
+//     need it on_end      the call is over and no callback follows; drop what its state holds
 //
-// A method answers with call_finish, once. Unary methods give the reply's message with it.
+// Any may be NULL. A method answers with call_finish, once; a unary method gives the response with
+// it.
+//
+// Lifetime. A call is over once it is finished or cancelled and all its tags have popped; on_end
+// comes when it is over and nobody holds it (call_hold). Other threads may touch a call only while
+// it is held on their behalf.
 #pragma once
 
 #include <grpc/byte_buffer.h>
@@ -19,47 +26,55 @@
 #include "status.h"
 
 struct call;
-struct rpc;
+struct service_context; // service.h
 
 struct method {
     const char *path; // "/einsum.v1.Einsum/ListWeights"
+    // The first message arrives together with the call, which saves a round through the queue: for
+    // the hot path.
+    bool message_with_call;
     void (*on_start)(struct call *call);
     void (*on_message)(struct call *call, grpc_byte_buffer *message); // borrowed
     void (*on_sent)(struct call *call);
     void (*on_wake)(struct call *call);
+    void (*on_cancel)(struct call *call);
+    void (*on_drain)(struct call *call);
     void (*on_end)(struct call *call);
 };
 
-// What the services of one daemon share: weights, batcher, config, health. service.h defines it.
-struct service_context;
+// What the services of one daemon share.
 struct service_context *call_context(struct call *call);
 
-// The method's own, NULL at first.
+// The method's own, NULL at first: either memory of the method's, or up to CALL_INLINE_STATE_BYTES
+// in the call itself, which call_inline_state zeroes and sets.
+enum { CALL_INLINE_STATE_BYTES = 2048 };
 void *call_state(struct call *call);
 void call_set_state(struct call *call, void *state);
+void *call_inline_state(struct call *call, size_t bytes);
 
-// Ask for the next message; at most one is asked for at a time (the first one is asked for by
+// Asks for the next message; at most one is asked for at a time (the first one is asked for by
 // itself).
 void call_read(struct call *call);
 
-// Send one message of a stream; takes `message`. At most one at a time: wait for on_sent. false:
-// the call is over already, and `message` has been destroyed.
+// Sends one message of a stream; takes `message`. At most one at a time: wait for on_sent. false:
+// the call is finished or cancelled already, and `message` has been destroyed.
 bool call_send(struct call *call, grpc_byte_buffer *message);
 
-// End the call. `message` (NULL: none) is sent first, and taken. `err` is NULL for OK; its text,
+// Ends the call. `message` (NULL: none) is sent first, and taken. `err` is NULL for OK; its text,
 // field and retry advice go to the client as status message, grpc-status-details-bin and
 // grpc-retry-pushback-ms. Does nothing but destroy `message` if the call is finished or cancelled
 // already.
 void call_finish(struct call *call, grpc_byte_buffer *message, const struct error *err);
+// The on_drain of calls that have nothing to finish: UNAVAILABLE.
+void call_finish_draining(struct call *call);
 
-// Any thread, while something that on_end waits for keeps the call alive (call_hold): runs on_wake
-// on the rpc thread.
+// Any thread: runs on_wake on the rpc thread, soon; several wakes may become one. Nothing happens
+// if the call is over.
 void call_wake(struct call *call);
-// The call is not recycled, and on_end not called, while held. Rpc thread to hold; any thread to
-// let go, as its last touch.
+// Rpc thread to hold; any thread to let go, as its last touch.
 void call_hold(struct call *call);
 void call_unhold(struct call *call);
 
-bool call_cancelled(const struct call *call); // by the client, its deadline, or a lost connection
+bool call_cancelled(const struct call *call); // any thread that holds it
 uint64_t
 call_deadline_ns(const struct call *call); // on now_ns()'s clock, capped by deadline_ms_max

@@ -1,0 +1,411 @@
+#include "listener.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "log.h"
+#include "rpc.h"
+
+enum {
+    BACKLOG = 1024,
+    ACCEPTS_A_TURN = 64, // then the loop may do something else
+    SOCKET_BUFFER_BYTES =
+        1 << 20, // unix sockets: the default of 208 KiB costs a third of the speed at 1 MB messages
+    PAUSE_MS = 100, // without file descriptors there is no use in asking again at once
+    ADDRESS_BYTES = 160,
+};
+
+struct connection {
+    uv_poll_t hangup; // of a duplicate of the socket that gRPC owns
+    int fd;
+    struct listener *listener;
+    struct connection *next, *previous;
+};
+
+struct endpoint {
+    struct listener *listener;
+    uv_poll_t readable;
+    int fd;      // -1: closed
+    int lock_fd; // of a unix socket's lock file; -1: none
+    bool polled; // `readable` has been initialised
+    char text[ADDRESS_BYTES];
+    char path[sizeof((struct sockaddr_un *)0)->sun_path]; // empty: not a unix socket
+    dev_t device; // of the socket file that we made, so that we unlink no other
+    ino_t inode;
+};
+
+struct listener {
+    uv_loop_t *loop;
+    uv_timer_t pause;
+    struct rpc *rpc;
+    struct endpoint *endpoints;
+    size_t endpoints_n;
+    struct connection *live;
+    uint32_t connections_max;
+    _Atomic uint32_t connections;
+    _Atomic uint64_t accepted, refused;
+};
+
+// ---- connections
+
+static void on_connection_closed(uv_handle_t *handle)
+{
+    struct connection *connection = CONTAINER_OF(handle, struct connection, hangup);
+    close(connection->fd);
+    free(connection);
+}
+
+static void drop_connection(struct connection *connection)
+{
+    struct listener *listener = connection->listener;
+    if (connection->previous)
+        connection->previous->next = connection->next;
+    else
+        listener->live = connection->next;
+    if (connection->next)
+        connection->next->previous = connection->previous;
+    atomic_fetch_sub_explicit(&listener->connections, 1, memory_order_relaxed);
+    uv_close((uv_handle_t *)&connection->hangup, on_connection_closed);
+}
+
+static void on_hangup(uv_poll_t *poll, int status, int events)
+{
+    (void)status;
+    (void)events;
+    drop_connection(CONTAINER_OF(poll, struct connection, hangup));
+}
+
+static bool watch_connection(struct listener *listener, int fd)
+{
+    struct connection *connection = calloc(1, sizeof *connection);
+    if (!connection)
+        return false;
+    connection->listener = listener;
+    connection->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (connection->fd < 0)
+        goto free_connection;
+    if (uv_poll_init(listener->loop, &connection->hangup, connection->fd) != 0)
+        goto close_duplicate;
+    uv_poll_start(&connection->hangup, UV_DISCONNECT, on_hangup);
+    connection->next = listener->live;
+    if (connection->next)
+        connection->next->previous = connection;
+    listener->live = connection;
+    atomic_fetch_add_explicit(&listener->connections, 1, memory_order_relaxed);
+    return true;
+
+close_duplicate:
+    close(connection->fd);
+free_connection:
+    free(connection);
+    return false;
+}
+
+static void take_connection(struct endpoint *endpoint, int fd)
+{
+    struct listener *listener = endpoint->listener;
+    bool full = atomic_load_explicit(&listener->connections, memory_order_relaxed) >=
+                listener->connections_max;
+    if (full || !watch_connection(listener, fd)) {
+        uint64_t refused = atomic_fetch_add_explicit(&listener->refused, 1, memory_order_relaxed);
+        if ((refused & (refused + 1)) ==
+            0) // the 1st, 2nd, 4th, 8th ...: a flood must not fill the log
+            LOG(WARN, "connection refused", LOG_STR("listen", endpoint->text),
+                LOG_STR("reason", full ? "connections_max" : "no file descriptors or memory"),
+                LOG_U64("refused", refused + 1));
+        close(fd);
+        return;
+    }
+    if (endpoint->path[0]) {
+        int bytes = SOCKET_BUFFER_BYTES;
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+    } else {
+        int on = 1;
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    }
+    atomic_fetch_add_explicit(&listener->accepted, 1, memory_order_relaxed);
+    rpc_add_connection(listener->rpc, fd);
+}
+
+static void on_readable(uv_poll_t *poll, int status, int events);
+
+static void on_pause_over(uv_timer_t *timer)
+{
+    struct listener *listener = CONTAINER_OF(timer, struct listener, pause);
+    for (size_t i = 0; i < listener->endpoints_n; i++)
+        if (listener->endpoints[i].fd >= 0)
+            uv_poll_start(&listener->endpoints[i].readable, UV_READABLE, on_readable);
+}
+
+static void on_readable(uv_poll_t *poll, int status, int events)
+{
+    (void)status;
+    (void)events;
+    struct endpoint *endpoint = CONTAINER_OF(poll, struct endpoint, readable);
+    for (int i = 0; i < ACCEPTS_A_TURN; i++) {
+        int fd = accept4(endpoint->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd >= 0) {
+            take_connection(endpoint, fd);
+            continue;
+        }
+        if (errno == ECONNABORTED || errno == EINTR)
+            continue;
+        if (errno != EAGAIN && errno != EWOULDBLOCK) {
+            LOG(WARN, "accept failed", LOG_STR("listen", endpoint->text),
+                LOG_STR("reason", strerror(errno)));
+            uv_poll_stop(poll);
+            uv_timer_start(&endpoint->listener->pause, on_pause_over, PAUSE_MS, 0);
+        }
+        return;
+    }
+}
+
+// ---- binding
+
+NODISCARD static enum status bind_failed(const char *address, struct error *err)
+{
+    if (errno == EADDRINUSE)
+        return error_field(err, STATUS_ALREADY_EXISTS, "listen", "%s is in use by another process",
+                           address);
+    return error_field(err, STATUS_FAILED_PRECONDITION, "listen", "%s cannot be bound: %s", address,
+                       strerror(errno));
+}
+
+// A socket file outlives a killed daemon, and binding over a living one would silently take its
+// place: the lock tells which it is. The lock file itself stays, since removing it would race with
+// the next daemon.
+NODISCARD static enum status lock_path(struct endpoint *endpoint, struct error *err)
+{
+    char lock[sizeof endpoint->path + 8];
+    snprintf(lock, sizeof lock, "%s.lock", endpoint->path);
+    endpoint->lock_fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (endpoint->lock_fd < 0)
+        return error_field(err, STATUS_FAILED_PRECONDITION, "listen", "%s cannot be opened: %s",
+                           lock, strerror(errno));
+    if (flock(endpoint->lock_fd, LOCK_EX | LOCK_NB) != 0)
+        return error_field(err, STATUS_ALREADY_EXISTS, "listen",
+                           "unix:%s is in use by another process", endpoint->path);
+    return STATUS_OK;
+}
+
+NODISCARD static enum status bind_unix(struct endpoint *endpoint, const char *path, uint32_t mode,
+                                       struct error *err)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "listen",
+                           "unix:%s is longer than %zu characters", path,
+                           sizeof address.sun_path - 1);
+    strcpy(address.sun_path, path);
+    strcpy(endpoint->path, path);
+    snprintf(endpoint->text, sizeof endpoint->text, "unix:%s", path);
+    enum status status = lock_path(endpoint, err);
+    if (status != STATUS_OK)
+        return status;
+    struct stat stale;
+    if (lstat(path, &stale) == 0) {
+        if (!S_ISSOCK(stale.st_mode))
+            return error_field(err, STATUS_ALREADY_EXISTS, "listen",
+                               "unix:%s is there already and is not a socket", path);
+        unlink(path);
+    }
+    endpoint->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (endpoint->fd < 0)
+        return bind_failed(endpoint->text, err);
+    mode_t mask = umask(0777); // nobody gets in between bind and chmod
+    int bound = bind(endpoint->fd, (struct sockaddr *)&address, sizeof address);
+    int bind_errno = errno;
+    umask(mask);
+    errno = bind_errno;
+    if (bound != 0)
+        return bind_failed(endpoint->text, err);
+    struct stat made;
+    if (chmod(path, mode) != 0 || lstat(path, &made) != 0)
+        return bind_failed(endpoint->text, err);
+    endpoint->device = made.st_dev;
+    endpoint->inode = made.st_ino;
+    return STATUS_OK;
+}
+
+static void describe_tcp(struct endpoint *endpoint)
+{
+    struct sockaddr_storage address;
+    socklen_t bytes = sizeof address;
+    char host[80], port[16];
+    if (getsockname(endpoint->fd, (struct sockaddr *)&address, &bytes) != 0 ||
+        getnameinfo((struct sockaddr *)&address, bytes, host, sizeof host, port, sizeof port,
+                    NI_NUMERICHOST | NI_NUMERICSERV) != 0)
+        return; // keeps the configured text
+    const char *format = address.ss_family == AF_INET6 ? "[%s]:%s" : "%s:%s";
+    snprintf(endpoint->text, sizeof endpoint->text, format, host, port);
+}
+
+NODISCARD static enum status bind_tcp(struct endpoint *endpoint, const char *text,
+                                      struct error *err)
+{
+    snprintf(endpoint->text, sizeof endpoint->text, "%s", text);
+    char host[ADDRESS_BYTES];
+    snprintf(host, sizeof host, "%s", text[0] == '[' ? text + 1 : text);
+    char *colon = strrchr(host, ':');
+    if (!colon)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "listen", "%s has no port", text);
+    *colon = '\0';
+    if (text[0] == '[' && colon > host && colon[-1] == ']')
+        colon[-1] = '\0';
+    struct addrinfo hints = {
+        .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE};
+    struct addrinfo *found = NULL;
+    int error = getaddrinfo(host[0] ? host : NULL, colon + 1, &hints, &found);
+    if (error != 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "listen", "%s: %s", text,
+                           gai_strerror(error));
+    endpoint->fd = socket(found->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    // REUSEADDR lets a restarted daemon pass its own connections in TIME_WAIT; it does not let two
+    // listen.
+    int on = 1;
+    bool bound = endpoint->fd >= 0 &&
+                 setsockopt(endpoint->fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) == 0 &&
+                 bind(endpoint->fd, found->ai_addr, found->ai_addrlen) == 0;
+    int bind_errno = errno;
+    freeaddrinfo(found);
+    errno = bind_errno;
+    if (!bound)
+        return bind_failed(text, err);
+    describe_tcp(endpoint);
+    return STATUS_OK;
+}
+
+static void on_endpoint_closed(uv_handle_t *handle)
+{
+    struct endpoint *endpoint = CONTAINER_OF(handle, struct endpoint, readable);
+    close(endpoint->fd);
+    endpoint->fd = -1;
+}
+
+static void unlink_socket(const struct endpoint *endpoint)
+{
+    struct stat now;
+    if (endpoint->inode != 0 && lstat(endpoint->path, &now) == 0 &&
+        now.st_dev == endpoint->device && now.st_ino == endpoint->inode)
+        unlink(endpoint->path);
+}
+
+static void close_endpoint(struct endpoint *endpoint)
+{
+    if (endpoint->path[0])
+        unlink_socket(endpoint);
+    if (endpoint->polled)
+        uv_close((uv_handle_t *)&endpoint->readable, on_endpoint_closed);
+    else if (endpoint->fd >= 0)
+        close(endpoint->fd);
+    if (endpoint->lock_fd >= 0)
+        close(endpoint->lock_fd);
+    endpoint->lock_fd = -1;
+}
+
+enum status listener_create(uv_loop_t *loop, const char *const *addresses, size_t addresses_n,
+                            uint32_t unix_socket_mode, uint32_t connections_max,
+                            struct listener **out, struct error *err)
+{
+    struct listener *listener = calloc(1, sizeof *listener);
+    struct endpoint *endpoints = calloc(addresses_n, sizeof *endpoints);
+    if (!listener || !endpoints) {
+        free(listener);
+        free(endpoints);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the listeners");
+    }
+    listener->loop = loop;
+    listener->endpoints = endpoints;
+    listener->connections_max = connections_max;
+    enum status status = STATUS_OK;
+    for (size_t i = 0; i < addresses_n; i++) {
+        struct endpoint *endpoint = &endpoints[i];
+        *endpoint = (struct endpoint){.listener = listener, .fd = -1, .lock_fd = -1};
+        listener->endpoints_n++;
+        bool is_unix = strncmp(addresses[i], "unix:", 5) == 0;
+        status = is_unix ? bind_unix(endpoint, addresses[i] + 5, unix_socket_mode, err)
+                                     : bind_tcp(endpoint, addresses[i], err);
+        if (status != STATUS_OK)
+            goto close_endpoints;
+    }
+    uv_timer_init(loop, &listener->pause);
+    *out = listener;
+    return STATUS_OK;
+
+close_endpoints:
+    for (size_t i = 0; i < listener->endpoints_n; i++)
+        close_endpoint(&endpoints[i]);
+    free(endpoints);
+    free(listener);
+    return status;
+}
+
+enum status listener_start(struct listener *listener, struct rpc *rpc, struct error *err)
+{
+    listener->rpc = rpc;
+    for (size_t i = 0; i < listener->endpoints_n; i++) {
+        struct endpoint *endpoint = &listener->endpoints[i];
+        if (listen(endpoint->fd, BACKLOG) != 0) // a port bound by two is found out only here
+            return bind_failed(endpoint->text, err);
+        int error = uv_poll_init(listener->loop, &endpoint->readable, endpoint->fd);
+        if (error != 0)
+            return error_field(err, STATUS_FAILED_PRECONDITION, "listen", "%s cannot be polled: %s",
+                               endpoint->text, uv_strerror(error));
+        endpoint->polled = true;
+        uv_poll_start(&endpoint->readable, UV_READABLE, on_readable);
+    }
+    return STATUS_OK;
+}
+
+void listener_stop(struct listener *listener)
+{
+    uv_timer_stop(&listener->pause);
+    for (size_t i = 0; i < listener->endpoints_n; i++)
+        close_endpoint(&listener->endpoints[i]);
+}
+
+void listener_close(struct listener *listener)
+{
+    while (listener->live)
+        drop_connection(listener->live);
+    uv_close((uv_handle_t *)&listener->pause, NULL);
+}
+
+void listener_destroy(struct listener *listener)
+{
+    free(listener->endpoints);
+    free(listener);
+}
+
+void listener_addresses(const struct listener *listener, char *text, size_t bytes)
+{
+    size_t used = 0;
+    text[0] = '\0';
+    for (size_t i = 0; i < listener->endpoints_n && used < bytes; i++) {
+        int printed = snprintf(text + used, bytes - used, "%s%s", i > 0 ? "," : "",
+                               listener->endpoints[i].text);
+        used += printed > 0 ? (size_t)printed : 0;
+    }
+}
+
+struct listener_stats listener_stats(const struct listener *listener)
+{
+    return (struct listener_stats){
+        .connections = atomic_load_explicit(&listener->connections, memory_order_relaxed),
+        .accepted = atomic_load_explicit(&listener->accepted, memory_order_relaxed),
+        .refused = atomic_load_explicit(&listener->refused, memory_order_relaxed),
+    };
+}

@@ -1,0 +1,471 @@
+// The gRPC server's queues, threads and pool of calls. Start-up and shutdown follow the order that
+// C core needs:
+//
+//     stop arming, shutdown_and_notify -> every call ends, by itself or cancelled -> shut the
+//     queues down -> drain and join
+//     -> destroy server and queues -> grpc_shutdown
+//
+// Shutting a queue down while a call is live would abort or lose tags, so live_calls counts them.
+#include "rpc.h"
+
+#include <grpc/grpc_posix.h>
+#include <grpc/grpc_security.h>
+#include <grpc/support/alloc.h>
+#include <grpc/support/log.h>
+#include <grpc/support/time.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "log.h"
+#include "rpc_internal.h"
+
+enum {
+    GENERIC_SLOTS = 16,    // armed on each queue for the methods that are looked up by path
+    REGISTERED_SLOTS = 64, // armed on each queue for each message_with_call method
+    SPARE_CALLS = 64,      // beyond live and armed: so that a full house still answers
+    SWEEP_MS = 500,        // how often replies that nobody reads are looked for
+};
+
+// ---- the pool
+
+static struct call *take_free(struct rpc_thread *thread)
+{
+    struct call *call = thread->free_list;
+    if (call)
+        thread->free_list = call->next;
+    return call;
+}
+
+static void put_free(struct call *call)
+{
+    call->next = call->thread->free_list;
+    call->thread->free_list = call;
+}
+
+static void link_live(struct call *call)
+{
+    struct rpc_thread *thread = call->thread;
+    call->previous = NULL;
+    call->next = thread->live;
+    if (call->next)
+        call->next->previous = call;
+    thread->live = call;
+    thread->live_n++;
+    atomic_fetch_add_explicit(&thread->rpc->live_calls, 1, memory_order_relaxed);
+}
+
+static void unlink_live(struct call *call)
+{
+    struct rpc_thread *thread = call->thread;
+    if (call->previous)
+        call->previous->next = call->next;
+    else
+        thread->live = call->next;
+    if (call->next)
+        call->next->previous = call->previous;
+    thread->live_n--;
+}
+
+static void count_down(struct rpc *rpc)
+{
+    if (atomic_fetch_sub_explicit(&rpc->live_calls, 1, memory_order_acq_rel) == 1)
+        rpc->options.on_drained(rpc->options.drained_context);
+}
+
+// Before the slot is used again: what a call leaves behind.
+static void call_reset(struct call *call)
+{
+    call->method = NULL;
+    call->armed = NULL;
+    call->grpc = NULL;
+    call->state = NULL;
+    atomic_store_explicit(&call->references, 1, memory_order_relaxed);
+    atomic_store_explicit(&call->cancelled, false, memory_order_relaxed);
+    atomic_store_explicit(&call->wake_queued, false, memory_order_relaxed);
+    call->initial_metadata.count = 0;
+    call->received = call->sending = call->last_message = NULL;
+    call->closed_cancelled = 0;
+    call->reading = call->initial_metadata_sent = false;
+    call->finish_asked = call->finish_started = call->finish_popped = call->over = false;
+    call->write_started_ns = 0;
+}
+
+// ---- arming
+
+static void arm_slot(struct rpc_thread *thread, size_t registered)
+{
+    struct rpc *rpc = thread->rpc;
+    struct call *call = take_free(thread);
+    if (!call)
+        return; // rpc_call_ended arms again
+    call_reset(call);
+    struct tag *tag = &call->tags[TAG_ARRIVED];
+    grpc_call_error error;
+    if (registered < rpc->registered_n) {
+        call->armed = rpc->registered_methods[registered];
+        error = grpc_server_request_registered_call(
+            rpc->server, rpc->registered[registered], &call->grpc, &call->deadline,
+            &call->initial_metadata, &call->received, thread->queue, thread->queue, tag);
+    } else {
+        error =
+            grpc_server_request_call(rpc->server, &call->grpc, &call->details,
+                                     &call->initial_metadata, thread->queue, thread->queue, tag);
+    }
+    ASSERT(error == GRPC_CALL_OK);
+    thread->armed[registered]++;
+}
+
+static void arm(struct rpc_thread *thread)
+{
+    struct rpc *rpc = thread->rpc;
+    if (atomic_load_explicit(&rpc->draining, memory_order_acquire))
+        return;
+    for (size_t i = 0; i <= rpc->registered_n; i++) {
+        uint32_t wanted = i < rpc->registered_n ? REGISTERED_SLOTS : GENERIC_SLOTS;
+        while (thread->armed[i] < wanted && thread->free_list)
+            arm_slot(thread, i);
+    }
+}
+
+static size_t armed_index(const struct rpc *rpc, const struct method *method)
+{
+    size_t i = 0;
+    while (i < rpc->registered_n && rpc->registered_methods[i] != method)
+        i++;
+    return i;
+}
+
+static const struct method *find_method(const struct rpc *rpc, grpc_slice path)
+{
+    for (const struct method *const *table = rpc->options.methods; *table; table++)
+        for (const struct method *method = *table; method->path; method++)
+            if (grpc_slice_str_cmp(path, method->path) == 0)
+                return method;
+    return NULL;
+}
+
+static void on_arrived(struct rpc_thread *thread, struct call *call, bool success)
+{
+    struct rpc *rpc = thread->rpc;
+    thread->armed[armed_index(rpc, call->armed)]--;
+    if (!success) { // the server is shutting down
+        put_free(call);
+        return;
+    }
+    arm(thread); // before handling: a method without an armed slot hangs its callers
+    link_live(call);
+    if (call->armed) {
+        call->method = call->armed;
+    } else {
+        call->method = find_method(rpc, call->details.method);
+        call->deadline = call->details.deadline;
+        grpc_slice_unref(call->details.method);
+        grpc_slice_unref(call->details.host);
+    }
+    bool full = thread->live_n > thread->live_max;
+    call_arrived(call, full);
+}
+
+void rpc_call_ended(struct call *call)
+{
+    struct rpc_thread *thread = call->thread;
+    grpc_call_unref(call->grpc);
+    unlink_live(call);
+    put_free(call);
+    arm(thread);
+    count_down(thread->rpc);
+}
+
+// ---- one thread
+
+static void run_woken(struct rpc_thread *thread)
+{
+    struct call *stack = atomic_exchange_explicit(&thread->woken, NULL, memory_order_acq_rel);
+    struct call *oldest = NULL; // the stack has the newest first
+    while (stack) {
+        struct call *next = stack->wake_next;
+        stack->wake_next = oldest;
+        oldest = stack;
+        stack = next;
+    }
+    while (oldest) {
+        struct call *next = oldest->wake_next; // call_woken may give the call away
+        call_woken(oldest);
+        oldest = next;
+    }
+}
+
+// A caller that does not read its reply pins memory that others need.
+static void sweep(struct rpc_thread *thread)
+{
+    uint64_t now = now_ns();
+    uint64_t limit = (uint64_t)thread->rpc->options.reply_timeout_ms * 1000000u;
+    for (struct call *call = thread->live; call; call = call->next) {
+        if (call->write_started_ns == 0 || now - call->write_started_ns < limit)
+            continue;
+        LOG(WARN, "reply not read in time, call cut off",
+            LOG_STR("method", call->method ? call->method->path : "?"));
+        grpc_call_cancel(call->grpc, NULL);
+    }
+    thread->swept_ns = now;
+}
+
+static void drain_live_calls(struct rpc_thread *thread)
+{
+    thread->draining = true;
+    struct call *next;
+    for (struct call *call = thread->live; call; call = next) {
+        next = call->next;
+        if (call->method && call->method->on_drain && !call->over)
+            call->method->on_drain(call);
+    }
+}
+
+static void handle(struct rpc_thread *thread, const struct tag *tag, bool success)
+{
+    switch (tag->kind) {
+    case TAG_WAKE:
+        run_woken(thread);
+        break;
+    case TAG_SHUTDOWN:
+        count_down(thread->rpc);
+        break;
+    case TAG_ARRIVED:
+        on_arrived(thread, tag->call, success);
+        break;
+    case TAG_CLOSED:
+    case TAG_RECEIVED:
+    case TAG_SENT:
+    case TAG_FINISHED:
+        call_tag_popped(tag->call, tag->kind, success);
+        break;
+    }
+}
+
+static void *thread_main(void *argument)
+{
+    struct rpc_thread *thread = argument;
+    for (;;) {
+        gpr_timespec until = gpr_inf_future(GPR_CLOCK_MONOTONIC);
+        if (thread->live)
+            until = gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
+                                 gpr_time_from_millis(SWEEP_MS, GPR_TIMESPAN));
+        grpc_event event = grpc_completion_queue_next(thread->queue, until, NULL);
+        if (event.type == GRPC_QUEUE_SHUTDOWN)
+            return NULL;
+        if (event.type == GRPC_OP_COMPLETE)
+            handle(thread, event.tag, event.success);
+        // Armed slots fail when the server starts to drain, so every thread comes by here then.
+        if (!thread->draining && atomic_load_explicit(&thread->rpc->draining, memory_order_acquire))
+            drain_live_calls(thread);
+        if (thread->live && now_ns() - thread->swept_ns > (uint64_t)SWEEP_MS * 1000000u)
+            sweep(thread);
+    }
+}
+
+// ---- start and stop
+
+static void on_grpc_log(gpr_log_func_args *args)
+{
+    if (args->severity == GPR_LOG_SEVERITY_ERROR)
+        LOG(WARN, "grpc", LOG_STR("text", args->message));
+    else
+        LOG(DEBUG, "grpc", LOG_STR("text", args->message));
+}
+
+static grpc_arg integer_arg(const char *key, int value)
+{
+    grpc_arg arg = {.type = GRPC_ARG_INTEGER, .key = (char *)(uintptr_t)key};
+    arg.value.integer = value;
+    return arg;
+}
+
+static int clamp_int(uint64_t value)
+{
+    return value > INT32_MAX ? INT32_MAX : (int)value;
+}
+
+static grpc_server *create_server(const struct rpc_options *options)
+{
+    grpc_resource_quota *quota = grpc_resource_quota_create("einsumd");
+    grpc_resource_quota_resize(quota, options->transport_bytes_max);
+    grpc_arg quota_arg = {.type = GRPC_ARG_POINTER,
+                          .key = (char *)(uintptr_t)GRPC_ARG_RESOURCE_QUOTA};
+    quota_arg.value.pointer.p = quota;
+    quota_arg.value.pointer.vtable = grpc_resource_quota_arg_vtable();
+    const grpc_arg args[] = {
+        integer_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, clamp_int(options->message_bytes_max)),
+        integer_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, -1),
+        integer_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS, clamp_int(options->connection_requests_max)),
+        // Compressed messages are inflated before their size is checked: refuse them.
+        integer_arg(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1),
+        // Serving front-ends ping every 10 to 30 s; gRPC's default strikes them out.
+        integer_arg(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
+        integer_arg(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10000),
+        quota_arg,
+    };
+    const grpc_channel_args channel_args = {.num_args = ARRAY_LEN(args),
+                                            .args = (grpc_arg *)(uintptr_t)args};
+    grpc_server *server = grpc_server_create(&channel_args, NULL);
+    grpc_resource_quota_unref(quota);
+    return server;
+}
+
+static void register_methods(struct rpc *rpc)
+{
+    for (const struct method *const *table = rpc->options.methods; *table; table++) {
+        for (const struct method *method = *table; method->path; method++) {
+            if (!method->message_with_call)
+                continue;
+            ASSERT(rpc->registered_n < RPC_REGISTERED_MAX);
+            rpc->registered_methods[rpc->registered_n] = method;
+            rpc->registered[rpc->registered_n++] = grpc_server_register_method(
+                rpc->server, method->path, NULL, GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
+        }
+    }
+}
+
+NODISCARD static enum status create_pool(struct rpc_thread *thread, struct error *err)
+{
+    const struct rpc *rpc = thread->rpc;
+    size_t calls_n =
+        thread->live_max + GENERIC_SLOTS + rpc->registered_n * REGISTERED_SLOTS + SPARE_CALLS;
+    thread->calls = calloc(calls_n, sizeof *thread->calls);
+    if (!thread->calls)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for %zu calls", calls_n);
+    thread->calls_n = calls_n;
+    for (size_t i = 0; i < calls_n; i++) {
+        struct call *call = &thread->calls[i];
+        call->thread = thread;
+        call->status_text = grpc_empty_slice();
+        grpc_metadata_array_init(&call->initial_metadata);
+        grpc_call_details_init(&call->details);
+        for (enum tag_kind kind = 0; kind < TAG_WAKE; kind++)
+            call->tags[kind] = (struct tag){.kind = kind, .call = call};
+        put_free(call);
+    }
+    return STATUS_OK;
+}
+
+static void destroy_pool(struct rpc_thread *thread)
+{
+    for (size_t i = 0; i < thread->calls_n; i++)
+        grpc_metadata_array_destroy(&thread->calls[i].initial_metadata);
+    free(thread->calls);
+}
+
+static void shut_queue(struct rpc_thread *thread)
+{
+    grpc_completion_queue_shutdown(thread->queue);
+    if (thread->started)
+        pthread_join(thread->pthread, NULL); // it drains the queue first
+    else
+        while (grpc_completion_queue_next(thread->queue, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL)
+                   .type != GRPC_QUEUE_SHUTDOWN)
+            ;
+}
+
+NODISCARD static enum status start_threads(struct rpc *rpc, struct error *err)
+{
+    for (uint32_t i = 0; i < rpc->options.threads; i++) {
+        struct rpc_thread *thread = &rpc->threads[i];
+        arm(thread);
+        if (pthread_create(&thread->pthread, NULL, thread_main, thread) != 0)
+            return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no rpc thread could be started");
+        thread->started = true;
+        char name[16];
+        snprintf(name, sizeof name, "rpc%u", i);
+        pthread_setname_np(thread->pthread, name);
+    }
+    return STATUS_OK;
+}
+
+static void free_rpc(struct rpc *rpc)
+{
+    for (uint32_t i = 0; i < rpc->options.threads; i++)
+        shut_queue(&rpc->threads[i]);
+    grpc_server_destroy(rpc->server);
+    grpc_server_credentials_release(rpc->credentials);
+    for (uint32_t i = 0; i < rpc->options.threads; i++) {
+        destroy_pool(&rpc->threads[i]);
+        grpc_completion_queue_destroy(rpc->threads[i].queue);
+    }
+    grpc_shutdown();
+    free(rpc->threads);
+    free(rpc);
+}
+
+enum status rpc_create(const struct rpc_options *options, struct rpc **out, struct error *err)
+{
+    ASSERT(options->threads > 0);
+    struct rpc *rpc = calloc(1, sizeof *rpc);
+    struct rpc_thread *threads = calloc(options->threads, sizeof *threads);
+    if (!rpc || !threads) {
+        free(rpc);
+        free(threads);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the gRPC server");
+    }
+    rpc->options = *options;
+    rpc->threads = threads;
+    rpc->shutdown_tag = (struct tag){.kind = TAG_SHUTDOWN};
+    atomic_init(&rpc->live_calls, 1); // the server's own, until its shutdown tag pops
+
+    gpr_set_log_function(on_grpc_log);
+    grpc_init();
+    rpc->server = create_server(options);
+    rpc->credentials = grpc_insecure_server_credentials_create();
+    register_methods(rpc);
+    for (uint32_t i = 0; i < options->threads; i++) {
+        struct rpc_thread *thread = &threads[i];
+        thread->rpc = rpc;
+        thread->live_max = (options->calls_max + options->threads - 1) / options->threads;
+        thread->wake_tag = (struct tag){.kind = TAG_WAKE};
+        thread->queue = grpc_completion_queue_create_for_next(NULL);
+        grpc_server_register_completion_queue(rpc->server, thread->queue, NULL);
+    }
+    grpc_server_start(rpc->server);
+
+    enum status status = STATUS_OK;
+    for (uint32_t i = 0; i < options->threads && status == STATUS_OK; i++)
+        status = create_pool(&threads[i], err);
+    if (status == STATUS_OK)
+        status = start_threads(rpc, err);
+    if (status != STATUS_OK)
+        goto shut_down;
+    *out = rpc;
+    return STATUS_OK;
+
+shut_down:
+    // No connection was ever added, so only the armed slots and the shutdown tag remain: free_rpc
+    // drains them.
+    rpc->options.on_drained = NULL;
+    atomic_store(&rpc->live_calls, 2); // never reaches zero: nobody waits for on_drained
+    atomic_store(&rpc->draining, true);
+    grpc_server_shutdown_and_notify(rpc->server, threads[0].queue, &rpc->shutdown_tag);
+    free_rpc(rpc);
+    return status;
+}
+
+void rpc_add_connection(struct rpc *rpc, int fd)
+{
+    grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials);
+}
+
+void rpc_drain(struct rpc *rpc)
+{
+    atomic_store_explicit(&rpc->draining, true, memory_order_release);
+    grpc_server_shutdown_and_notify(rpc->server, rpc->threads[0].queue, &rpc->shutdown_tag);
+}
+
+void rpc_cancel_calls(struct rpc *rpc)
+{
+    grpc_server_cancel_all_calls(rpc->server);
+}
+
+void rpc_destroy(struct rpc *rpc)
+{
+    ASSERT(atomic_load_explicit(&rpc->live_calls, memory_order_acquire) == 0);
+    free_rpc(rpc);
+}

@@ -1,0 +1,37 @@
+// Where callers come in: our own sockets on the main loop, so that connections can be counted and
+// limited, a taken port or socket path is an error, and buffers are sized for tensors. Accepted
+// sockets go to gRPC.
+//
+// gRPC never tells when a connection ends, so the listener keeps a duplicate of each socket,
+// watches it for the hang-up, and closes it then. Main thread only, but for the counters.
+#pragma once
+
+#include <uv.h>
+
+#include "status.h"
+
+struct listener;
+struct rpc;
+
+// Binds every address ("HOST:PORT", "[V6]:PORT", "unix:PATH"), without listening yet.
+// ALREADY_EXISTS: another process has one.
+NODISCARD enum status listener_create(uv_loop_t *loop, const char *const *addresses,
+                                      size_t addresses_n, uint32_t unix_socket_mode,
+                                      uint32_t connections_max, struct listener **listener,
+                                      struct error *err);
+// From now on connections come in and go to `rpc`.
+NODISCARD enum status listener_start(struct listener *listener, struct rpc *rpc, struct error *err);
+// No further ones. The unix sockets are unlinked.
+void listener_stop(struct listener *listener);
+// Closes what is left; destroy after the loop has run once more.
+void listener_close(struct listener *listener);
+void listener_destroy(struct listener *listener);
+
+// The addresses as bound (port 0 resolved), with commas between.
+void listener_addresses(const struct listener *listener, char *text, size_t bytes);
+
+struct listener_stats {
+    uint32_t connections;
+    uint64_t accepted, refused;
+};
+struct listener_stats listener_stats(const struct listener *listener); // any thread

@@ -1,0 +1,41 @@
+// The gRPC server: its completion queues, the thread that serves each, and the pool of calls.
+//
+// Every call belongs to one rpc thread for its life: its tags pop there, its callbacks run there.
+// Slots are armed before a call is handled and there are more calls in the pool than may be live,
+// so that overload is answered, not left to hang.
+#pragma once
+
+#include "call.h"
+
+struct rpc;
+
+struct rpc_options {
+    uint32_t threads;
+    uint32_t calls_max;               // open at once, of any kind; past it RESOURCE_EXHAUSTED
+    uint32_t connection_requests_max; // HTTP/2 streams of one connection
+    uint64_t message_bytes_max;       // received
+    uint64_t
+        transport_bytes_max; // gRPC's own buffers: a last resort, well above what admission lets in
+    uint32_t deadline_ms_max;
+    uint32_t reply_timeout_ms;
+    const struct method *const *methods; // tables that end with a NULL path; NULL-terminated
+    struct service_context *context;
+    // Called on an rpc thread once the server has shut down and no call is left.
+    void (*on_drained)(void *drained_context);
+    void *drained_context;
+};
+
+// Starts gRPC (once in a process) and the server; nothing is served until a connection is added.
+NODISCARD enum status rpc_create(const struct rpc_options *options, struct rpc **rpc,
+                                 struct error *err);
+
+// Any thread: takes a connected socket.
+void rpc_add_connection(struct rpc *rpc, int fd);
+
+// Main thread. Refuses new calls, tells clients to go elsewhere, runs on_drain of every live call;
+// on_drained follows when the last one has ended by itself or by rpc_cancel_calls.
+void rpc_drain(struct rpc *rpc);
+void rpc_cancel_calls(struct rpc *rpc);
+
+// After on_drained. Joins the threads and shuts gRPC down.
+void rpc_destroy(struct rpc *rpc);

@@ -1,0 +1,105 @@
+// What rpc.c and call.c share: the call itself and its thread.
+#pragma once
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "message.h"
+#include "rpc.h"
+
+enum { RPC_REGISTERED_MAX = 4 }; // methods with message_with_call
+
+enum tag_kind {
+    TAG_ARRIVED,
+    TAG_CLOSED,
+    TAG_RECEIVED,
+    TAG_SENT,
+    TAG_FINISHED,
+    TAG_WAKE,
+    TAG_SHUTDOWN
+};
+
+struct tag {
+    enum tag_kind kind;
+    struct call *call; // NULL for WAKE and SHUTDOWN
+};
+
+struct rpc_thread {
+    struct rpc *rpc;
+    pthread_t pthread;
+    grpc_completion_queue *queue;
+    struct tag wake_tag;
+    _Atomic(struct call *) woken; // stack of calls to wake, linked by wake_next
+
+    // The thread's own.
+    bool started;
+    struct call *calls; // the whole pool
+    size_t calls_n;
+    struct call *free_list; // linked by next
+    struct call *live;      // doubly linked by next, previous
+    uint32_t live_n, live_max;
+    uint32_t armed[RPC_REGISTERED_MAX + 1]; // slots that wait, by registered method; the last used
+                                            // one is the generic slots'
+    bool draining;                          // on_drain has been run
+    uint64_t swept_ns;
+};
+
+struct call {
+    struct rpc_thread *thread;
+    const struct method *method; // NULL: unknown, or the generic slot before it is known
+    const struct method
+        *armed; // the registered method that this slot waits for; NULL: the generic slot
+    grpc_call *grpc;
+    uint64_t deadline_ns;
+    void *state;
+
+    // References: one of the rpc thread until the call is over, one for each hold, one for being in
+    // `woken`.
+    _Atomic uint32_t references;
+    _Atomic bool cancelled;
+    _Atomic bool wake_queued;
+    struct call *wake_next;
+    struct call *next, *previous;
+
+    // What gRPC writes to or reads from until a tag pops.
+    grpc_metadata_array initial_metadata;
+    grpc_call_details details;
+    gpr_timespec deadline;
+    grpc_byte_buffer *received;
+    grpc_byte_buffer *sending;
+    grpc_byte_buffer *last_message; // of call_finish
+    grpc_metadata trailers[2];
+    grpc_slice status_text;
+    int closed_cancelled;
+    struct tag tags[TAG_WAKE]; // by kind
+
+    uint8_t tags_pending;
+    bool reading, initial_metadata_sent, finish_asked, finish_started, finish_popped, over;
+    enum status finish_status;
+    size_t trailers_n;
+    uint64_t write_started_ns; // of the write in flight; 0: none
+
+    _Alignas(max_align_t) unsigned char inline_state[CALL_INLINE_STATE_BYTES];
+};
+
+struct rpc {
+    struct rpc_options options;
+    grpc_server *server;
+    struct rpc_thread *threads;
+    struct tag shutdown_tag;
+    void *registered[RPC_REGISTERED_MAX]; // gRPC's handle by index of a message_with_call method
+    const struct method *registered_methods[RPC_REGISTERED_MAX];
+    size_t registered_n;
+    grpc_server_credentials *credentials;
+    _Atomic bool draining;
+    _Atomic uint32_t
+        live_calls; // of all threads, and one for the server until its shutdown tag has popped
+};
+
+// rpc.c
+void rpc_call_ended(struct call *call); // back to the pool
+
+// call.c: what rpc.c does with the events of a call.
+void call_arrived(struct call *call, bool full); // full: too many are live, refuse it
+void call_tag_popped(struct call *call, enum tag_kind kind, bool success);
+void call_woken(struct call *call); // drops the reference of being in `woken`
