@@ -1,23 +1,46 @@
 // What the gRPC services share, and the tables of methods that they give to rpc.c.
 #pragma once
 
+#include <stdatomic.h>
+
 #include "call.h"
+#include "engine.h"
 
 struct batcher;
 struct config;
 struct control;
 struct health;
-struct rpc;
+struct listener;
 struct weights;
 
+// Requests by how they ended. Relaxed: each is a number to look at, none guards anything.
+struct service_counters {
+    _Atomic uint64_t received;
+    _Atomic uint64_t answered;  // with an output or a digest
+    _Atomic uint64_t refused;   // RESOURCE_EXHAUSTED, UNAVAILABLE
+    _Atomic uint64_t invalid;   // the caller's mistakes
+    _Atomic uint64_t expired;   // DEADLINE_EXCEEDED
+    _Atomic uint64_t cancelled; // by the caller
+    _Atomic uint64_t failed;    // ours
+};
+
 struct service_context {
-    const struct config *config;
+    const struct config *config; // every "automatic" resolved
+    const struct engine_ops *engine_ops;
+    struct engine *engine;
     struct weights *weights;
     struct batcher *batcher;
     struct control *control; // runs what may block: loads, self-tests
     struct health *health;
-    struct rpc *rpc;
+    struct listener *listener;
+    uint64_t message_bytes_max; // received
+    uint64_t started_ns;
+    struct service_counters counters;
+    _Atomic bool draining;
 };
+
+// Counts one request by the status that it ended with.
+void service_count(struct service_context *context, enum status status);
 
 // Each ends with a method whose path is NULL.
 extern const struct method service_einsum_methods[];
@@ -34,5 +57,11 @@ enum health_state {
 };
 NODISCARD enum status health_create(struct health **health, struct error *err);
 void health_destroy(struct health *health);
-// Any thread: of every service ("" and each by name), and tells every Watch.
+// Any thread: of every service ("" and each by name, but for "liveness"), and tells every Watch.
+// NOT_SERVING at first.
 void health_set(struct health *health, enum health_state state);
+
+// Indexes the embedded descriptor set; once, before the first call is served
+// (service_reflection.c).
+NODISCARD enum status reflection_init(struct error *err);
+void reflection_deinit(void);
