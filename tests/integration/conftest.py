@@ -1,0 +1,116 @@
+"""Fixtures that the test files share: seeded randomness, and a small daemon with its weights.
+
+Environment:
+    EINSUMD_BUILD_DIR   where einsumd and einsumctl were built; default build/release
+    EINSUMD_TEST_SCALE  below 1 for slow builds: fewer cases, longer waits; default 1
+    EINSUMD_TEST_ENGINE the daemon's "engine" key; default "cpu"
+    EINSUM_SEED         of all random values; printed, so that a failure can be had again
+    EINSUM_CASES        random cases of test_numbers.py, before scaling; default 40
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+import pytest
+
+import oracle
+from checkpoints import TENSOR_NAME, write_checkpoint
+from client import Client, make_request
+from daemon import BUILD_DIR, EINSUMD, SCALE, Daemon
+
+SEED = int(os.environ.get("EINSUM_SEED", time.time_ns() % 1_000_000))
+
+
+def pytest_report_header() -> str:
+    return f"EINSUM_SEED={SEED} EINSUMD_TEST_SCALE={SCALE} EINSUMD_BUILD_DIR={BUILD_DIR}"
+
+
+def pytest_sessionstart() -> None:
+    if not EINSUMD.exists():
+        pytest.exit(f"{EINSUMD} does not exist: build it, or set EINSUMD_BUILD_DIR", 2)
+
+
+def rng_for(what: str) -> np.random.Generator:
+    """Independent of which other tests run."""
+    return np.random.default_rng([SEED, zlib.crc32(what.encode())])
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return rng_for(request.node.nodeid.rsplit("/", 1)[-1])
+
+
+@dataclass
+class Site:
+    """A daemon, what it serves, and one client of it."""
+
+    daemon: Daemon
+    client: Client
+    root: Path
+    weights: dict[str, oracle.Weight] = field(default_factory=dict)
+
+    def request(self, name: str, activations: oracle.Activations, /, **options: Any) -> Any:
+        return make_request(self.client, name, self.weights[name], activations, **options)
+
+    def good_request(self, rng: np.random.Generator, /, tokens: int = 3, **options: Any) -> Any:
+        """An ordinary one, for the first weight."""
+        name = next(iter(self.weights))
+        activations = oracle.random_activations(rng, self.weights[name], tokens, "UE8M0")
+        return self.request(name, activations, **options)
+
+    def check_serves(self, rng: np.random.Generator, client: Client | None = None) -> None:
+        """The daemon answers an ordinary request, and rightly."""
+        name, weight = next(iter(self.weights.items()))
+        activations = oracle.random_activations(rng, weight, 3, "UE8M0")
+        reply = (client or self.client).einsum(self.request(name, activations))
+        exact, magnitude = oracle.project(activations, weight)
+        oracle.check(reply.output, "BF16", exact, magnitude, weight.reduced_dim)
+
+
+def start_site(
+    directory: Path, weights: dict[str, oracle.Weight], output_dim: int, **config: Any
+) -> Site:
+    """Writes a checkpoint to directory/root/model and starts a daemon that serves it."""
+    root = directory / "root"
+    model = write_checkpoint(root / "model", weights, shards=2)
+    daemon = Daemon(
+        directory,
+        weights_roots=[str(root)],
+        weights=[{"path": str(model), "output_dim": output_dim}],
+        **config,
+    )
+    try:
+        client = Client(daemon.address)
+    except BaseException:
+        daemon.kill()
+        raise
+    return Site(daemon, client, root, weights)
+
+
+def run_site(*arguments: Any, **options: Any) -> Iterator[Site]:
+    """For fixtures: yields the site, then closes its client and stops and judges its daemon."""
+    site = start_site(*arguments, **options)
+    with site.daemon, site.client:
+        yield site
+
+
+def small_weights(layers: int = 2) -> dict[str, oracle.Weight]:
+    rng = rng_for("small weights")
+    return {
+        TENSOR_NAME.format(layer): oracle.random_weight(rng, groups=4, output_dim=256,
+                                                        reduced_dim=512)
+        for layer in range(layers)
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Two layers of G 4, D 256, R 512, shared by a module's tests."""
+    yield from run_site(tmp_path_factory.mktemp("small"), small_weights(), 256)

@@ -1,0 +1,258 @@
+"""What the daemon must answer, in FP64, and how far an answer may lie from it.
+
+Written from the definition of the operation alone, so that it shares no mistake with the daemon's
+own reference:
+
+    out[t,g,d] = sum over r of  A[t,g,r] * sA(t,g,r/block) * B[g,d,r] * sB(g, d/block_d, r/block)
+
+Tensors are held as raw bits (uint8 for E4M3 and UE8M0, uint16 for BF16) in their logical shape;
+packing to a wire layout is a separate step.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+UE8M0 = np.where(np.arange(256) == 255, np.nan, np.ldexp(1.0, np.arange(256) - 127))
+
+E4M3_NAN = (0x7F, 0xFF)
+E4M3_MAX_BITS = 0x7E  # 448
+UE8M0_NAN = 0xFF
+
+# The wire's enum names, less their common prefixes.
+ACTIVATION_LAYOUTS = ("TGR", "GTR")
+SCALE_LAYOUTS = ("TGK", "GKT")
+SCALE_TYPES = ("FP32", "UE8M0")
+OUTPUT_TYPES = ("BF16", "FP32")
+
+# Significant bits, the hidden one counted, and the exponent of the largest finite value: the same
+# for both, as is the smallest normal exponent.
+SIGNIFICANT_BITS = {"BF16": 8, "FP32": 24}
+EXPONENT_MAX, EXPONENT_MIN = 127, -126
+
+
+def decode_scales(scales: np.ndarray) -> np.ndarray:
+    return UE8M0[scales] if scales.dtype == np.uint8 else scales.astype(np.float64)
+
+
+@dataclass(eq=False)
+class Weight:
+    """One weight as a checkpoint stores it."""
+
+    values: np.ndarray  # [G, D, R]: uint8 E4M3 or uint16 BF16
+    scales: np.ndarray | None  # [G, D / block_d, R / block_r]: float32 or uint8; None for BF16
+    block_d: int = 1
+    block_r: int = 128
+
+    @property
+    def groups(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def output_dim(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def reduced_dim(self) -> int:
+        return self.values.shape[2]
+
+    @property
+    def blocks(self) -> int:
+        """K, the number of scale blocks of an activation row."""
+        return self.reduced_dim // self.block_r
+
+    @functools.cached_property
+    def exact(self) -> np.ndarray:
+        """[G, D, R] in FP64. E4M3 times an FP32 scale has 28 significant bits: no rounding."""
+        if self.scales is None:
+            with np.errstate(invalid="ignore"):  # converting a signalling NaN
+                return self.values.view(ml_dtypes.bfloat16).astype(np.float64)
+        scales = decode_scales(self.scales)
+        scales = scales.repeat(self.block_d, axis=1).repeat(self.block_r, axis=2)
+        return E4M3[self.values] * scales
+
+    def slice(self, begin: int, end: int) -> Weight:
+        """The groups that a tensor-parallel rank holds."""
+        scales = None if self.scales is None else self.scales[begin:end]
+        return Weight(self.values[begin:end], scales, self.block_d, self.block_r)
+
+
+@dataclass(eq=False)
+class Activations:
+    values: np.ndarray  # [T, G, R] uint8 E4M3
+    scales: np.ndarray  # [T, G, K] float32 or uint8
+
+    @property
+    def tokens(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def exact(self) -> np.ndarray:
+        block = self.values.shape[2] // self.scales.shape[2]
+        return E4M3[self.values] * decode_scales(self.scales).repeat(block, axis=2)
+
+
+def pack_activations(activations: Activations, layout: str) -> bytes:
+    if layout == "TGR":
+        return activations.values.tobytes()
+    return activations.values.transpose(1, 0, 2).tobytes()
+
+
+def pack_scales(activations: Activations, layout: str, padding: int = 0xFF) -> bytes:
+    """Padding of GKT is filled with `padding`, NaN by default: it must never be looked at."""
+    scales = activations.scales
+    if layout == "TGK":
+        return scales.tobytes()
+    tokens, groups, blocks = scales.shape
+    stored_tokens = -(-tokens // 4) * 4
+    if scales.dtype == np.float32:
+        packed = np.full((groups, blocks, stored_tokens, 4), padding, np.uint8)
+        packed[:, :, :tokens] = scales.transpose(1, 2, 0)[..., None].copy().view(np.uint8)
+    else:
+        packed = np.full((groups, blocks // 4, stored_tokens, 4), padding, np.uint8)
+        for k in range(blocks):
+            packed[:, k // 4, :tokens, k % 4] = scales[:, :, k].T
+    return packed.tobytes()
+
+
+def project(activations: Activations, weight: Weight) -> tuple[np.ndarray, np.ndarray]:
+    """The exact result [T, G, D], and the sum of absolute products, which bounds the error."""
+    a, b = activations.exact, weight.exact
+    shape = (activations.tokens, weight.groups, weight.output_dim)
+    exact, magnitude = np.empty(shape), np.empty(shape)
+    with np.errstate(invalid="ignore"):
+        for g in range(weight.groups):
+            exact[:, g] = a[:, g] @ b[g].T
+            magnitude[:, g] = np.abs(a[:, g]) @ np.abs(b[g]).T
+    return exact, magnitude
+
+
+def decode_output(output: bytes, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    dtype = ml_dtypes.bfloat16 if kind == "BF16" else np.float32
+    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    assert len(output) == expected, f"output holds {len(output)} bytes, expected {expected}"
+    with np.errstate(invalid="ignore"):  # converting a signalling NaN
+        return np.frombuffer(output, dtype).reshape(shape).astype(np.float64)
+
+
+def half_ulp(exact: np.ndarray, kind: str) -> np.ndarray:
+    """Half a unit in the last place: how far rounding to nearest may move a value."""
+    exponent = np.frexp(exact)[1] - 1
+    exponent = np.maximum(exponent, EXPONENT_MIN)
+    return np.ldexp(1.0, exponent - SIGNIFICANT_BITS[kind])
+
+
+def wrong_elements(
+    got: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, kind: str, reduced_dim: int
+) -> np.ndarray:
+    """A mask of the elements that no correct engine could have answered.
+
+    Allowed are one rounding to the output type and the error of a sum in FP32; NaN exactly where
+    the exact result is NaN; infinity only where the exact result, within the sum's error, rounds
+    to it.
+    """
+    nan = np.isnan(exact)
+    finite = np.where(nan, 0.0, exact)
+    summing = np.where(nan, 0.0, magnitude) * reduced_dim * 2.0**-24
+    # From here on a value rounds to infinity: half a unit past the largest finite one.
+    overflow = np.ldexp(2.0 - 2.0 ** -SIGNIFICANT_BITS[kind], EXPONENT_MAX)
+
+    must_overflow = np.abs(finite) - summing >= overflow
+    # A sum that passes the range on the way to a small result is a mistake, however large the
+    # summing error of such terms: hence the second condition.
+    may_overflow = (np.abs(finite) + summing >= overflow) & (np.abs(finite) >= overflow / 2)
+
+    infinite = np.isinf(got)
+    with np.errstate(invalid="ignore"):
+        near = np.abs(got - finite) <= half_ulp(finite, kind) + summing
+        right = np.where(
+            infinite,
+            may_overflow & (np.sign(got) == np.sign(finite)),
+            near & ~must_overflow,
+        )
+    return np.where(nan, ~np.isnan(got), ~right)
+
+
+def check(
+    output: bytes, kind: str, exact: np.ndarray, magnitude: np.ndarray, reduced_dim: int
+) -> None:
+    """Asserts that `output` is right; the message names the first wrong element."""
+    got = decode_output(output, kind, exact.shape)
+    wrong = wrong_elements(got, exact, magnitude, kind, reduced_dim)
+    if wrong.any():
+        t, g, d = first = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.size} elements are wrong, first at token {t} group {g} "
+            f"row {d}: got {got[first]!r}, exact {exact[first]!r}, "
+            f"sum of absolute products {magnitude[first]!r}"
+        )
+
+
+def matches(
+    output: bytes, kind: str, exact: np.ndarray, magnitude: np.ndarray, reduced_dim: int
+) -> bool:
+    got = decode_output(output, kind, exact.shape)
+    return not wrong_elements(got, exact, magnitude, kind, reduced_dim).any()
+
+
+# --- made-up tensors ------------------------------------------------------------------------------
+
+
+def random_e4m3(rng: np.random.Generator, shape: tuple[int, ...], spread: str) -> np.ndarray:
+    """`spread` "normal": like real data; "bits": every pattern alike, subnormals too, no NaN."""
+    if spread == "normal":
+        values = np.clip(rng.standard_normal(shape, np.float32) * 64, -448, 448)
+        return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    assert spread == "bits"
+    bits = rng.integers(0, 256, shape, np.uint8)
+    bits[(bits & 0x7F) == 0x7F] = E4M3_MAX_BITS
+    return bits
+
+
+def random_scales(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """Near one; FP32 ones are no powers of two, and some are negative or zero."""
+    if kind == "UE8M0":
+        return rng.integers(120, 135, shape, np.uint8)
+    scales = np.exp2(rng.uniform(-7, 7, shape)).astype(np.float32)
+    scales[rng.random(shape) < 0.05] *= np.float32(-1)
+    scales[rng.random(shape) < 0.02] = 0
+    return scales
+
+
+def random_activations(
+    rng: np.random.Generator, weight: Weight, tokens: int, scale_type: str, spread: str = "normal"
+) -> Activations:
+    shape = (tokens, weight.groups)
+    return Activations(
+        random_e4m3(rng, (*shape, weight.reduced_dim), spread),
+        random_scales(rng, (*shape, weight.blocks), scale_type),
+    )
+
+
+def random_weight(
+    rng: np.random.Generator,
+    groups: int,
+    output_dim: int,
+    reduced_dim: int,
+    block_d: int = 128,
+    block_r: int = 128,
+    scale_type: str | None = "UE8M0",
+    spread: str = "normal",
+) -> Weight:
+    """`scale_type` None: a BF16 weight, which has no scales."""
+    shape = (groups, output_dim, reduced_dim)
+    if scale_type is None:
+        values = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        return Weight(values.view(np.uint16), None)
+    scale_shape = (groups, output_dim // block_d, reduced_dim // block_r)
+    return Weight(
+        random_e4m3(rng, shape, spread),
+        random_scales(rng, scale_shape, scale_type),
+        block_d,
+        block_r,
+    )

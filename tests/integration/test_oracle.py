@@ -1,0 +1,123 @@
+"""The oracle judges the daemon; here it is judged itself: by a plain loop, and by whether it
+rejects what a wrong engine would answer."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import oracle
+
+
+def to_output(values: np.ndarray, kind: str) -> bytes:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(ml_dtypes.bfloat16 if kind == "BF16" else np.float32).tobytes()
+
+
+@pytest.fixture
+def case(rng: np.random.Generator) -> tuple[oracle.Activations, oracle.Weight]:
+    weight = oracle.random_weight(rng, 2, 64, 128, 32, 32, "FP32", "bits")
+    return oracle.random_activations(rng, weight, 3, "UE8M0", "bits"), weight
+
+
+def test_project_is_the_definition(case) -> None:
+    activations, weight = case
+    exact, magnitude = oracle.project(activations, weight)
+    for t, g, d in ((0, 0, 0), (2, 1, 63), (1, 0, 32)):
+        products = [
+            oracle.E4M3[activations.values[t, g, r]]
+            * 2.0 ** (int(activations.scales[t, g, r // 32]) - 127)
+            * oracle.E4M3[weight.values[g, d, r]]
+            * float(weight.scales[g, d // 32, r // 32])
+            for r in range(128)
+        ]
+        assert exact[t, g, d] == pytest.approx(sum(products), rel=1e-12)
+        assert magnitude[t, g, d] == pytest.approx(sum(map(abs, products)), rel=1e-12)
+
+
+def test_tables() -> None:
+    assert oracle.E4M3[[0x00, 0x01, 0x07, 0x08, 0x38, 0x7E, 0xFE]].tolist() == [
+        0, 2**-9, 7 * 2**-9, 2**-6, 1, 448, -448,
+    ]  # fmt: skip
+    assert np.isnan(oracle.E4M3[list(oracle.E4M3_NAN)]).all()
+    assert oracle.UE8M0[[0, 127, 254]].tolist() == [2.0**-127, 1, 2.0**127]
+    assert np.isnan(oracle.UE8M0[oracle.UE8M0_NAN])
+
+
+def test_packing() -> None:
+    """Spot checks of single bytes against the layouts' definitions."""
+    values = np.arange(5 * 2 * 8, dtype=np.uint8).reshape(5, 2, 8)
+    scales = np.arange(100, 100 + 5 * 2 * 8, dtype=np.uint8).reshape(5, 2, 8)
+    activations = oracle.Activations(values, scales)
+    assert oracle.pack_activations(activations, "TGR")[(3 * 2 + 1) * 8 + 5] == values[3, 1, 5]
+    assert oracle.pack_activations(activations, "GTR")[(1 * 5 + 3) * 8 + 5] == values[3, 1, 5]
+    assert oracle.pack_scales(activations, "TGK")[(3 * 2 + 1) * 8 + 6] == scales[3, 1, 6]
+    words = np.frombuffer(oracle.pack_scales(activations, "GKT"), "<u4").reshape(2, 2, 8)
+    assert words[1, 1, 3] >> 16 & 0xFF == scales[3, 1, 6]  # byte 2 of word 1
+    assert (words[:, :, 5:] == 0xFFFFFFFF).all()
+    activations.scales = scales.astype(np.float32)
+    floats = np.frombuffer(oracle.pack_scales(activations, "GKT"), "<f4").reshape(2, 8, 8)
+    assert floats[1, 6, 3] == scales[3, 1, 6]
+    assert np.isnan(floats[:, :, 5:]).all()
+
+
+@pytest.mark.parametrize("kind", oracle.OUTPUT_TYPES)
+def test_right_answers_pass(case, kind: str) -> None:
+    exact, magnitude = oracle.project(*case)
+    oracle.check(to_output(exact, kind), kind, exact, magnitude, 128)
+
+
+def test_wrong_answers_fail(case) -> None:
+    activations, weight = case
+    exact, magnitude = oracle.project(activations, weight)
+    truncated = (exact.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+    swapped = exact[:, ::-1]
+    other_token = exact[[1, 0, 2]]
+    one_nan = exact.copy()
+    one_nan[1, 1, 1] = np.nan
+    one_infinite = exact.copy()
+    one_infinite[0, 0, 5] = np.inf
+    zero = np.zeros_like(exact)
+    for wrong in (truncated, swapped, other_token, one_nan, one_infinite, zero, -exact):
+        with pytest.raises(AssertionError):
+            oracle.check(to_output(wrong, "BF16"), "BF16", exact, magnitude, 128)
+    with pytest.raises(AssertionError):
+        oracle.check(to_output(exact, "BF16")[:-2], "BF16", exact, magnitude, 128)
+
+
+def test_rounded_scales_fail(rng: np.random.Generator) -> None:
+    """An engine that rounds FP32 scales to powers of two is caught."""
+    weight = oracle.random_weight(rng, 2, 64, 128, 32, 32, "FP32")
+    activations = oracle.random_activations(rng, weight, 3, "FP32")
+    exact, magnitude = oracle.project(activations, weight)
+    powers = np.exp2(np.round(np.log2(np.abs(activations.scales) + 1e-30))).astype(np.float32)
+    rounded, _ = oracle.project(oracle.Activations(activations.values, powers), weight)
+    assert not oracle.matches(to_output(rounded, "BF16"), "BF16", exact, magnitude, 128)
+
+
+@pytest.mark.parametrize("kind", oracle.OUTPUT_TYPES)
+@pytest.mark.parametrize(
+    "exact, got, right",
+    [
+        (np.nan, np.nan, True),
+        (np.nan, 0.0, False),
+        (np.nan, np.inf, False),
+        (1e39, np.inf, True),
+        (1e39, -np.inf, False),
+        (1e39, 3e38, False),
+        (-1e39, -np.inf, True),
+        (3e38, np.inf, False),
+        (3e38, np.nan, False),
+        (0.0, np.inf, False),
+        (0.0, -0.0, True),
+        (2.0**-160, 0.0, True),
+        (2.0**-130, 0.0, False),
+        (2.0**-130, 2.0**-130, True),
+    ],
+)
+def test_edges(kind: str, exact: float, got: float, right: bool) -> None:
+    wrong = oracle.wrong_elements(
+        np.array([got]), np.array([exact]), np.array([abs(exact)]), kind, 128
+    )
+    assert wrong[0] == (not right)
