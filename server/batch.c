@@ -1,0 +1,459 @@
+// The batches, the room in them, and the lock around both. Called by rpc threads (reserve, commit,
+// abandon, release) and by the scheduler thread (batch_internal.h).
+//
+//     input  | activations | scales | activations | scales | ...        each at 64 bytes;
+//     output | result               | result               | ...        bump allocation
+//
+// Room that is abandoned is dead until its batch is free again, unless it was the last or the only
+// room taken. A held lock never covers a tensor's copy, a system call or an engine's work.
+#include "batch_internal.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+
+enum { RETRY_MS_MIN = 1, RETRY_MS_MAX = 1000 };
+
+// What one job needs of a batch.
+struct room {
+    uint32_t tokens;
+    uint64_t scales_offset; // in its input; where its activations end
+    uint64_t input_bytes, output_bytes;
+};
+
+static struct room room_for(const struct job *job)
+{
+    const struct einsum_weight_format *format = &job->weight->format;
+    const struct einsum_operand *operand = &job->operand;
+    uint64_t activations =
+        einsum_activation_bytes(operand->tokens, operand->groups, format->reduced_dim);
+    uint64_t scales =
+        einsum_scale_bytes(operand->scale_layout, operand->scale_type, operand->tokens,
+                           operand->groups, format->reduced_dim / format->block_r);
+    uint64_t output = einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
+                                          format->output_dim);
+    uint64_t scales_offset = align_up(activations, CACHE_LINE_BYTES);
+    return (struct room){
+        .tokens = operand->tokens,
+        .scales_offset = scales_offset,
+        .input_bytes = scales_offset + align_up(scales, CACHE_LINE_BYTES),
+        .output_bytes = align_up(output, CACHE_LINE_BYTES),
+    };
+}
+
+static enum status room_fits_empty_batch(const struct room *room,
+                                         const struct batcher_options *options, struct error *err)
+{
+    if (room->tokens > options->batch_tokens_max)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "tokens",
+                           "a batch holds at most %" PRIu32 ", got %" PRIu32,
+                           options->batch_tokens_max, room->tokens);
+    if (room->input_bytes > options->batch_input_bytes)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "activations",
+                           "a batch holds at most %" PRIu64
+                           " bytes of activations and scales, got %" PRIu64,
+                           options->batch_input_bytes, room->input_bytes);
+    if (room->output_bytes > options->batch_output_bytes)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "tokens",
+                           "a batch holds at most %" PRIu64
+                           " bytes of output, this request needs %" PRIu64,
+                           options->batch_output_bytes, room->output_bytes);
+    return STATUS_OK;
+}
+
+static bool room_left_locked(const struct batcher *batcher, const struct batch *batch,
+                             const struct room *room)
+{
+    const struct batcher_options *options = &batcher->options;
+    return room->tokens <= options->batch_tokens_max - batch->tokens &&
+           room->input_bytes <= options->batch_input_bytes - batch->input_used &&
+           room->output_bytes <= options->batch_output_bytes - batch->output_used &&
+           batch->held < options->batch_requests_max;
+}
+
+// --- the life of a batch
+
+static struct batch *batch_open_locked(struct batcher *batcher)
+{
+    ASSERT(!batcher->open);
+    struct batch *batch = batcher->free;
+    if (!batch)
+        return NULL;
+    ASSERT(batch->state == BATCH_FREE);
+    batcher->free = batch->next;
+    batch->state = BATCH_OPEN;
+    batch->next = NULL;
+    batch->input_used = batch->output_used = 0;
+    batch->tokens = batch->filling = batch->held = batch->jobs_n = 0;
+    *batcher->queue_end = batch;
+    batcher->queue_end = &batch->next;
+    batcher->queue_batches++;
+    batcher->open = batch;
+    return batch;
+}
+
+void batch_close_locked(struct batcher *batcher, struct batch *batch)
+{
+    ASSERT(batch == batcher->open && batch->state == BATCH_OPEN);
+    batch->state = BATCH_CLOSED;
+    batcher->open = NULL;
+}
+
+static void batch_free_locked(struct batcher *batcher, struct batch *batch)
+{
+    ASSERT(batch->held == 0);
+    batch->state = BATCH_FREE;
+    batch->next = batcher->free;
+    batcher->free = batch;
+}
+
+static void batch_unlink_locked(struct batcher *batcher, struct batch *batch)
+{
+    struct batch **at = &batcher->queue;
+    while (*at != batch)
+        at = &(*at)->next;
+    *at = batch->next;
+    if (batcher->queue_end == &batch->next)
+        batcher->queue_end = at;
+    batcher->queue_batches--;
+}
+
+struct batch *batcher_dequeue_locked(struct batcher *batcher)
+{
+    struct batch *batch = batcher->queue;
+    ASSERT(batch->state == BATCH_CLOSED && batch->filling == 0);
+    batch_unlink_locked(batcher, batch);
+    batch->state = BATCH_RUNNING;
+    batch->next = NULL;
+    return batch;
+}
+
+void batch_answering_locked(struct batcher *batcher, struct batch *batch)
+{
+    ASSERT(batch->state == BATCH_RUNNING);
+    batch->state = BATCH_ANSWERING;
+    if (batch->held == 0)
+        batch_free_locked(batcher, batch);
+}
+
+// --- when to launch
+
+uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
+{
+    const struct batch *batch = batcher->queue;
+    if (!batch)
+        return UINT64_MAX;
+    if (atomic_load_explicit(&batcher->device_lost, memory_order_relaxed))
+        return batch->filling ? UINT64_MAX : 0;
+    if (batcher->lanes_free == 0)
+        return UINT64_MAX;
+    if (batch->state == BATCH_CLOSED)
+        return batch->filling ? UINT64_MAX : 0;
+    if (batch->jobs_n == 0)
+        return UINT64_MAX;
+    uint64_t delay_ns = (uint64_t)batcher->options.max_queue_delay_us * 1000;
+    return delay_ns ? batch->first_commit_ns + delay_ns : 0;
+}
+
+bool batcher_must_wake_locked(struct batcher *batcher)
+{
+    if (batcher_launch_at_ns_locked(batcher) >= batcher->scheduler_wakes_at_ns)
+        return false;
+    batcher->scheduler_wakes_at_ns = 0; // one wake is enough, whoever comes next
+    return true;
+}
+
+// --- the life of a job
+
+// How long until the batches that wait now have run.
+static uint32_t retry_advice_ms_locked(const struct batcher *batcher)
+{
+    uint64_t wait_ns = batcher->run_ns_average * batcher->queue_batches;
+    uint64_t wait_ms = (wait_ns + 999999) / 1000000;
+    if (wait_ms < RETRY_MS_MIN)
+        return RETRY_MS_MIN;
+    return wait_ms < RETRY_MS_MAX ? (uint32_t)wait_ms : RETRY_MS_MAX;
+}
+
+static struct batch *batch_with_room_locked(struct batcher *batcher, const struct room *room)
+{
+    if (batcher->open) {
+        if (room_left_locked(batcher, batcher->open, room))
+            return batcher->open;
+        batch_close_locked(batcher, batcher->open);
+    }
+    return batch_open_locked(batcher);
+}
+
+static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, struct job *job,
+                                 const struct room *room)
+{
+    uint8_t *input = (uint8_t *)batch->input + batch->input_used;
+    job->operand.activations = input;
+    job->operand.scales = input + room->scales_offset;
+    job->operand.output = (uint8_t *)batch->output + batch->output_used;
+    job->batch = batch;
+    job->input_bytes = room->input_bytes;
+    job->output_bytes = room->output_bytes;
+
+    batch->input_used += room->input_bytes;
+    batch->output_used += room->output_bytes;
+    batch->tokens += room->tokens;
+    batch->filling++;
+    batch->held++;
+    batcher->stats.jobs++;
+    batcher->stats.queued++;
+    if (batch->tokens == batcher->options.batch_tokens_max ||
+        batch->held == batcher->options.batch_requests_max)
+        batch_close_locked(batcher, batch);
+}
+
+static enum status refuse(const struct batcher_options *options, bool queue_full,
+                          uint32_t retry_after_ms, struct error *err)
+{
+    if (queue_full)
+        error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                  "the queue is full: %" PRIu32 " requests wait (queue_requests_max)",
+                  options->queue_requests_max);
+    else
+        error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                  "all %" PRIu32 " batch buffers are in use (batches)", options->batches);
+    if (err)
+        err->retry_after_ms = retry_after_ms;
+    return STATUS_RESOURCE_EXHAUSTED;
+}
+
+enum status batcher_reserve(struct batcher *batcher, struct job *job, struct error *err)
+{
+    ASSERT(job->operand.tokens >= 1);
+    if (batcher_device_lost(batcher))
+        return error_set(err, STATUS_UNAVAILABLE, "the device is lost");
+    struct room room = room_for(job);
+    enum status status = room_fits_empty_batch(&room, &batcher->options, err);
+    if (status)
+        return status;
+
+    uint32_t retry_after_ms = 0;
+    struct batch *batch = NULL;
+    pthread_mutex_lock(&batcher->lock);
+    bool queue_full = batcher->stats.queued >= batcher->options.queue_requests_max;
+    if (!queue_full)
+        batch = batch_with_room_locked(batcher, &room);
+    if (batch)
+        batch_reserve_locked(batcher, batch, job, &room);
+    else
+        retry_after_ms = retry_advice_ms_locked(batcher);
+    bool wake = batcher_must_wake_locked(batcher); // a batch may have been closed
+    pthread_mutex_unlock(&batcher->lock);
+
+    if (wake)
+        batcher_wake(batcher->waker);
+    if (!batch)
+        return refuse(&batcher->options, queue_full, retry_after_ms, err);
+    job_advance(job, JOB_IDLE, JOB_DECODING);
+    return STATUS_OK;
+}
+
+void batcher_commit(struct batcher *batcher, struct job *job)
+{
+    struct batch *batch = job->batch;
+    uint64_t queued_ns = now_ns();
+    job->queued_ns = queued_ns;
+    job_advance(job, JOB_DECODING, JOB_QUEUED);
+
+    pthread_mutex_lock(&batcher->lock);
+    if (batch->jobs_n == 0)
+        batch->first_commit_ns = queued_ns;
+    batch->jobs[batch->jobs_n++] = job;
+    batch->filling--;
+    bool wake = batcher_must_wake_locked(batcher);
+    pthread_mutex_unlock(&batcher->lock);
+
+    if (wake)
+        batcher_wake(batcher->waker);
+}
+
+// Gives back the room of the job if nothing lies behind it. An empty batch has all of its room.
+static void batch_shrink_locked(struct batch *batch, const struct job *job)
+{
+    const uint8_t *input_end = (const uint8_t *)job->operand.activations + job->input_bytes;
+    if (batch->held == 0) {
+        batch->input_used = batch->output_used = 0;
+    } else if (input_end == (const uint8_t *)batch->input + batch->input_used) {
+        batch->input_used -= job->input_bytes;
+        batch->output_used -= job->output_bytes;
+    }
+}
+
+void batcher_abandon(struct batcher *batcher, struct job *job)
+{
+    struct batch *batch = job->batch;
+    job->batch = NULL;
+    job_advance(job, JOB_DECODING, JOB_IDLE);
+
+    pthread_mutex_lock(&batcher->lock);
+    batch->filling--;
+    batch->held--;
+    batch->tokens -= job->operand.tokens;
+    batcher->stats.jobs--;
+    batcher->stats.queued--;
+    batch_shrink_locked(batch, job);
+    if (batch->held == 0 && batch->state == BATCH_CLOSED) {
+        batch_unlink_locked(batcher, batch);
+        batch_free_locked(batcher, batch);
+    }
+    bool wake = batcher_must_wake_locked(batcher); // others may have waited for this one
+    pthread_mutex_unlock(&batcher->lock);
+
+    if (wake)
+        batcher_wake(batcher->waker);
+}
+
+void batcher_release(struct batcher *batcher, struct job *job)
+{
+    struct batch *batch = job->batch;
+    job->batch = NULL;
+    enum job_state state = atomic_load_explicit(&job->state, memory_order_relaxed);
+    ASSERT(state == JOB_DONE || state == JOB_REPLYING);
+    job_advance(job, state, JOB_IDLE);
+
+    // Nothing waits for a free batch: the next reservation finds it. So this wakes nobody.
+    pthread_mutex_lock(&batcher->lock);
+    batch->held--;
+    batcher->stats.jobs--;
+    if (batch->held == 0 && batch->state == BATCH_ANSWERING)
+        batch_free_locked(batcher, batch);
+    pthread_mutex_unlock(&batcher->lock);
+}
+
+bool batcher_device_lost(struct batcher *batcher)
+{
+    return atomic_load_explicit(&batcher->device_lost, memory_order_acquire);
+}
+
+void batcher_stats(struct batcher *batcher, struct batcher_stats *stats)
+{
+    uint64_t now = now_ns();
+    pthread_mutex_lock(&batcher->lock);
+    *stats = batcher->stats;
+    if (batcher->lanes_free < batcher->options.lanes && now > batcher->busy_since_ns)
+        stats->busy_ns += now - batcher->busy_since_ns;
+    pthread_mutex_unlock(&batcher->lock);
+}
+
+// --- create, destroy
+
+static void check_options(const struct batcher_options *options)
+{
+    ASSERT(options->lanes >= 1);
+    ASSERT(options->batches >= 1);
+    ASSERT(options->batch_tokens_max >= 1);
+    ASSERT(options->batch_requests_max >= 1);
+    ASSERT(options->queue_requests_max >= 1);
+    ASSERT(options->buckets_n >= 1);
+    ASSERT(options->buckets[options->buckets_n - 1] == options->batch_tokens_max);
+    for (uint32_t i = 1; i < options->buckets_n; i++)
+        ASSERT(options->buckets[i - 1] < options->buckets[i]);
+}
+
+static void buffers_free(struct batcher *batcher)
+{
+    const struct batcher_options *options = &batcher->options;
+    for (uint32_t i = 0; i < options->batches; i++) {
+        struct batch *batch = &batcher->batches[i];
+        if (batch->output)
+            options->ops->memory_free(options->engine, batch->output, options->batch_output_bytes);
+        if (batch->input)
+            options->ops->memory_free(options->engine, batch->input, options->batch_input_bytes);
+    }
+}
+
+static enum status buffers_alloc(struct batcher *batcher, struct error *err)
+{
+    const struct batcher_options *options = &batcher->options;
+    for (uint32_t i = 0; i < options->batches; i++) {
+        struct batch *batch = &batcher->batches[i];
+        enum status status = options->ops->memory_alloc(options->engine, options->batch_input_bytes,
+                                                        &batch->input, err);
+        if (!status)
+            status = options->ops->memory_alloc(options->engine, options->batch_output_bytes,
+                                                &batch->output, err);
+        if (status) {
+            buffers_free(batcher);
+            return status;
+        }
+        batch->jobs = batcher->jobs + (size_t)i * options->batch_requests_max;
+        batch->segments = batcher->segments + (size_t)i * options->batch_requests_max;
+        batch_free_locked(batcher, batch);
+    }
+    batcher->stats.buffer_bytes =
+        options->batches * (options->batch_input_bytes + options->batch_output_bytes);
+    return STATUS_OK;
+}
+
+static void tables_free(struct batcher *batcher)
+{
+    free(batcher->lanes);
+    free(batcher->segments);
+    free(batcher->jobs);
+    free(batcher->batches);
+    free(batcher);
+}
+
+static struct batcher *tables_alloc(const struct batcher_options *options)
+{
+    struct batcher *batcher = calloc(1, sizeof *batcher);
+    if (!batcher)
+        return NULL;
+    size_t jobs_max = (size_t)options->batches * options->batch_requests_max;
+    batcher->batches = calloc(options->batches, sizeof *batcher->batches);
+    batcher->jobs = calloc(jobs_max, sizeof *batcher->jobs);
+    batcher->segments = calloc(jobs_max, sizeof *batcher->segments);
+    batcher->lanes = calloc(options->lanes, sizeof *batcher->lanes);
+    if (batcher->batches && batcher->jobs && batcher->segments && batcher->lanes)
+        return batcher;
+    tables_free(batcher);
+    return NULL;
+}
+
+enum status batcher_create(const struct batcher_options *options, struct batcher_waker *waker,
+                           struct batcher **out, struct error *err)
+{
+    check_options(options);
+    struct batcher *batcher = tables_alloc(options);
+    if (!batcher)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory for %" PRIu32 " batches",
+                         options->batches);
+    batcher->options = *options;
+    batcher->waker = waker;
+    batcher->queue_end = &batcher->queue;
+    batcher->lanes_free = options->lanes;
+    pthread_mutex_init(&batcher->lock, NULL);
+
+    enum status status = buffers_alloc(batcher, err);
+    if (status)
+        goto free_tables;
+    status = scheduler_start(batcher, err);
+    if (status)
+        goto free_buffers;
+    *out = batcher;
+    return STATUS_OK;
+
+free_buffers:
+    buffers_free(batcher);
+free_tables:
+    pthread_mutex_destroy(&batcher->lock);
+    tables_free(batcher);
+    return status;
+}
+
+void batcher_destroy(struct batcher *batcher)
+{
+    struct batcher_stats stats;
+    batcher_stats(batcher, &stats);
+    ASSERT(stats.jobs == 0);
+    scheduler_stop(batcher);
+    ASSERT(batcher->lanes_free == batcher->options.lanes);
+    buffers_free(batcher);
+    pthread_mutex_destroy(&batcher->lock);
+    tables_free(batcher);
+}

@@ -3,16 +3,16 @@
 //
 //     FREE -> OPEN -> CLOSED -> RUNNING -> ANSWERING -> FREE
 //
-//     OPEN       takes reservations. Leaves when a lane is free and something is committed (so an
-//     idle daemon
-//                adds no delay), or when it is full, or max_queue_delay_us after its first commit,
-//                if that is set.
+//     OPEN       takes reservations. Leaves when it is full, or when a lane is free and something
+//                is committed: at once, so that an idle daemon adds no delay, or
+//                max_queue_delay_us after the first commit if that is set.
 //     CLOSED     waits until every reservation is committed or abandoned and a lane is free. Then
-//     late and
-//                cancelled jobs are dropped and the rest is launched; with none left it skips to
-//                ANSWERING.
+//                late and cancelled jobs are dropped and the rest is launched; with none left it
+//                skips to ANSWERING.
 //     RUNNING    until the engine is done; then each job's on_done is called.
-//     ANSWERING  until every reply has let go of the output memory.
+//     ANSWERING  until every job has let go of the output memory.
+//
+// Batches launch in the order in which they were opened.
 //
 // A batch owns one buffer of input and one of output memory, given by the engine at start. Nothing
 // is allocated afterwards: when no buffer is free, or queue_requests_max jobs wait, reserving fails
@@ -25,7 +25,7 @@ struct batcher;
 
 struct batcher_options {
     const struct engine_ops *ops;
-    struct engine *engine; // opened with wake = batcher_wake_hook, see below
+    struct engine *engine; // opened with wake = batcher_wake, see below
     uint32_t lanes;
     uint32_t batches; // buffers
     uint64_t batch_input_bytes, batch_output_bytes;
@@ -36,10 +36,11 @@ struct batcher_options {
     uint32_t buckets_n;
 };
 
-// The engine is opened before the batcher that it wakes, so the two meet in this: pass &waker to
-// the engine as wake_context with batcher_wake as wake, and the same to batcher_create.
+// The engine is opened before the batcher that it wakes, and closed after it, so the two meet in
+// this: pass `&waker` to the engine as wake_context with batcher_wake as wake, and the same to
+// batcher_create. All zero at first; outlives both.
 struct batcher_waker {
-    _Atomic(struct batcher *) batcher; // NULL until created
+    _Atomic uint32_t word; // private to scheduler.c
 };
 void batcher_wake(void *waker);
 
@@ -58,7 +59,7 @@ NODISCARD enum status batcher_reserve(struct batcher *batcher, struct job *job, 
 void batcher_commit(struct batcher *batcher, struct job *job);
 void batcher_abandon(struct batcher *batcher, struct job *job); // the job is IDLE again
 
-// Any thread, after DONE: the output memory is needed no more. The job is IDLE again.
+// Any thread, after on_done: the output memory is needed no more. The job is IDLE again.
 void batcher_release(struct batcher *batcher, struct job *job);
 
 // True once the engine has reported the device lost. Every later reserve fails.
@@ -66,7 +67,8 @@ bool batcher_device_lost(struct batcher *batcher);
 
 struct batcher_stats {
     uint64_t batches, tokens, padding_tokens, requests; // launched
-    uint64_t expired, cancelled, failed;                // jobs
+    uint64_t expired, cancelled;                        // jobs dropped before launch
+    uint64_t failed;                                    // jobs answered with the engine's error
     uint64_t busy_ns;                                   // with at least one batch running
     uint32_t jobs;                                      // reserved and not yet released
     uint32_t queued;                                    // of those, not yet launched

@@ -1,0 +1,57 @@
+// The list of engines, and the host memory that those which compute on the host share. Any thread.
+#include "engine.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+// Best first: "auto" is the first one that computes.
+static const struct engine_ops *const engines[] = {&engine_cpu, &engine_null};
+
+const struct engine_ops *engine_find(const char *name)
+{
+    if (strcmp(name, "auto") == 0)
+        return engines[0];
+    for (size_t i = 0; i < ARRAY_LEN(engines); i++)
+        if (strcmp(name, engines[i]->name) == 0)
+            return engines[i];
+    return NULL;
+}
+
+// Kernels since 5.14 populate a range at once, and say so when they cannot: a fault would kill.
+static bool populate(void *memory, uint64_t bytes)
+{
+    if (madvise(memory, bytes, MADV_POPULATE_WRITE) == 0)
+        return true;
+    if (errno != EINVAL && errno != ENOSYS)
+        return false;
+    uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
+    for (uint64_t at = 0; at < bytes; at += page_bytes)
+        ((volatile uint8_t *)memory)[at] = 0;
+    return true;
+}
+
+enum status engine_host_memory_alloc(uint64_t bytes, void **out, struct error *err)
+{
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        goto refuse;
+    madvise(memory, bytes, MADV_HUGEPAGE); // advice: a kernel without them serves small pages
+    if (!populate(memory, bytes))
+        goto unmap_memory;
+    *out = memory;
+    return STATUS_OK;
+
+unmap_memory:
+    munmap(memory, bytes);
+refuse:
+    return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory: %" PRIu64 " bytes", bytes);
+}
+
+void engine_host_memory_free(void *memory, uint64_t bytes)
+{
+    int failed = munmap(memory, bytes);
+    ASSERT(!failed);
+}

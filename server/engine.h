@@ -61,7 +61,7 @@ struct engine_batch {
 
 struct engine_result {
     enum status status; // OK; INTERNAL: this batch failed; UNAVAILABLE: the device is lost for good
-    struct error error;
+    struct error error; // unless OK
     uint64_t started_ns, ended_ns; // on now_ns()'s clock
 };
 
@@ -74,6 +74,7 @@ struct engine_info {
 
 struct engine_ops {
     const char *name;
+    uint32_t lanes_default; // batches in flight that keep the device busy
     NODISCARD enum status (*open)(const struct engine_options *options, struct engine **engine,
                                   struct error *err);
     void (*close)(struct engine *engine); // nothing in flight, no weight left
@@ -104,3 +105,8 @@ extern const struct engine_ops
 
 // By config name ("auto", "cpu", "null"): NULL if this build has no such engine.
 const struct engine_ops *engine_find(const char *name);
+
+// Host memory for engines whose device is the host: page-aligned, zero, in huge pages where there
+// are any, and touched. RESOURCE_EXHAUSTED.
+NODISCARD enum status engine_host_memory_alloc(uint64_t bytes, void **memory, struct error *err);
+void engine_host_memory_free(void *memory, uint64_t bytes);

@@ -1,0 +1,542 @@
+// The engine that computes on the host's cores, with the kernels of kernels/cpu.
+//
+// A submitted batch is cut into items, and a pool of compute threads takes them in order: all of
+// the batch submitted first, then those of the next lane, so that no thread is idle while another
+// finishes the last item of a batch. Two lanes are therefore enough.
+//
+//     lane 0   task: weight a, operands 0..2    items 0 .. 63
+//              task: weight b, operand  3       items 64 .. 127
+//     lane 1   ...
+//
+// A task is all that one batch asks of one weight, which is then read once however many requests
+// share it.
+//
+// Threads: submit and poll on the scheduler's, compute_run on the pool's, the rest on any. A lane's
+// tables are written by submit, published by the release store to `work` and read by whoever takes
+// an item; the last item done publishes the result by the release store to `done`.
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../kernels/cpu/cpu.h"
+#include "engine.h"
+#include "futex.h"
+
+enum {
+    STAGING_BYTES = 256 * 1024, // of a weight on its way in; stays within a core's L2
+    STAGING_ROWS_MULTIPLE = 16, // what cpu_relayout takes
+    LANES_DEFAULT = 2,
+};
+
+struct lane {
+    bool submitted; // scheduler thread only
+    uint32_t tasks_n;
+    struct cpu_task *tasks; // batch_segments_max, as the next two
+    uint32_t *item_begin;   // of each task, and one more: where the last one ends
+    struct einsum_operand *operands;
+    uint64_t started_ns; // by the thread that takes item 0
+    uint64_t ended_ns;   // by the thread that finishes last
+    // Items in the upper half, the next one to take in the lower: one word, so that nobody takes an
+    // item of one batch by the count of another.
+    _Alignas(CACHE_LINE_BYTES) _Atomic uint64_t work;
+    _Atomic uint64_t order;                                 // of submission, over all lanes
+    _Alignas(CACHE_LINE_BYTES) _Atomic uint32_t items_left; // to be finished
+    _Atomic bool done;
+};
+
+struct worker {
+    struct engine *engine;
+    pthread_t thread;
+    void *scratch;
+};
+
+struct engine {
+    struct engine_info info;
+    const struct cpu_kernel *kernel;
+    uint32_t reduced_dim_max;
+    uint32_t segments_max;
+    void (*wake)(void *context);
+    void *wake_context;
+
+    uint32_t lanes_n;
+    struct lane *lanes;
+    struct cpu_task *tasks; // the lanes' tables point into these three
+    uint32_t *item_begins;
+    struct einsum_operand *operands;
+    uint64_t submitted_n; // scheduler thread only
+
+    uint32_t workers_n; // that have been started
+    struct worker *workers;
+    // An idle thread reads `submissions`, looks for items once more, and sleeps while the word is
+    // what it read.
+    _Alignas(CACHE_LINE_BYTES) _Atomic uint32_t submissions;
+    _Atomic uint32_t sleepers;
+    _Atomic bool stopping;
+
+    _Atomic uint32_t weights_n;
+};
+
+struct engine_weight {
+    struct cpu_weight cpu;
+    uint64_t bytes;
+};
+
+// --- the compute threads
+
+static uint32_t work_items(uint64_t work)
+{
+    return (uint32_t)(work >> 32);
+}
+
+static uint32_t work_next(uint64_t work)
+{
+    return (uint32_t)work;
+}
+
+// Takes the next item of the batch submitted first among those that have any left. NULL: none has.
+static struct lane *take_item(struct engine *engine, uint32_t *item)
+{
+    for (;;) {
+        struct lane *first = NULL;
+        uint64_t first_work = 0, first_order = UINT64_MAX;
+        for (uint32_t i = 0; i < engine->lanes_n; i++) {
+            struct lane *lane = &engine->lanes[i];
+            uint64_t work = atomic_load_explicit(&lane->work, memory_order_acquire);
+            if (work_next(work) == work_items(work))
+                continue;
+            uint64_t order = atomic_load_explicit(&lane->order, memory_order_relaxed);
+            if (order < first_order) {
+                first = lane;
+                first_work = work;
+                first_order = order;
+            }
+        }
+        if (!first)
+            return NULL;
+        if (atomic_compare_exchange_weak_explicit(&first->work, &first_work, first_work + 1,
+                                                  memory_order_acq_rel, memory_order_relaxed)) {
+            *item = work_next(first_work);
+            return first;
+        }
+    }
+}
+
+static void finish_batch(struct engine *engine, struct lane *lane)
+{
+    lane->ended_ns = now_ns();
+    atomic_store_explicit(&lane->done, true, memory_order_release);
+    // From here on the lane may be submitted again.
+    engine->wake(engine->wake_context);
+}
+
+static void run_item(struct engine *engine, struct lane *lane, uint32_t item, void *scratch)
+{
+    if (item == 0)
+        lane->started_ns = now_ns();
+    uint32_t low = 0, high = lane->tasks_n; // the task lies in [low, high)
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        if (lane->item_begin[middle] <= item)
+            low = middle;
+        else
+            high = middle;
+    }
+    uint32_t begin = lane->item_begin[low], items = lane->item_begin[low + 1] - begin;
+    cpu_task_run(engine->kernel, &lane->tasks[low], item - begin, items, scratch);
+    if (atomic_fetch_sub_explicit(&lane->items_left, 1, memory_order_acq_rel) == 1)
+        finish_batch(engine, lane);
+}
+
+static void *compute_run(void *argument)
+{
+    struct worker *worker = argument;
+    struct engine *engine = worker->engine;
+    for (;;) {
+        uint32_t seen = atomic_load(&engine->submissions); // before anything that it announces
+        if (atomic_load(&engine->stopping))
+            return NULL;
+        struct lane *lane;
+        uint32_t item;
+        while ((lane = take_item(engine, &item)))
+            run_item(engine, lane, item, worker->scratch);
+        // We count ourselves, then look at the word; the submitter changes the word, then looks at
+        // the count. So either we see the change or it sees us.
+        atomic_fetch_add(&engine->sleepers, 1);
+        futex_wait(&engine->submissions, seen, UINT64_MAX);
+        atomic_fetch_sub(&engine->sleepers, 1);
+    }
+}
+
+static void wake_workers(struct engine *engine, uint32_t threads)
+{
+    atomic_fetch_add(&engine->submissions, 1);
+    if (atomic_load(&engine->sleepers) > 0)
+        futex_wake(&engine->submissions, threads);
+}
+
+// --- submit, poll
+
+// Gathers segments of equal weight that stand side by side into one task; returns the items of all.
+static uint32_t lane_fill(const struct engine *engine, struct lane *lane,
+                          const struct engine_batch *batch)
+{
+    uint32_t items = 0;
+    lane->tasks_n = 0;
+    for (uint32_t i = 0; i < batch->segments_n;) {
+        const struct engine_weight *weight = batch->segments[i].weight;
+        struct cpu_task *task = &lane->tasks[lane->tasks_n];
+        *task = (struct cpu_task){.weight = &weight->cpu, .operands = &lane->operands[i]};
+        for (; i < batch->segments_n && batch->segments[i].weight == weight; i++) {
+            lane->operands[i] = batch->segments[i].operand;
+            task->operands_n++;
+        }
+        uint32_t task_items = cpu_task_items(task, engine->workers_n);
+        if (task_items == 0)
+            continue;
+        lane->item_begin[lane->tasks_n++] = items;
+        items += task_items;
+    }
+    lane->item_begin[lane->tasks_n] = items;
+    return items;
+}
+
+static void cpu_submit(struct engine *engine, uint32_t index, const struct engine_batch *batch)
+{
+    ASSERT(index < engine->lanes_n);
+    ASSERT(batch->segments_n <= engine->segments_max);
+    struct lane *lane = &engine->lanes[index];
+    ASSERT(!lane->submitted);
+    lane->submitted = true;
+    uint32_t items = lane_fill(engine, lane, batch);
+    if (items == 0) {
+        lane->started_ns = now_ns();
+        finish_batch(engine, lane);
+        return;
+    }
+    atomic_store_explicit(&lane->items_left, items, memory_order_relaxed);
+    atomic_store_explicit(&lane->order, engine->submitted_n++, memory_order_relaxed);
+    atomic_store_explicit(&lane->work, (uint64_t)items << 32, memory_order_release);
+    wake_workers(engine, items);
+}
+
+static bool cpu_poll(struct engine *engine, uint32_t index, struct engine_result *result)
+{
+    ASSERT(index < engine->lanes_n);
+    struct lane *lane = &engine->lanes[index];
+    if (!atomic_load_explicit(&lane->done, memory_order_acquire))
+        return false;
+    atomic_store_explicit(&lane->done, false, memory_order_relaxed);
+    lane->submitted = false;
+    result->status = STATUS_OK;
+    result->started_ns = lane->started_ns;
+    result->ended_ns = lane->ended_ns;
+    return true;
+}
+
+// --- weights
+
+static enum status out_of_memory(struct error *err, const char *what)
+{
+    return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory for %s", what);
+}
+
+static enum status load_elements(struct cpu_weight *weight,
+                                 const struct engine_weight_source *source, struct error *err)
+{
+    const struct einsum_weight_format *format = &source->format;
+    uint64_t rows = (uint64_t)format->groups * format->output_dim;
+    uint64_t row_bytes =
+        (uint64_t)format->reduced_dim * einsum_weight_element_bytes(format->weight_type);
+    uint64_t chunk_rows = STAGING_BYTES / row_bytes / STAGING_ROWS_MULTIPLE * STAGING_ROWS_MULTIPLE;
+    if (chunk_rows < STAGING_ROWS_MULTIPLE)
+        chunk_rows = STAGING_ROWS_MULTIPLE;
+    void *staging = aligned_alloc(CACHE_LINE_BYTES, chunk_rows * row_bytes);
+    if (!staging)
+        return out_of_memory(err, "reading a weight");
+
+    enum status status = STATUS_OK;
+    for (uint64_t row = 0; row < rows && !status; row += chunk_rows) {
+        uint64_t n = rows - row < chunk_rows ? rows - row : chunk_rows;
+        status = source->read_weight(source, row * row_bytes, staging, n * row_bytes, err);
+        if (status)
+            break;
+        cpu_relayout(weight, staging, row, n);
+        if (source->progress)
+            source->progress(source, n * row_bytes);
+    }
+    free(staging);
+    return status;
+}
+
+static enum status load_scales(struct cpu_weight *weight, const struct engine_weight_source *source,
+                               struct error *err)
+{
+    uint64_t bytes = einsum_weight_scale_bytes(&source->format);
+    if (bytes == 0) { // BF16 weights have none
+        cpu_relayout_scales(weight, NULL);
+        return STATUS_OK;
+    }
+    void *staging = malloc(bytes);
+    if (!staging)
+        return out_of_memory(err, "reading the scales of a weight");
+    enum status status = source->read_scales(source, staging, err);
+    if (!status)
+        cpu_relayout_scales(weight, staging);
+    free(staging);
+    return status;
+}
+
+static enum status cpu_weight_load(struct engine *engine, const struct engine_weight_source *source,
+                                   struct engine_weight **out, struct error *err)
+{
+    const struct einsum_weight_format *format = &source->format;
+    if (format->reduced_dim > engine->reduced_dim_max)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "reduced_dim",
+                           "the engine was opened for at most %u, got %u", engine->reduced_dim_max,
+                           format->reduced_dim);
+    ASSERT(format->output_dim % STAGING_ROWS_MULTIPLE == 0);
+    struct engine_weight *weight = malloc(sizeof *weight);
+    if (!weight)
+        return out_of_memory(err, "a weight");
+    weight->bytes = cpu_weight_bytes(format);
+    void *memory;
+    enum status status = engine_host_memory_alloc(weight->bytes, &memory, err);
+    if (status)
+        goto free_weight;
+    cpu_weight_init(&weight->cpu, format, memory);
+    status = load_elements(&weight->cpu, source, err);
+    if (!status)
+        status = load_scales(&weight->cpu, source, err);
+    if (status)
+        goto free_memory;
+    atomic_fetch_add(&engine->weights_n, 1);
+    *out = weight;
+    return STATUS_OK;
+
+free_memory:
+    engine_host_memory_free(memory, weight->bytes);
+free_weight:
+    free(weight);
+    return status;
+}
+
+static void cpu_weight_free(struct engine *engine, struct engine_weight *weight)
+{
+    uint32_t held = atomic_fetch_sub(&engine->weights_n, 1);
+    ASSERT(held > 0);
+    engine_host_memory_free(weight->cpu.memory, weight->bytes);
+    free(weight);
+}
+
+static uint64_t cpu_weight_bytes_held(const struct engine_weight *weight)
+{
+    return weight->bytes;
+}
+
+static enum status cpu_memory_alloc(struct engine *engine, uint64_t bytes, void **memory,
+                                    struct error *err)
+{
+    (void)engine;
+    return engine_host_memory_alloc(bytes, memory, err);
+}
+
+static void cpu_memory_free(struct engine *engine, void *memory, uint64_t bytes)
+{
+    (void)engine;
+    engine_host_memory_free(memory, bytes);
+}
+
+// --- open, close
+
+static uint32_t cores_available(void)
+{
+    cpu_set_t cores;
+    if (sched_getaffinity(0, sizeof cores, &cores) != 0)
+        return 1;
+    return (uint32_t)CPU_COUNT(&cores);
+}
+
+static void describe_cpu(char *name, size_t bytes)
+{
+    snprintf(name, bytes, "unnamed CPU");
+    FILE *file = fopen("/proc/cpuinfo", "re");
+    if (!file)
+        return;
+    char line[256], model[96];
+    while (fgets(line, sizeof line, file))
+        if (sscanf(line, "model name : %95[^\n]", model) == 1) {
+            snprintf(name, bytes, "%s", model);
+            break;
+        }
+    fclose(file);
+}
+
+static enum status refuse_kernel(const char *name, struct error *err)
+{
+    char names[128] = "";
+    size_t used = 0;
+    for (const struct cpu_kernel *const *kernel = cpu_kernels(); *kernel; kernel++) {
+        if (!cpu_kernel_supported(*kernel) || used >= sizeof names)
+            continue;
+        used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", used ? ", " : "",
+                                 cpu_kernel_name(*kernel));
+    }
+    return error_field(err, STATUS_UNIMPLEMENTED, "kernel", "this CPU runs %s, got \"%s\"", names,
+                       name ? name : "auto");
+}
+
+static void tables_free(struct engine *engine)
+{
+    free(engine->workers);
+    free(engine->operands);
+    free(engine->item_begins);
+    free(engine->tasks);
+    free(engine->lanes);
+}
+
+static enum status tables_alloc(struct engine *engine, uint32_t threads, struct error *err)
+{
+    size_t segments = (size_t)engine->lanes_n * engine->segments_max;
+    engine->lanes = aligned_alloc(_Alignof(struct lane), engine->lanes_n * sizeof *engine->lanes);
+    engine->tasks = calloc(segments, sizeof *engine->tasks);
+    engine->item_begins = calloc(segments + engine->lanes_n, sizeof *engine->item_begins);
+    engine->operands = calloc(segments, sizeof *engine->operands);
+    engine->workers = calloc(threads, sizeof *engine->workers);
+    if (!engine->lanes || !engine->tasks || !engine->item_begins || !engine->operands ||
+        !engine->workers) {
+        tables_free(engine);
+        return out_of_memory(err, "the tables of the lanes");
+    }
+    for (size_t i = 0; i < engine->lanes_n; i++)
+        engine->lanes[i] = (struct lane){
+            .tasks = engine->tasks + i * engine->segments_max,
+            .item_begin = engine->item_begins + i * (engine->segments_max + 1),
+            .operands = engine->operands + i * engine->segments_max,
+        };
+    return STATUS_OK;
+}
+
+static void workers_stop(struct engine *engine)
+{
+    atomic_store(&engine->stopping, true);
+    wake_workers(engine, UINT32_MAX >> 1);
+    for (uint32_t i = 0; i < engine->workers_n; i++) {
+        pthread_join(engine->workers[i].thread, NULL);
+        free(engine->workers[i].scratch);
+    }
+}
+
+static enum status worker_start(struct engine *engine, uint32_t index, uint64_t scratch_bytes,
+                                struct error *err)
+{
+    struct worker *worker = &engine->workers[index];
+    worker->engine = engine;
+    worker->scratch = aligned_alloc(CACHE_LINE_BYTES, scratch_bytes);
+    if (!worker->scratch)
+        return out_of_memory(err, "the scratch of a compute thread");
+    int failed = pthread_create(&worker->thread, NULL, compute_run, worker);
+    if (failed) {
+        free(worker->scratch);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "starting compute thread %u: %s", index,
+                         strerror(failed));
+    }
+    pthread_setname_np(worker->thread, "compute");
+    return STATUS_OK;
+}
+
+static enum status workers_start(struct engine *engine, uint32_t threads, struct error *err)
+{
+    uint64_t scratch_bytes =
+        align_up(cpu_scratch_bytes(engine->reduced_dim_max) + 1, CACHE_LINE_BYTES);
+    engine->info.scratch_bytes = threads * scratch_bytes;
+    // Signals are main's.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    enum status status = STATUS_OK;
+    for (uint32_t i = 0; i < threads && !status; i++) {
+        status = worker_start(engine, i, scratch_bytes, err);
+        engine->workers_n += !status;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (status)
+        workers_stop(engine);
+    return status;
+}
+
+static enum status cpu_open(const struct engine_options *options, struct engine **out,
+                            struct error *err)
+{
+    ASSERT(options->lanes >= 1);
+    ASSERT(options->batch_segments_max >= 1);
+    const struct cpu_kernel *kernel = cpu_kernel_find(options->kernel);
+    if (!kernel)
+        return refuse_kernel(options->kernel, err);
+    struct engine *engine = aligned_alloc(_Alignof(struct engine), sizeof *engine);
+    if (!engine)
+        return out_of_memory(err, "the engine");
+    uint32_t threads = options->threads ? options->threads : cores_available();
+    *engine = (struct engine){
+        .info.threads = threads,
+        .kernel = kernel,
+        .reduced_dim_max = options->reduced_dim_max,
+        .segments_max = options->batch_segments_max,
+        .wake = options->wake,
+        .wake_context = options->wake_context,
+        .lanes_n = options->lanes,
+    };
+    char cpu[96];
+    describe_cpu(cpu, sizeof cpu);
+    snprintf(engine->info.device, sizeof engine->info.device, "%s, %u thread%s", cpu, threads,
+             threads == 1 ? "" : "s");
+    snprintf(engine->info.kernel, sizeof engine->info.kernel, "%s: %s", cpu_kernel_name(kernel),
+             options->kernel ? "asked for by name" : "the best that this CPU supports");
+
+    enum status status = tables_alloc(engine, threads, err);
+    if (status)
+        goto free_engine;
+    status = workers_start(engine, threads, err);
+    if (status)
+        goto free_tables;
+    *out = engine;
+    return STATUS_OK;
+
+free_tables:
+    tables_free(engine);
+free_engine:
+    free(engine);
+    return status;
+}
+
+static void cpu_close(struct engine *engine)
+{
+    ASSERT(atomic_load(&engine->weights_n) == 0);
+    for (uint32_t i = 0; i < engine->lanes_n; i++)
+        ASSERT(!engine->lanes[i].submitted);
+    workers_stop(engine);
+    tables_free(engine);
+    free(engine);
+}
+
+static void cpu_describe(const struct engine *engine, struct engine_info *info)
+{
+    *info = engine->info;
+}
+
+const struct engine_ops engine_cpu = {
+    .name = "cpu",
+    .lanes_default = LANES_DEFAULT,
+    .open = cpu_open,
+    .close = cpu_close,
+    .describe = cpu_describe,
+    .weight_load = cpu_weight_load,
+    .weight_free = cpu_weight_free,
+    .weight_bytes = cpu_weight_bytes_held,
+    .memory_alloc = cpu_memory_alloc,
+    .memory_free = cpu_memory_free,
+    .submit = cpu_submit,
+    .poll = cpu_poll,
+};

@@ -34,9 +34,10 @@ struct job {
     // How it ended; valid in DONE.
     struct error error;
     uint64_t queued_ns, launched_ns, done_ns;
-    uint32_t batch_tokens, batch_bucket, batch_requests;
+    uint32_t batch_tokens, batch_bucket, batch_requests; // tokens, padded tokens; 0 if dropped
 
-    // Told once, on the scheduler thread, after DONE. Must not block.
+    // Told once, on the scheduler thread, after DONE. Must not block. The new owner waits for it:
+    // seeing the state change is not enough.
     void (*on_done)(struct job *job);
 
     // Private to batch.c.

@@ -1,0 +1,339 @@
+// The scheduler thread: launches batches on free lanes, collects what the engine has finished, and
+// answers the jobs. One turn of its loop:
+//
+//     collect the lanes that are done -> launch on all free lanes -> answer what was collected
+//
+// Launching comes before answering so that the device does not wait for replies.
+//
+// It sleeps on one word, the waker, and so cannot miss a wake: every turn begins by clearing the
+// word, every waker sets it after its change, and sleeping is refused while it is set.
+#include "batch_internal.h"
+
+#include <signal.h>
+#include <string.h>
+
+#include "futex.h"
+
+enum waker_word { WAKER_CLEAR, WAKER_SET, WAKER_SLEEPING };
+
+void batcher_wake(void *context)
+{
+    struct batcher_waker *waker = context;
+    uint32_t was = atomic_exchange_explicit(&waker->word, WAKER_SET, memory_order_acq_rel);
+    if (was == WAKER_SLEEPING)
+        futex_wake(&waker->word, 1);
+}
+
+// Acquires all that was written before any batcher_wake up to now.
+static void waker_clear(struct batcher_waker *waker)
+{
+    atomic_exchange_explicit(&waker->word, WAKER_CLEAR, memory_order_acq_rel);
+}
+
+static void waker_sleep(struct batcher_waker *waker, uint64_t until_ns)
+{
+    uint32_t word = WAKER_CLEAR;
+    if (atomic_compare_exchange_strong_explicit(&waker->word, &word, WAKER_SLEEPING,
+                                                memory_order_acq_rel, memory_order_relaxed))
+        futex_wait(&waker->word, WAKER_SLEEPING, until_ns);
+}
+
+// --- launch
+
+static void answer_job(struct job *job, enum job_state from)
+{
+    void (*on_done)(struct job *) = job->on_done;
+    job_advance(job, from, JOB_DONE);
+    on_done(job); // may have released the job already
+}
+
+// Why a job is not launched; OK if it is.
+static enum status drop_reason(const struct job *job, uint64_t now, bool device_lost,
+                               struct error *err)
+{
+    if (device_lost)
+        return error_set(err, STATUS_UNAVAILABLE, "the device is lost");
+    if (job->deadline_ns <= now)
+        return error_set(err, STATUS_DEADLINE_EXCEEDED, "deadline passed before launch");
+    if (atomic_load_explicit(&job->cancelled, memory_order_relaxed))
+        return error_set(err, STATUS_CANCELLED, "cancelled before launch");
+    return STATUS_OK;
+}
+
+// Moves the jobs to be dropped behind those to be launched, and returns how many are left.
+static uint32_t batch_drop_jobs(struct batch *batch, uint64_t now, bool device_lost)
+{
+    uint32_t keep = 0;
+    for (uint32_t i = 0; i < batch->jobs_n; i++) {
+        struct job *job = batch->jobs[i];
+        if (drop_reason(job, now, device_lost, &job->error)) {
+            job->launched_ns = job->done_ns = now;
+            job->batch_tokens = job->batch_bucket = job->batch_requests = 0;
+            continue;
+        }
+        batch->jobs[i] = batch->jobs[keep];
+        batch->jobs[keep++] = job;
+    }
+    return keep;
+}
+
+static uintptr_t weight_order(const struct job *job)
+{
+    return (uintptr_t)job->weight->engine_weight;
+}
+
+// Shell's sort: in place, no allocation, and little work on the usual batch, which is in order or
+// nearly so.
+static void jobs_sort_by_weight(struct job **jobs, uint32_t n)
+{
+    static const uint32_t gaps[] = {701, 301, 132, 57, 23, 10, 4, 1};
+    for (size_t g = 0; g < ARRAY_LEN(gaps); g++) {
+        uint32_t gap = gaps[g];
+        for (uint32_t i = gap; i < n; i++) {
+            struct job *job = jobs[i];
+            uint32_t at = i;
+            for (; at >= gap && weight_order(jobs[at - gap]) > weight_order(job); at -= gap)
+                jobs[at] = jobs[at - gap];
+            jobs[at] = job;
+        }
+    }
+}
+
+static uint32_t bucket_for(const struct batcher_options *options, uint32_t tokens)
+{
+    uint32_t bucket = 0;
+    while (options->buckets[bucket] < tokens)
+        bucket++;
+    return bucket;
+}
+
+// Describes the first `n` jobs to the engine, and the batch to its jobs.
+static void batch_prepare(struct batcher *batcher, struct batch *batch, uint32_t n, uint64_t now)
+{
+    jobs_sort_by_weight(batch->jobs, n);
+    uint32_t tokens = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const struct job *job = batch->jobs[i];
+        batch->segments[i].weight = job->weight->engine_weight;
+        batch->segments[i].operand = job->operand;
+        tokens += job->operand.tokens;
+    }
+    uint32_t bucket = bucket_for(&batcher->options, tokens);
+    for (uint32_t i = 0; i < n; i++) {
+        struct job *job = batch->jobs[i];
+        job->launched_ns = now;
+        job->batch_tokens = tokens;
+        job->batch_bucket = batcher->options.buckets[bucket];
+        job->batch_requests = n;
+        job_advance(job, JOB_QUEUED, JOB_RUNNING);
+    }
+    batch->launched_ns = now;
+    batch->launch = (struct engine_batch){
+        .segments = batch->segments,
+        .segments_n = n,
+        .tokens = tokens,
+        .bucket = bucket,
+        .input = batch->input,
+        .input_bytes = batch->input_used,
+        .output = batch->output,
+        .output_bytes = batch->output_used,
+    };
+}
+
+static void batch_submit(struct batcher *batcher, struct batch *batch)
+{
+    uint32_t lane = 0;
+    while (batcher->lanes[lane])
+        lane++;
+    ASSERT(lane < batcher->options.lanes);
+    batcher->lanes[lane] = batch;
+    batcher->options.ops->submit(batcher->options.engine, lane, &batch->launch);
+}
+
+// Counts a batch that was dequeued: `keep` jobs of it run, the others are about to be answered.
+static void account_launch_locked(struct batcher *batcher, struct batch *batch, uint32_t keep)
+{
+    struct batcher_stats *stats = &batcher->stats;
+    for (uint32_t i = keep; i < batch->jobs_n; i++) {
+        enum status status = batch->jobs[i]->error.status;
+        stats->expired += status == STATUS_DEADLINE_EXCEEDED;
+        stats->cancelled += status == STATUS_CANCELLED;
+        stats->failed += status == STATUS_UNAVAILABLE;
+    }
+    stats->queued -= batch->jobs_n;
+    batch->jobs_n = keep;
+    if (keep == 0) {
+        batch_answering_locked(batcher, batch);
+        return;
+    }
+    if (batcher->lanes_free-- == batcher->options.lanes)
+        batcher->busy_since_ns = batch->launched_ns;
+    stats->batches++;
+    stats->requests += keep;
+    stats->tokens += batch->launch.tokens;
+    stats->padding_tokens += batcher->options.buckets[batch->launch.bucket] - batch->launch.tokens;
+}
+
+// Takes the first batch of the queue if it may leave now.
+static struct batch *next_batch(struct batcher *batcher, uint64_t now)
+{
+    struct batch *batch = NULL;
+    pthread_mutex_lock(&batcher->lock);
+    if (batcher_launch_at_ns_locked(batcher) <= now) {
+        batch = batcher->queue;
+        if (batch->state == BATCH_OPEN)
+            batch_close_locked(batcher, batch);
+        // Reservations that are still being filled hold it back; the last of them wakes us.
+        batch = batch->filling ? NULL : batcher_dequeue_locked(batcher);
+    }
+    pthread_mutex_unlock(&batcher->lock);
+    return batch;
+}
+
+// False if there was nothing to launch.
+static bool launch_next(struct batcher *batcher)
+{
+    uint64_t now = now_ns();
+    struct batch *batch = next_batch(batcher, now);
+    if (!batch)
+        return false;
+
+    uint32_t jobs_n = batch->jobs_n;
+    uint32_t keep = batch_drop_jobs(batch, now, batcher_device_lost(batcher));
+    if (keep > 0) {
+        batch_prepare(batcher, batch, keep, now);
+        batch_submit(batcher, batch);
+    }
+    pthread_mutex_lock(&batcher->lock);
+    account_launch_locked(batcher, batch, keep);
+    pthread_mutex_unlock(&batcher->lock);
+
+    // With none left to run, the batch may be free, and taken again, once its last job is answered.
+    struct job **dropped = batch->jobs;
+    for (uint32_t i = keep; i < jobs_n; i++)
+        answer_job(dropped[i], JOB_QUEUED);
+    return true;
+}
+
+// --- complete
+
+static void account_done_locked(struct batcher *batcher, struct batch *batch, uint64_t now)
+{
+    if (++batcher->lanes_free == batcher->options.lanes)
+        batcher->stats.busy_ns += now - batcher->busy_since_ns;
+    if (batch->result.status) {
+        batcher->stats.failed += batch->jobs_n;
+    } else {
+        uint64_t run_ns = now - batch->launched_ns, average_ns = batcher->run_ns_average;
+        batcher->run_ns_average = average_ns ? (7 * average_ns + run_ns) / 8 : run_ns;
+    }
+    if (batch->result.status == STATUS_UNAVAILABLE)
+        atomic_store_explicit(&batcher->device_lost, true, memory_order_release);
+    batch_answering_locked(batcher, batch);
+}
+
+// The batches that the engine has finished with, linked by `next`; their lanes are free.
+static struct batch *collect_done(struct batcher *batcher)
+{
+    const struct batcher_options *options = &batcher->options;
+    struct batch *done = NULL, **done_end = &done;
+    for (uint32_t lane = 0; lane < options->lanes; lane++) {
+        struct batch *batch = batcher->lanes[lane];
+        if (!batch || !options->ops->poll(options->engine, lane, &batch->result))
+            continue;
+        batcher->lanes[lane] = NULL;
+        *done_end = batch;
+        done_end = &batch->next;
+        uint64_t now = now_ns();
+        pthread_mutex_lock(&batcher->lock);
+        account_done_locked(batcher, batch, now);
+        pthread_mutex_unlock(&batcher->lock);
+    }
+    return done;
+}
+
+static void batch_answer(struct batch *batch)
+{
+    const struct engine_result *result = &batch->result;
+    uint64_t done_ns = result->status ? now_ns() : result->ended_ns;
+    uint32_t jobs_n = batch->jobs_n;
+    for (uint32_t i = 0; i < jobs_n; i++) {
+        struct job *job = batch->jobs[i];
+        job->done_ns = done_ns;
+        if (result->status) {
+            job->error = result->error;
+            job->error.status = result->status;
+        } else {
+            job->error.status = STATUS_OK;
+            job->error.retry_after_ms = 0;
+            job->error.field[0] = job->error.text[0] = '\0';
+        }
+        // After the last one, the batch may be free, and taken again.
+        answer_job(job, JOB_RUNNING);
+    }
+}
+
+// --- the thread
+
+// False when the thread is to end.
+static bool sleep_until_needed(struct batcher *batcher)
+{
+    uint64_t now = now_ns();
+    pthread_mutex_lock(&batcher->lock);
+    bool stopping = batcher->stopping;
+    uint64_t launch_at_ns = batcher_launch_at_ns_locked(batcher);
+    if (launch_at_ns > now)
+        batcher->scheduler_wakes_at_ns = launch_at_ns;
+    pthread_mutex_unlock(&batcher->lock);
+    if (stopping)
+        return false;
+    if (launch_at_ns <= now)
+        return true;
+
+    waker_sleep(batcher->waker, launch_at_ns);
+    pthread_mutex_lock(&batcher->lock);
+    batcher->scheduler_wakes_at_ns = 0;
+    pthread_mutex_unlock(&batcher->lock);
+    return true;
+}
+
+static void *scheduler_run(void *argument)
+{
+    struct batcher *batcher = argument;
+    do {
+        waker_clear(batcher->waker);
+        struct batch *done = collect_done(batcher);
+        while (launch_next(batcher))
+            ;
+        while (done) {
+            struct batch *next = done->next;
+            batch_answer(done);
+            done = next;
+        }
+    } while (sleep_until_needed(batcher));
+    return NULL;
+}
+
+enum status scheduler_start(struct batcher *batcher, struct error *err)
+{
+    // Signals are main's.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(&batcher->scheduler, NULL, scheduler_run, batcher);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (failed)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "starting the scheduler thread: %s",
+                         strerror(failed));
+    pthread_setname_np(batcher->scheduler, "scheduler");
+    return STATUS_OK;
+}
+
+void scheduler_stop(struct batcher *batcher)
+{
+    pthread_mutex_lock(&batcher->lock);
+    batcher->stopping = true;
+    pthread_mutex_unlock(&batcher->lock);
+    batcher_wake(batcher->waker);
+    pthread_join(batcher->scheduler, NULL);
+}
