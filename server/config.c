@@ -1,0 +1,896 @@
+// The configuration: from JSON to struct config, by way of one table. Main thread, at start; what
+// comes out is read-only.
+//
+//     table row: name, kind, where in the struct, range, default, unit, meaning
+//          |
+//          +-- read    apply_table: the file's value, or the default, through the same setter
+//          +-- refuse  describe_expected: what the row takes, in every error and in the help
+//          +-- print   table_to_json, config_print_help
+//          +-- free    table_free
+//
+// Invariant: a key is spelled like its member in struct config, and only its row knows it; what
+// ties several keys together is in check_together.
+#include "config.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "kernels/einsum.h"
+
+enum {
+    FILE_BYTES_MAX = 1 << 20,
+    STRING_BYTES_MAX = PATH_MAX - 1,
+    PATH_BYTES = 128,     // "weights[63].tensor_parallel_rank"; an unknown key may be cut
+    EXPECTED_BYTES = 192, // what a row takes, in words
+    FOUND_BYTES = 64,     // what came instead
+    KEY_NEAR_BYTES = 64,  // longer unknown keys get no suggestion
+    DAY_MS = 24 * 60 * 60 * 1000,
+};
+
+enum kind {
+    KIND_BOOL,
+    KIND_U32,
+    KIND_U64,
+    KIND_MODE, // uint32_t, written as an octal string
+    KIND_STRING,
+    KIND_CHOICE, // char *, one of `choices`
+    KIND_ENUM,   // an enum whose values are the indices of `choices`
+    KIND_OBJECT, // a struct with a table of its own
+};
+
+struct key {
+    const char *name;
+    enum kind kind;
+    size_t offset; // in the struct that the table describes
+    // A list if items_max is set: so many values side by side, and how many of them are in use.
+    size_t items_min, items_max, items_n_offset;
+    uint64_t min, max;          // of each value; of a string, its bytes
+    const char *const *choices; // ends with NULL
+    const struct table *object;
+    const char *default_json; // NULL: must be given
+    const char *unit;
+    const char *section; // set on the first key of a section
+    const char *meaning;
+};
+
+struct table {
+    const struct key *keys;
+    size_t keys_n;
+    size_t struct_bytes;
+};
+
+static const char *const engines[] = {"auto", "cpu", "cuda", "null", NULL};
+static const char *const log_levels[] = {
+    [LOG_LEVEL_DEBUG] = "debug", [LOG_LEVEL_INFO] = "info",    [LOG_LEVEL_WARN] = "warn",
+    [LOG_LEVEL_ERROR] = "error", [LOG_LEVEL_ERROR + 1] = NULL,
+};
+static const char *const log_formats[] = {
+    [LOG_FORMAT_PLAIN] = "plain",
+    [LOG_FORMAT_JSON] = "json",
+    [LOG_FORMAT_JSON + 1] = NULL,
+};
+
+// Rows of a table for `struct OF`. Of a range both ends belong to it.
+#define AT(member) .name = #member, .offset = offsetof(struct OF, member)
+#define LIST(least, most, member)                                                                  \
+    .items_min = (least), .items_max = (most), .items_n_offset = offsetof(struct OF, member##_n)
+#define U32(member, least, most, preset, of, means)                                                \
+    AT(member), .kind = KIND_U32, .min = (least), .max = (most), .default_json = (preset),         \
+                .unit = (of), .meaning = (means)
+#define U64(member, least, most, preset, of, means)                                                \
+    AT(member), .kind = KIND_U64, .min = (least), .max = (most), .default_json = (preset),         \
+                .unit = (of), .meaning = (means)
+#define MODE(member, preset, means)                                                                \
+    AT(member), .kind = KIND_MODE, .max = 0777, .default_json = (preset), .meaning = (means)
+#define BOOL(member, preset, means)                                                                \
+    AT(member), .kind = KIND_BOOL, .default_json = (preset), .meaning = (means)
+#define STRING(member, least, most, preset, means)                                                 \
+    AT(member), .kind = KIND_STRING, .min = (least), .max = (most), .default_json = (preset),      \
+                .meaning = (means)
+#define CHOICE(member, names, preset, means)                                                       \
+    AT(member), .kind = KIND_CHOICE, .choices = (names), .default_json = (preset),                 \
+                .meaning = (means)
+#define ENUM(member, names, preset, means)                                                         \
+    AT(member), .kind = KIND_ENUM, .choices = (names), .default_json = (preset), .meaning = (means)
+#define OBJECT(member, table, preset, means)                                                       \
+    AT(member), .kind = KIND_OBJECT, .object = (table), .default_json = (preset), .meaning = (means)
+#define SECTION(title) .section = (title)
+
+#define OF config_weights
+static const struct key weights_keys[] = {
+    {STRING(path, 1, STRING_BYTES_MAX, NULL,
+            "a checkpoint's folder or one .safetensors file; relative to the first root")},
+    {LIST(0, CONFIG_TENSORS_MAX, tensors),
+     STRING(tensors, 1, 255, "[]", "shell patterns of tensor names; none: \"*.attn.wo_a.weight\"")},
+    {STRING(name_prefix, 0, 127, "\"\"",
+            "put before each name, so that two models can be resident together")},
+    {U32(tensor_parallel_rank, 0, EINSUM_GROUPS_MAX - 1, "0", NULL,
+         "which share of the groups to hold, counted from 0")},
+    {U32(tensor_parallel_size, 1, EINSUM_GROUPS_MAX, "1", NULL,
+         "how many shares the groups are cut into")},
+    {U32(output_dim, 1, EINSUM_DIM_MAX, "1024", "rows", "D of weights stored 2-D as [G*D, R]")},
+};
+#undef OF
+static const struct table weights_table = {weights_keys, ARRAY_LEN(weights_keys),
+                                           sizeof(struct config_weights)};
+
+#define OF config
+static const struct key config_keys[] = {
+    {SECTION("where callers come in"), LIST(1, CONFIG_LISTEN_MAX, listen),
+     STRING(listen, 1, 511, "[\"127.0.0.1:50061\"]",
+            "\"HOST:PORT\", \"[V6]:PORT\" (port 0: any free one) or \"unix:/PATH\"")},
+    {MODE(unix_socket_mode, "\"0660\"", "permissions of unix sockets")},
+    {U32(connections_max, 1, 65536, "1024", "connections",
+         "open at once; past these, new ones are closed")},
+    {U32(connection_requests_max, 1, 65536, "256", "requests",
+         "open at once on one connection (HTTP/2 streams)")},
+    {U32(stream_requests_max, 1, 65536, "64", "requests",
+         "in flight on one EinsumStream; past these it is not read")},
+    {U32(rpc_threads, 0, 256, "0", "threads", "that serve gRPC; 0: one per 4 cores, at least 1")},
+
+    {SECTION("the engine"),
+     CHOICE(engine, engines, "\"auto\"",
+            "what computes; auto: the best that this build and machine have")},
+    {STRING(kernel, 1, 63, "\"auto\"", "a kernel's name; auto: the best that the device supports")},
+    {U32(compute_threads, 0, 1024, "0", "threads", "of the CPU engine; 0: one per core")},
+    {U32(lanes, 0, 16, "0", "batches", "in flight on the device; 0: the engine's own choice")},
+
+    {SECTION("batching"), U32(request_tokens_max, 1, EINSUM_TOKENS_MAX, "512", "tokens",
+                              "of one request; at most batch_tokens_max")},
+    {U32(batch_tokens_max, 1, EINSUM_TOKENS_MAX, "512", "tokens",
+         "of one batch, all its requests together")},
+    {LIST(0, CONFIG_BUCKETS_MAX, buckets),
+     U32(buckets, 1, EINSUM_TOKENS_MAX, "[]", "tokens",
+         "ascending, what batches are padded to, the last batch_tokens_max; none: powers of two")},
+    {U32(batch_requests_max, 1, 65536, "256", "requests", "of one batch")},
+    {U32(max_queue_delay_us, 0, 1000000, "0", "microseconds",
+         "that a batch may wait for company after its first request; 0: it leaves at once")},
+    {U32(batches, 0, 64, "0", "buffers",
+         "of batches running, forming and being answered; 0: lanes + 2")},
+    {U64(batch_input_bytes, 0, 1ull << 40, "0", "bytes",
+         "of input in one buffer; 0: batch_tokens_max of the largest weight at start")},
+    {U64(batch_output_bytes, 0, 1ull << 40, "0", "bytes", "of output in one buffer; 0: likewise")},
+    {U32(queue_requests_max, 1, 1 << 20, "1024", "requests",
+         "decoded and not yet launched; past these, RESOURCE_EXHAUSTED")},
+    {U32(deadline_ms_max, 1, DAY_MS, "60000", "milliseconds",
+         "cap on any request's deadline, and the deadline of those without")},
+    {U32(reply_timeout_ms, 1, DAY_MS, "10000", "milliseconds",
+         "after which a caller that does not read its reply is cut off")},
+
+    {SECTION("weights"), LIST(0, CONFIG_ROOTS_MAX, weights_roots),
+     STRING(weights_roots, 1, STRING_BYTES_MAX, "[]",
+            "the only directories from which weights are read, at start and by LoadWeights")},
+    {LIST(0, CONFIG_WEIGHTS_MAX, weights),
+     OBJECT(weights, &weights_table, "[]", "what to load at start")},
+    {U32(load_threads, 0, 256, "0", "threads", "that load weights at start; 0: one per core")},
+
+    {SECTION("running"), U32(drain_grace_ms, 0, DAY_MS, "30000", "milliseconds",
+                             "after SIGTERM, for requests in flight")},
+    {U32(lame_duck_ms, 0, DAY_MS, "0", "milliseconds",
+         "after SIGTERM, of serving on as NOT_SERVING")},
+    {BOOL(self_test_at_start, "true", "compare every weight with known answers before serving")},
+    {ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
+    {ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},
+};
+#undef OF
+static const struct table config_table = {config_keys, ARRAY_LEN(config_keys),
+                                          sizeof(struct config)};
+
+static size_t value_bytes(const struct key *key)
+{
+    switch (key->kind) {
+    case KIND_BOOL:
+        return sizeof(bool);
+    case KIND_U32:
+    case KIND_MODE:
+        return sizeof(uint32_t);
+    case KIND_U64:
+        return sizeof(uint64_t);
+    case KIND_STRING:
+    case KIND_CHOICE:
+        return sizeof(char *);
+    case KIND_ENUM:
+        return sizeof(unsigned);
+    case KIND_OBJECT:
+        return key->object->struct_bytes;
+    }
+    ASSERT(false && "unknown kind of key");
+}
+_Static_assert(sizeof(enum log_level) == sizeof(unsigned), "enums are stored as unsigned");
+_Static_assert(sizeof(enum log_format) == sizeof(unsigned), "enums are stored as unsigned");
+
+static void *value_at(const struct key *key, void *base, size_t index)
+{
+    return (char *)base + key->offset + index * value_bytes(key);
+}
+
+static const void *value_at_const(const struct key *key, const void *base, size_t index)
+{
+    return (const char *)base + key->offset + index * value_bytes(key);
+}
+
+static size_t *items_n_at(const struct key *key, void *base)
+{
+    return (size_t *)(void *)((char *)base + key->items_n_offset);
+}
+
+// How many values of a key are in use: of a list its items, otherwise one.
+static size_t values_n(const struct key *key, const void *base)
+{
+    if (!key->items_max)
+        return 1;
+    return *(const size_t *)(const void *)((const char *)base + key->items_n_offset);
+}
+
+// -- what a key takes, in words -------------------------------------------------------------------
+
+PRINTF_LIKE(3, 4)
+static void append(char *text, size_t bytes, const char *format, ...)
+{
+    size_t used = strlen(text);
+    va_list args;
+    va_start(args, format);
+    if (vsnprintf(text + used, bytes - used, format, args) < 0)
+        text[used] = '\0';
+    va_end(args);
+}
+
+static void append_expected_value(const struct key *key, char text[EXPECTED_BYTES])
+{
+    unsigned long long min = key->min, max = key->max;
+    switch (key->kind) {
+    case KIND_BOOL:
+        append(text, EXPECTED_BYTES, "true or false");
+        return;
+    case KIND_U32:
+    case KIND_U64:
+        append(text, EXPECTED_BYTES, "an integer from %llu to %llu%s%s", min, max,
+               key->unit ? " " : "", key->unit ? key->unit : "");
+        return;
+    case KIND_MODE:
+        append(text, EXPECTED_BYTES, "an octal mode from \"%04llo\" to \"%04llo\"", min, max);
+        return;
+    case KIND_STRING:
+        append(text, EXPECTED_BYTES, "a string of %llu to %llu bytes", min, max);
+        return;
+    case KIND_CHOICE:
+    case KIND_ENUM:
+        for (const char *const *choice = key->choices; *choice; choice++)
+            append(text, EXPECTED_BYTES, "%s\"%s\"", choice == key->choices ? "one of " : ", ",
+                   *choice);
+        return;
+    case KIND_OBJECT:
+        append(text, EXPECTED_BYTES, "an object");
+        return;
+    }
+    ASSERT(false && "unknown kind of key");
+}
+
+static void describe_expected(const struct key *key, char text[EXPECTED_BYTES])
+{
+    text[0] = '\0';
+    if (key->items_max)
+        append(text, EXPECTED_BYTES, "a list of %zu to %zu, each ", key->items_min, key->items_max);
+    append_expected_value(key, text);
+}
+
+static void describe_found(const json_t *value, char text[FOUND_BYTES])
+{
+    if (json_is_array(value)) {
+        snprintf(text, FOUND_BYTES, "a list of %zu", json_array_size(value));
+    } else if (json_is_object(value)) {
+        snprintf(text, FOUND_BYTES, "an object");
+    } else {
+        char *dump = json_dumps(value, JSON_ENCODE_ANY | JSON_ENSURE_ASCII);
+        int shown = FOUND_BYTES - 8;
+        bool cut = dump && strlen(dump) > (size_t)shown;
+        snprintf(text, FOUND_BYTES, "%.*s%s", shown, dump ? dump : "something else",
+                 cut ? "..." : "");
+        free(dump);
+    }
+}
+
+// The one way to refuse a value. `whole` is the list itself, otherwise one value of it.
+static enum status refuse(const struct key *key, bool whole, const char *path, const json_t *value,
+                          struct error *err)
+{
+    char expected[EXPECTED_BYTES] = "", found[FOUND_BYTES];
+    if (whole)
+        describe_expected(key, expected);
+    else
+        append_expected_value(key, expected);
+    describe_found(value, found);
+    return error_field(err, STATUS_INVALID_ARGUMENT, path, "expected %s, got %s", expected, found);
+}
+
+// -- from JSON ------------------------------------------------------------------------------------
+
+static enum status out_of_memory(struct error *err)
+{
+    return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory reading the configuration");
+}
+
+static bool in_range(const struct key *key, uint64_t value)
+{
+    return value >= key->min && value <= key->max;
+}
+
+static bool to_integer(const struct key *key, const json_t *value, uint64_t *integer)
+{
+    json_int_t found = json_integer_value(value);
+    if (!json_is_integer(value) || found < 0 || !in_range(key, (uint64_t)found))
+        return false;
+    *integer = (uint64_t)found;
+    return true;
+}
+
+// Digits 0 to 7 alone: strtoul would take signs and blanks.
+static bool to_mode(const struct key *key, const json_t *value, uint32_t *mode)
+{
+    const char *digits = json_string_value(value);
+    if (!digits || !*digits || strlen(digits) > 8 || strspn(digits, "01234567") != strlen(digits))
+        return false;
+    unsigned long found = strtoul(digits, NULL, 8);
+    *mode = (uint32_t)found;
+    return in_range(key, found);
+}
+
+static bool to_choice(const struct key *key, const json_t *value, unsigned *index)
+{
+    const char *name = json_string_value(value);
+    for (unsigned i = 0; name && key->choices[i]; i++) {
+        if (strcmp(name, key->choices[i]) == 0) {
+            *index = i;
+            return true;
+        }
+    }
+    return false;
+}
+
+static enum status apply_table(const struct table *table, void *base, const char *prefix,
+                               json_t *object, struct error *err);
+
+static enum status set_string(char **to, const json_t *value, struct error *err)
+{
+    *to = strdup(json_string_value(value));
+    return *to ? STATUS_OK : out_of_memory(err);
+}
+
+static enum status set_value(const struct key *key, void *to, const char *path, json_t *value,
+                             struct error *err)
+{
+    uint64_t integer;
+    uint32_t mode;
+    unsigned choice;
+    switch (key->kind) {
+    case KIND_BOOL:
+        if (!json_is_boolean(value))
+            break;
+        *(bool *)to = json_is_true(value);
+        return STATUS_OK;
+    case KIND_U32:
+        if (!to_integer(key, value, &integer))
+            break;
+        *(uint32_t *)to = (uint32_t)integer;
+        return STATUS_OK;
+    case KIND_U64:
+        if (!to_integer(key, value, &integer))
+            break;
+        *(uint64_t *)to = integer;
+        return STATUS_OK;
+    case KIND_MODE:
+        if (!to_mode(key, value, &mode))
+            break;
+        *(uint32_t *)to = mode;
+        return STATUS_OK;
+    case KIND_STRING:
+        if (!json_is_string(value) || !in_range(key, json_string_length(value)))
+            break;
+        return set_string(to, value, err);
+    case KIND_CHOICE:
+        if (!to_choice(key, value, &choice))
+            break;
+        return set_string(to, value, err);
+    case KIND_ENUM:
+        if (!to_choice(key, value, &choice))
+            break;
+        *(unsigned *)to = choice;
+        return STATUS_OK;
+    case KIND_OBJECT:
+        if (!json_is_object(value))
+            break;
+        return apply_table(key->object, to, path, value, err);
+    }
+    return refuse(key, false, path, value, err);
+}
+
+static enum status set_list(const struct key *key, void *base, const char *path, json_t *list,
+                            struct error *err)
+{
+    size_t items_n = json_array_size(list);
+    if (!json_is_array(list) || items_n < key->items_min || items_n > key->items_max)
+        return refuse(key, true, path, list, err);
+    // At once, so that what the items before a bad one hold is freed with the rest.
+    *items_n_at(key, base) = items_n;
+    for (size_t i = 0; i < items_n; i++) {
+        char item_path[PATH_BYTES];
+        snprintf(item_path, sizeof item_path, "%.*s[%zu]", PATH_BYTES - 24, path, i);
+        enum status status =
+            set_value(key, value_at(key, base, i), item_path, json_array_get(list, i), err);
+        if (status)
+            return status;
+    }
+    return STATUS_OK;
+}
+
+static enum status set_key(const struct key *key, void *base, const char *path, json_t *value,
+                           struct error *err)
+{
+    return key->items_max ? set_list(key, base, path, value, err)
+                          : set_value(key, value_at(key, base, 0), path, value, err);
+}
+
+// A default is JSON text and comes in by the same door, so that it cannot break its own range.
+static enum status set_default(const struct key *key, void *base, const char *path,
+                               struct error *err)
+{
+    if (!key->default_json)
+        return error_field(err, STATUS_INVALID_ARGUMENT, path, "must be given");
+    json_t *value = json_loads(key->default_json, JSON_DECODE_ANY, NULL);
+    if (!value)
+        return out_of_memory(err);
+    enum status status = set_key(key, base, path, value, err);
+    json_decref(value);
+    return status;
+}
+
+// How many single-byte changes lead from one key to the other (Levenshtein). Both at most
+// KEY_NEAR_BYTES long.
+static size_t edit_distance(const char *from, const char *to)
+{
+    size_t to_bytes = strlen(to), row[KEY_NEAR_BYTES + 1];
+    for (size_t j = 0; j <= to_bytes; j++)
+        row[j] = j;
+    for (size_t i = 1; from[i - 1]; i++) {
+        size_t diagonal = row[0]; // the row above, one to the left
+        row[0] = i;
+        for (size_t j = 1; j <= to_bytes; j++) {
+            size_t above = row[j];
+            size_t best = diagonal + (from[i - 1] != to[j - 1]);
+            if (above + 1 < best)
+                best = above + 1;
+            if (row[j - 1] + 1 < best)
+                best = row[j - 1] + 1;
+            row[j] = best;
+            diagonal = above;
+        }
+    }
+    return row[to_bytes];
+}
+
+// A key of the table that `name` may be a slip of; NULL if none is near.
+static const char *nearest_key(const struct table *table, const char *name)
+{
+    size_t name_bytes = strlen(name);
+    if (name_bytes > KEY_NEAR_BYTES)
+        return NULL;
+    const char *nearest = NULL;
+    size_t best = name_bytes / 3 < 3 ? name_bytes / 3 : 3; // farther is another word
+    for (size_t i = 0; i < table->keys_n; i++) {
+        size_t distance = edit_distance(name, table->keys[i].name);
+        if (distance <= best && (!nearest || distance < best)) {
+            nearest = table->keys[i].name;
+            best = distance;
+        }
+    }
+    return nearest;
+}
+
+static void make_path(char path[PATH_BYTES], const char *prefix, const char *name)
+{
+    snprintf(path, PATH_BYTES, "%.*s%s%.*s", PATH_BYTES / 2, prefix, *prefix ? "." : "",
+             PATH_BYTES / 2 - 2, name);
+}
+
+static enum status refuse_unknown_keys(const struct table *table, const char *prefix,
+                                       json_t *object, struct error *err)
+{
+    const char *name;
+    json_t *value;
+    json_object_foreach(object, name, value)
+    {
+        bool known = false;
+        for (size_t i = 0; i < table->keys_n && !known; i++)
+            known = strcmp(name, table->keys[i].name) == 0;
+        if (known)
+            continue;
+        char path[PATH_BYTES];
+        make_path(path, prefix, name);
+        const char *nearest = nearest_key(table, name);
+        if (nearest)
+            return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                               "unknown key; did you mean \"%s\"?", nearest);
+        return error_field(err, STATUS_INVALID_ARGUMENT, path, "unknown key");
+    }
+    return STATUS_OK;
+}
+
+// Sets every member that the table describes: from `object` what it has, the rest by default.
+// `object` may be NULL.
+static enum status apply_table(const struct table *table, void *base, const char *prefix,
+                               json_t *object, struct error *err)
+{
+    enum status status = refuse_unknown_keys(table, prefix, object, err);
+    for (size_t i = 0; i < table->keys_n && !status; i++) {
+        const struct key *key = &table->keys[i];
+        char path[PATH_BYTES];
+        make_path(path, prefix, key->name);
+        json_t *value = json_object_get(object, key->name);
+        status = value ? set_key(key, base, path, value, err) : set_default(key, base, path, err);
+    }
+    return status;
+}
+
+static void table_free(const struct table *table, void *base)
+{
+    for (size_t i = 0; i < table->keys_n; i++) {
+        const struct key *key = &table->keys[i];
+        for (size_t j = 0; j < values_n(key, base); j++) {
+            if (key->kind == KIND_STRING || key->kind == KIND_CHOICE)
+                free(*(char **)value_at(key, base, j));
+            else if (key->kind == KIND_OBJECT)
+                table_free(key->object, value_at(key, base, j));
+        }
+    }
+}
+
+void config_deinit(struct config *config)
+{
+    table_free(&config_table, config);
+    memset(config, 0, sizeof *config);
+}
+
+// -- what ties keys together ----------------------------------------------------------------------
+
+static bool is_port(const char *port)
+{
+    size_t digits = strspn(port, "0123456789");
+    return digits >= 1 && digits <= 5 && !port[digits] && strtoul(port, NULL, 10) <= UINT16_MAX;
+}
+
+// `text` as far as `bytes` consists of letters, digits and `others`.
+static bool is_made_of(const char *text, size_t bytes, const char *others)
+{
+    for (size_t i = 0; i < bytes; i++) {
+        char c = text[i];
+        bool plain = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
+        if (!plain && !strchr(others, c))
+            return false;
+    }
+    return true;
+}
+
+// "V6" or "V6%ZONE" up to `end`.
+static bool is_v6(const char *text, const char *end)
+{
+    const char *zone = memchr(text, '%', (size_t)(end - text));
+    const char *address_end = zone ? zone : end;
+    char address[INET6_ADDRSTRLEN];
+    size_t bytes = (size_t)(address_end - text);
+    if (bytes >= sizeof address)
+        return false;
+    memcpy(address, text, bytes);
+    address[bytes] = '\0';
+    struct in6_addr parsed;
+    if (inet_pton(AF_INET6, address, &parsed) != 1)
+        return false;
+    return !zone || (end - zone > 1 && is_made_of(zone + 1, (size_t)(end - zone - 1), "._-"));
+}
+
+static enum status check_listen(const char *path, const char *address, struct error *err)
+{
+    static const size_t socket_path_max = sizeof((struct sockaddr_un *)0)->sun_path - 1;
+    if (strncmp(address, "unix:", strlen("unix:")) == 0) {
+        const char *file = address + strlen("unix:");
+        if (file[0] != '/' || !file[1])
+            return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                               "expected \"unix:\" and an absolute path, got \"%.200s\"", address);
+        if (strlen(file) > socket_path_max)
+            return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                               "a unix socket's path has at most %zu bytes, got %zu: \"%.200s\"",
+                               socket_path_max, strlen(file), file);
+        return STATUS_OK;
+    }
+    const char *colon = strrchr(address, ':');
+    bool valid = colon && colon > address && is_port(colon + 1);
+    if (valid && address[0] == '[')
+        valid = colon[-1] == ']' && is_v6(address + 1, colon - 1);
+    else if (valid)
+        valid = is_made_of(address, (size_t)(colon - address), ".-_");
+    if (!valid)
+        return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                           "expected \"HOST:PORT\", \"[V6]:PORT\" or \"unix:/PATH\", "
+                           "got \"%.200s\"",
+                           address);
+    return STATUS_OK;
+}
+
+static enum status check_listens(const struct config *config, struct error *err)
+{
+    for (size_t i = 0; i < config->listen_n; i++) {
+        char path[PATH_BYTES];
+        snprintf(path, sizeof path, "listen[%zu]", i);
+        enum status status = check_listen(path, config->listen[i], err);
+        if (status)
+            return status;
+        for (size_t j = 0; j < i; j++)
+            if (strcmp(config->listen[j], config->listen[i]) == 0)
+                return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                                   "the same as listen[%zu]: \"%.200s\"", j, config->listen[i]);
+    }
+    return STATUS_OK;
+}
+
+static void fill_buckets(struct config *config)
+{
+    uint32_t bucket = 1;
+    for (; bucket < config->batch_tokens_max; bucket *= 2)
+        config->buckets[config->buckets_n++] = bucket;
+    config->buckets[config->buckets_n++] = config->batch_tokens_max;
+}
+_Static_assert(EINSUM_TOKENS_MAX <= 1 << 30 && CONFIG_BUCKETS_MAX >= 32,
+               "powers of two up to any batch_tokens_max have room");
+
+static enum status check_buckets(const struct config *config, struct error *err)
+{
+    for (size_t i = 1; i < config->buckets_n; i++)
+        if (config->buckets[i] <= config->buckets[i - 1])
+            return error_field(err, STATUS_INVALID_ARGUMENT, "buckets",
+                               "must ascend, got %u after %u", config->buckets[i],
+                               config->buckets[i - 1]);
+    uint32_t last = config->buckets[config->buckets_n - 1];
+    if (last != config->batch_tokens_max)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "buckets",
+                           "the last must be batch_tokens_max (%u), got %u",
+                           config->batch_tokens_max, last);
+    return STATUS_OK;
+}
+
+static enum status check_together(const struct config *config, struct error *err)
+{
+    enum status status = check_listens(config, err);
+    if (status)
+        return status;
+    if (config->request_tokens_max > config->batch_tokens_max)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "request_tokens_max",
+                           "must be at most batch_tokens_max (%u), got %u",
+                           config->batch_tokens_max, config->request_tokens_max);
+    status = check_buckets(config, err);
+    if (status)
+        return status;
+    if (config->batches && config->batches < config->lanes)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "batches",
+                           "must be at least lanes (%u), got %u", config->lanes, config->batches);
+    for (size_t i = 0; i < config->weights_n; i++) {
+        const struct config_weights *weights = &config->weights[i];
+        if (weights->tensor_parallel_rank < weights->tensor_parallel_size)
+            continue;
+        char path[PATH_BYTES];
+        snprintf(path, sizeof path, "weights[%zu].tensor_parallel_rank", i);
+        return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                           "must be below tensor_parallel_size (%u), got %u",
+                           weights->tensor_parallel_size, weights->tensor_parallel_rank);
+    }
+    return STATUS_OK;
+}
+
+// -- in ------------------------------------------------------------------------------------------
+
+// `object` NULL: the defaults alone.
+static enum status from_object(struct config *config, json_t *object, struct error *err)
+{
+    memset(config, 0, sizeof *config);
+    enum status status = apply_table(&config_table, config, "", object, err);
+    if (status)
+        goto free_strings;
+    if (config->buckets_n == 0)
+        fill_buckets(config);
+    status = check_together(config, err);
+    if (status)
+        goto free_strings;
+    return STATUS_OK;
+
+free_strings:
+    config_deinit(config);
+    return status;
+}
+
+enum status config_init(struct config *config, struct error *err)
+{
+    return from_object(config, NULL, err);
+}
+
+enum status config_parse(struct config *config, const char *text, size_t bytes, struct error *err)
+{
+    memset(config, 0, sizeof *config);
+    json_error_t where;
+    json_t *json = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &where);
+    if (!json)
+        return error_set(err, STATUS_INVALID_ARGUMENT, "line %d, column %d: %s", where.line,
+                         where.column, where.text);
+    enum status status = json_is_object(json)
+                             ? from_object(config, json, err)
+                             : error_set(err, STATUS_INVALID_ARGUMENT,
+                                         "expected an object of keys and values, got a list");
+    json_decref(json);
+    return status;
+}
+
+static enum status file_failed(const char *path, struct error *err)
+{
+    enum status status = errno == ENOENT || errno == ENOTDIR ? STATUS_NOT_FOUND
+                         : errno == EACCES || errno == EPERM ? STATUS_PERMISSION_DENIED
+                                                             : STATUS_FAILED_PRECONDITION;
+    return error_set(err, status, "could not read the configuration %.300s: %s", path,
+                     strerror(errno));
+}
+
+// Reads all of `fd`, which may be a pipe, into memory for the caller to free.
+static enum status read_file(int fd, const char *path, char **text, size_t *bytes,
+                             struct error *err)
+{
+    char *buffer = malloc(FILE_BYTES_MAX + 1);
+    if (!buffer)
+        return out_of_memory(err);
+    size_t used = 0;
+    while (used <= FILE_BYTES_MAX) {
+        ssize_t got = read(fd, buffer + used, FILE_BYTES_MAX + 1 - used);
+        if (got == 0) {
+            *text = buffer;
+            *bytes = used;
+            return STATUS_OK;
+        }
+        if (got > 0)
+            used += (size_t)got;
+        else if (errno != EINTR)
+            break;
+    }
+    enum status status =
+        used > FILE_BYTES_MAX
+            ? error_set(err, STATUS_INVALID_ARGUMENT,
+                        "the configuration %.300s is larger than %d bytes", path, FILE_BYTES_MAX)
+            : file_failed(path, err); // a directory ends here: EISDIR
+    free(buffer);
+    return status;
+}
+
+enum status config_load(struct config *config, const char *path, struct error *err)
+{
+    memset(config, 0, sizeof *config);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return file_failed(path, err);
+    char *text = NULL;
+    size_t bytes = 0;
+    enum status status = read_file(fd, path, &text, &bytes, err);
+    close(fd);
+    if (status)
+        return status;
+
+    struct error found;
+    status = config_parse(config, text, bytes, &found);
+    free(text);
+    if (status) {
+        (void)error_set(err, status, "%.150s: %s", path, found.text);
+        if (err)
+            memcpy(err->field, found.field, sizeof err->field);
+    }
+    return status;
+}
+
+// -- out -----------------------------------------------------------------------------------------
+
+static json_t *table_to_json(const struct table *table, const void *base);
+
+static json_t *value_to_json(const struct key *key, const void *value)
+{
+    char mode[16];
+    switch (key->kind) {
+    case KIND_BOOL:
+        return json_boolean(*(const bool *)value);
+    case KIND_U32:
+        return json_integer(*(const uint32_t *)value);
+    case KIND_U64:
+        return json_integer((json_int_t) * (const uint64_t *)value);
+    case KIND_MODE:
+        snprintf(mode, sizeof mode, "%04o", *(const uint32_t *)value);
+        return json_string(mode);
+    case KIND_STRING:
+    case KIND_CHOICE:
+        return json_string(*(char *const *)value);
+    case KIND_ENUM:
+        return json_string(key->choices[*(const unsigned *)value]);
+    case KIND_OBJECT:
+        return table_to_json(key->object, value);
+    }
+    ASSERT(false && "unknown kind of key");
+}
+
+// NULL, here as in jansson: out of memory.
+static json_t *key_to_json(const struct key *key, const void *base)
+{
+    if (!key->items_max)
+        return value_to_json(key, value_at_const(key, base, 0));
+    json_t *list = json_array();
+    for (size_t i = 0; i < values_n(key, base); i++) {
+        if (json_array_append_new(list, value_to_json(key, value_at_const(key, base, i)))) {
+            json_decref(list);
+            return NULL;
+        }
+    }
+    return list;
+}
+
+static json_t *table_to_json(const struct table *table, const void *base)
+{
+    json_t *object = json_object();
+    for (size_t i = 0; i < table->keys_n; i++) {
+        const struct key *key = &table->keys[i];
+        if (json_object_set_new(object, key->name, key_to_json(key, base))) {
+            json_decref(object);
+            return NULL;
+        }
+    }
+    return object;
+}
+
+void config_print(const struct config *config)
+{
+    json_t *json = table_to_json(&config_table, config);
+    if (!json || json_dumpf(json, stdout, JSON_INDENT(2)))
+        LOG(ERROR, "the configuration could not be printed");
+    else
+        putchar('\n');
+    json_decref(json);
+}
+
+static void print_help_of(const struct table *table, const char *prefix)
+{
+    for (size_t i = 0; i < table->keys_n; i++) {
+        const struct key *key = &table->keys[i];
+        char path[PATH_BYTES], expected[EXPECTED_BYTES];
+        make_path(path, prefix, key->name);
+        describe_expected(key, expected);
+        if (key->section)
+            printf("\n%s\n", key->section);
+        printf("  %-30s %-20s %s\n", path, key->default_json ? key->default_json : "(required)",
+               expected);
+        printf("      %s\n", key->meaning);
+        if (key->object) {
+            char inner[PATH_BYTES];
+            snprintf(inner, sizeof inner, "%.*s[]", PATH_BYTES - 8, path);
+            print_help_of(key->object, inner);
+        }
+    }
+}
+
+void config_print_help(void)
+{
+    printf(
+        "The configuration is one JSON object; every key is optional unless it says (required).\n"
+        "\n"
+        "  %-30s %-20s %s\n"
+        "      meaning\n",
+        "key", "default", "value");
+    print_help_of(&config_table, "");
+}

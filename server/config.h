@@ -1,6 +1,11 @@
-// The configuration: one JSON file, one table of keys (config.c). Every key has a unit, a range and
-// a default there, and `einsumd --help-config` prints that table. Unknown keys, duplicates and
-// values out of range are errors that name the line or the key's path.
+// The configuration: one JSON object, one table of keys (config.c). A key is spelled like its
+// member below, and none is nested but those of "weights":
+//
+//     {"listen": ["unix:/run/einsumd.sock"], "weights_roots": ["/models"],
+//      "weights": [{"path": "deepseek-v4-flash"}], "log_format": "json"}
+//
+// Every key has a unit, a range and a default in the table, and `einsumd --help-config` prints it.
+// Unknown keys, duplicates and values out of range are errors that name the line or the key.
 #pragma once
 
 #include "log.h"
@@ -26,10 +31,11 @@ struct config_weights { // one entry of "weights": what to load at start; as Loa
 
 struct config {
     // where callers come in
-    char *listen[CONFIG_LISTEN_MAX]; // "HOST:PORT", "[V6]:PORT" (port 0: any free one), "unix:PATH"
-    size_t listen_n;                 // default: "127.0.0.1:50061"
-    uint32_t unix_socket_mode;       // octal string in JSON; default 0660
-    uint32_t connections_max;        // default 1024
+    char
+        *listen[CONFIG_LISTEN_MAX]; // "HOST:PORT", "[V6]:PORT" (port 0: any free one), "unix:/PATH"
+    size_t listen_n;                // default: "127.0.0.1:50061"
+    uint32_t unix_socket_mode;      // octal string in JSON; default 0660
+    uint32_t connections_max;       // default 1024
     uint32_t connection_requests_max; // HTTP/2 streams open at once on one connection; default 256
     uint32_t stream_requests_max;     // in flight on one EinsumStream; default 64
     uint32_t rpc_threads;             // gRPC completion queues; 0: one per 4 cores, at least 1
