@@ -42,9 +42,8 @@ enum einsum_activation_layout {
 
 enum einsum_scale_layout {
     EINSUM_SCALES_TGK = 1, // [T, G, K] row-major
-    EINSUM_SCALES_GKT =
-        2, // token fastest, padded to align4(T): FP32 as [G][K][align4(T)];
-           // UE8M0 four to a little-endian 32-bit word as [G][K/4][align4(T)], byte k%4 of word k/4
+    EINSUM_SCALES_GKT = 2, // token fastest, padded to align4(T): FP32 as [G][K][align4(T)];
+    // UE8M0 four to a little-endian 32-bit word as [G][K/4][align4(T)], byte k%4 of word k/4
 };
 
 enum einsum_scale_type {
@@ -191,7 +190,8 @@ double einsum_reference_one(const struct einsum_weight_format *format, const voi
 
 // How far an output may lie from `exact`: half a unit in the last place of the output type (the one
 // rounding) and the FP32 summation error, `magnitude` times R units of 2^-24. Infinity where
-// `exact` overflows the output type's range.
+// an output in reach overflows the type's range, and for an `exact` that is not finite: look at
+// those first.
 double einsum_tolerance(enum einsum_output_type type, double exact, double magnitude,
                         uint32_t reduced_dim);
 

@@ -20,21 +20,33 @@ const char *cpu_kernel_name(const struct cpu_kernel *kernel);
 const struct cpu_kernel *cpu_kernel_find(const char *name);
 
 // A resident weight. `memory` has cpu_weight_bytes() bytes, aligned to 64, and belongs to the
-// caller.
+// caller. A panel is sixteen outputs of one group.
 struct cpu_weight {
     struct einsum_weight_format format;
     void *memory;
-    const uint8_t *elements;  // [G][D/16][R][16] E4M3 or BF16, in `memory`
-    const float *scales;      // [G][D/block_d][K], exact as FP32 (2^-127 is a subnormal FP32), in
-                              // `memory`; NULL for BF16
-    uint8_t *panel_has_nan;   // [G][D/16], 1 where an element of the panel is NaN, in `memory`
-    int16_t *scale_exponents; // [G][2]: least and greatest binary exponent of the group's finite
-                              // nonzero scales, in `memory`
+    uint8_t *elements; // [G][D/16][R][16] E4M3 or BF16
+    float
+        *scales; // exact as FP32 (2^-127 is a subnormal one); NULL for BF16. [G][D/block_d][K], and
+                 // [G][D/16][K][16] where every output has its own
+    // [G][D/16] each: 1 where FP32 would not do for a panel's elements (a NaN; for BF16 a magnitude
+    // outside CPU_NARROW) or for its scales. Such panels are computed in FP64. Two arrays, since
+    // elements and scales may be taken by different threads.
+    uint8_t *elements_wide;
+    uint8_t *scales_wide;
 };
+
+// Scales (and BF16 elements) whose magnitude is 0 or in [2^MIN, 2^(MAX+1)) are narrow. Whatever
+// narrow values meet, no product and no partial sum leaves the range of normal FP32:
+//     below  2 * -50 - 18      = -118    two E4M3 of 2^-9
+//     above  2 * 46 + 18 + 16  =  126    two E4M3 under 2^9, 2^16 of them
+// NaN counts as narrow: it spreads by itself. Infinity does not, since 0 * infinity would have to be
+// met element by element.
+enum { CPU_NARROW_EXPONENT_MIN = -50, CPU_NARROW_EXPONENT_MAX = 45 };
 
 uint64_t cpu_weight_bytes(const struct einsum_weight_format *format);
 
-// Lays out `memory` and fills in every pointer. The contents come from cpu_relayout.
+// Lays out `memory`, fills in every pointer and clears the flags. The contents come from
+// cpu_relayout and cpu_relayout_scales.
 void cpu_weight_init(struct cpu_weight *weight, const struct einsum_weight_format *format,
                      void *memory);
 
@@ -54,7 +66,7 @@ struct cpu_task {
     uint32_t operands_n;
 };
 
-// How many items a task is cut into, for `threads` threads to balance.
+// How many items a task is cut into, for `threads` threads to balance; 0 if there are no tokens.
 uint32_t cpu_task_items(const struct cpu_task *task, uint32_t threads);
 
 // Bytes of scratch that one thread needs, for weights up to this R, whatever the task; aligned
