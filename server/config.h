@@ -31,11 +31,11 @@ struct config_weights { // one entry of "weights": what to load at start; as Loa
 
 struct config {
     // where callers come in
-    char
-        *listen[CONFIG_LISTEN_MAX]; // "HOST:PORT", "[V6]:PORT" (port 0: any free one), "unix:/PATH"
-    size_t listen_n;                // default: "127.0.0.1:50061"
-    uint32_t unix_socket_mode;      // octal string in JSON; default 0660
-    uint32_t connections_max;       // default 1024
+    // "HOST:PORT", "[V6]:PORT" (port 0: any free one) or "unix:/PATH"; default "127.0.0.1:50061"
+    char *listen[CONFIG_LISTEN_MAX];
+    size_t listen_n;
+    uint32_t unix_socket_mode;        // octal string in JSON; default 0660
+    uint32_t connections_max;         // default 1024
     uint32_t connection_requests_max; // HTTP/2 streams open at once on one connection; default 256
     uint32_t stream_requests_max;     // in flight on one EinsumStream; default 64
     uint32_t rpc_threads;             // gRPC completion queues; 0: one per 4 cores, at least 1
@@ -47,10 +47,10 @@ struct config {
     uint32_t lanes;           // batches in flight; 0 (default): the engine's own choice
 
     // batching
-    uint32_t request_tokens_max; // default 512; at most batch_tokens_max
-    uint32_t batch_tokens_max;   // default 512: the largest bucket
-    uint32_t
-        buckets[CONFIG_BUCKETS_MAX]; // ascending; default: powers of two up to batch_tokens_max
+    uint32_t request_tokens_max;          // default 512; at most batch_tokens_max
+    uint32_t batch_tokens_max;            // default 512: the largest bucket
+    uint32_t buckets[CONFIG_BUCKETS_MAX]; // ascending; default: powers of two up to
+                                          // batch_tokens_max
     size_t buckets_n;
     uint32_t batch_requests_max; // segments in a batch; default 256
     uint32_t max_queue_delay_us; // default 0: an idle daemon adds no delay
