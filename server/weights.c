@@ -1,0 +1,609 @@
+// The registry is one array in order of name. A load or unload builds the next array beside it and
+// swaps the two under the lock, so that callers see all of a change or nothing, and wait for a swap
+// of pointers at most.
+//
+//     change (one at a time): catalog -> load on threads -> merge -> [write lock: swap] -> unref
+//     get, visit, totals:     [read lock: search, take references]
+#include "weights.h"
+
+#include <fnmatch.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "catalog.h"
+
+enum {
+    WEIGHTS_MAX = 1 << 16, // resident
+    LOAD_THREADS_MAX = 64,
+    PROGRESS_PERIOD_NS = 10 * 1000 * 1000,
+};
+
+struct weights {
+    const struct engine_ops *ops;
+    struct engine *engine;
+    struct roots roots;
+    uint32_t reduced_dim_max;
+
+    pthread_mutex_t change_lock; // held through a load or unload
+    // The largest generation of any weight unloaded so far. Names that are new start above it, so
+    // that a name which comes back never repeats a generation, and no list of past names is kept.
+    uint64_t generation_floor; // guarded by change_lock
+
+    pthread_rwlock_t lock;
+    struct weight **list; // in order of name; guarded by lock; written under change_lock too
+    uint32_t list_n;
+};
+
+// ---- names
+
+static bool begins_with(const char *name, size_t bytes, const char *part, size_t part_bytes)
+{
+    return bytes > part_bytes && memcmp(name, part, part_bytes) == 0;
+}
+
+const char *weight_name_canonical(const char *name, size_t name_bytes, size_t *canonical_bytes)
+{
+    static const char prefix[] = "model.", suffix[] = ".weight";
+    const size_t prefix_bytes = sizeof prefix - 1, suffix_bytes = sizeof suffix - 1;
+    // Repeatedly, so that the rule applied to its own result changes nothing: resident names are
+    // looked up by it as well.
+    while (begins_with(name, name_bytes, prefix, prefix_bytes)) {
+        name += prefix_bytes;
+        name_bytes -= prefix_bytes;
+    }
+    while (name_bytes > suffix_bytes &&
+           memcmp(name + name_bytes - suffix_bytes, suffix, suffix_bytes) == 0)
+        name_bytes -= suffix_bytes;
+    *canonical_bytes = name_bytes;
+    return name;
+}
+
+// Orders a name without terminator against one with.
+static int compare_name(const char *name, size_t bytes, const char *other)
+{
+    int order = strncmp(name, other, bytes);
+    return order ? order : other[bytes] == '\0' ? 0 : -1;
+}
+
+// ---- one weight
+
+struct weight *weight_ref(struct weight *weight)
+{
+    atomic_fetch_add_explicit(&weight->references, 1, memory_order_relaxed);
+    return weight;
+}
+
+void weight_unref(struct weight *weight)
+{
+    if (!weight)
+        return;
+    uint32_t before = atomic_fetch_sub_explicit(&weight->references, 1, memory_order_acq_rel);
+    ASSERT(before > 0);
+    if (before > 1)
+        return;
+    if (weight->engine_weight)
+        weight->owner->ops->weight_free(weight->owner->engine, weight->engine_weight);
+    selftest_answers_destroy(weight->answers);
+    free(weight);
+}
+
+// With one reference, and nothing on the engine yet.
+static struct weight *weight_create(struct weights *weights, const struct weights_load *load,
+                                    const struct catalog_entry *entry)
+{
+    struct weight *weight = calloc(1, sizeof *weight);
+    if (!weight)
+        return NULL;
+    atomic_init(&weight->references, 1);
+    weight->owner = weights;
+    snprintf(weight->name, sizeof weight->name, "%s", entry->name);
+    snprintf(weight->source, sizeof weight->source, "%s", entry->source);
+    weight->format = entry->format;
+    weight->tensor_parallel_rank = load->tensor_parallel_rank;
+    weight->tensor_parallel_size = load->tensor_parallel_size ? load->tensor_parallel_size : 1;
+    return weight;
+}
+
+// ---- the registry
+
+enum status weights_create(const struct engine_ops *ops, struct engine *engine,
+                           const char *const *roots, size_t roots_n, uint32_t reduced_dim_max,
+                           struct weights **weights_out, struct error *err)
+{
+    struct weights *weights = calloc(1, sizeof *weights);
+    if (!weights)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
+    weights->ops = ops;
+    weights->engine = engine;
+    weights->reduced_dim_max = reduced_dim_max;
+    enum status status = roots_init(&weights->roots, roots, roots_n, err);
+    if (status != STATUS_OK)
+        goto free_weights;
+    ASSERT(pthread_mutex_init(&weights->change_lock, NULL) == 0);
+    pthread_rwlockattr_t attributes;
+    pthread_rwlockattr_init(&attributes);
+    // By default an unbroken stream of lookups could hold off a load's swap for ever.
+    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    ASSERT(pthread_rwlock_init(&weights->lock, &attributes) == 0);
+    pthread_rwlockattr_destroy(&attributes);
+    *weights_out = weights;
+    return STATUS_OK;
+
+free_weights:
+    free(weights);
+    return status;
+}
+
+void weights_destroy(struct weights *weights)
+{
+    if (!weights)
+        return;
+    for (uint32_t i = 0; i < weights->list_n; i++) {
+        ASSERT(atomic_load_explicit(&weights->list[i]->references, memory_order_acquire) == 1);
+        weight_unref(weights->list[i]);
+    }
+    free(weights->list);
+    pthread_rwlock_destroy(&weights->lock);
+    pthread_mutex_destroy(&weights->change_lock);
+    roots_deinit(&weights->roots);
+    free(weights);
+}
+
+static struct weight *find_locked(const struct weights *weights, const char *name, size_t bytes)
+{
+    uint32_t begin = 0, end = weights->list_n;
+    while (begin < end) {
+        uint32_t middle = begin + (end - begin) / 2;
+        int order = compare_name(name, bytes, weights->list[middle]->name);
+        if (order == 0)
+            return weights->list[middle];
+        if (order < 0)
+            end = middle;
+        else
+            begin = middle + 1;
+    }
+    return NULL;
+}
+
+struct weight *weights_get(struct weights *weights, const char *name, size_t name_bytes)
+{
+    size_t bytes;
+    name = weight_name_canonical(name, name_bytes, &bytes);
+    // A NUL inside would end the comparison early and let a longer name pass for a shorter.
+    if (bytes == 0 || bytes >= WEIGHT_NAME_BYTES || memchr(name, '\0', bytes))
+        return NULL;
+    pthread_rwlock_rdlock(&weights->lock);
+    struct weight *weight = find_locked(weights, name, bytes);
+    if (weight)
+        weight_ref(weight);
+    pthread_rwlock_unlock(&weights->lock);
+    return weight;
+}
+
+void weights_visit(struct weights *weights, void (*visit)(void *context, struct weight *weight),
+                   void *context)
+{
+    // The callbacks run without the lock: they may take long, or call back in here.
+    pthread_rwlock_rdlock(&weights->lock);
+    uint32_t list_n = weights->list_n;
+    struct weight **list = malloc((list_n + 1) * sizeof(struct weight *));
+    ASSERT(list); // half a megabyte at most
+    for (uint32_t i = 0; i < list_n; i++)
+        list[i] = weight_ref(weights->list[i]);
+    pthread_rwlock_unlock(&weights->lock);
+    for (uint32_t i = 0; i < list_n; i++) {
+        visit(context, list[i]);
+        weight_unref(list[i]);
+    }
+    free(list);
+}
+
+static uint32_t max_u32(uint32_t a, uint32_t b)
+{
+    return a > b ? a : b;
+}
+
+struct weights_totals weights_totals(struct weights *weights)
+{
+    struct weights_totals totals = {0};
+    pthread_rwlock_rdlock(&weights->lock);
+    totals.weights = weights->list_n;
+    for (uint32_t i = 0; i < weights->list_n; i++) {
+        const struct weight *weight = weights->list[i];
+        totals.resident_bytes += weight->resident_bytes;
+        totals.groups_max = max_u32(totals.groups_max, weight->format.groups);
+        totals.output_dim_max = max_u32(totals.output_dim_max, weight->format.output_dim);
+        totals.reduced_dim_max = max_u32(totals.reduced_dim_max, weight->format.reduced_dim);
+    }
+    pthread_rwlock_unlock(&weights->lock);
+    return totals;
+}
+
+// Makes `list` the registry's (takes it) and gives back the one before (to be freed).
+static struct weight **swap_list(struct weights *weights, struct weight **list, uint32_t list_n)
+{
+    pthread_rwlock_wrlock(&weights->lock);
+    struct weight **before = weights->list;
+    weights->list = list;
+    weights->list_n = list_n;
+    pthread_rwlock_unlock(&weights->lock);
+    return before;
+}
+
+// ---- loading
+
+// One load in progress, shared by its threads.
+struct loading {
+    struct weights *weights;
+    const struct weights_load *load;
+    const struct catalog_entry *entries;
+    struct weight **list; // one for each entry, in the same order
+    uint32_t entries_n;
+    uint64_t bytes_total;
+
+    atomic_uint next;   // the entry that the next free thread takes
+    atomic_bool failed; // a hint to the others to stop; err says why
+
+    pthread_mutex_t lock;
+    enum status status; // of the first failure; guarded by lock, as all below
+    struct error err;
+    uint32_t weights_done;
+    uint64_t bytes_done;
+    uint64_t reported_ns;
+};
+
+// An entry as the engine reads it.
+struct entry_source {
+    struct engine_weight_source base;
+    struct loading *loading;
+    const struct catalog_entry *entry;
+    uint64_t bytes_done; // counted in loading already
+};
+
+static uint64_t entry_bytes(const struct catalog_entry *entry)
+{
+    return entry->weight.bytes + entry->scales.bytes;
+}
+
+static void fail(struct loading *loading, const struct error *err)
+{
+    pthread_mutex_lock(&loading->lock);
+    if (loading->status == STATUS_OK) {
+        loading->status = err->status;
+        loading->err = *err;
+    }
+    pthread_mutex_unlock(&loading->lock);
+    atomic_store_explicit(&loading->failed, true, memory_order_release);
+}
+
+static bool has_failed(const struct loading *loading)
+{
+    return atomic_load_explicit(&loading->failed, memory_order_acquire);
+}
+
+// Counts what was done and asks the caller whether to go on: after each weight, and in between as
+// often as PROGRESS_PERIOD_NS allows.
+static void advance(struct loading *loading, uint64_t bytes, uint32_t weights_n)
+{
+    const struct weights_load *load = loading->load;
+    bool go_on = true;
+    pthread_mutex_lock(&loading->lock);
+    loading->bytes_done += bytes;
+    loading->weights_done += weights_n;
+    uint64_t now = now_ns();
+    if (load->progress && (weights_n > 0 || now - loading->reported_ns >= PROGRESS_PERIOD_NS)) {
+        loading->reported_ns = now;
+        go_on = load->progress(load->progress_context, loading->weights_done, loading->entries_n,
+                               loading->bytes_done, loading->bytes_total);
+    }
+    pthread_mutex_unlock(&loading->lock);
+    if (!go_on) {
+        struct error err;
+        error_set(&err, STATUS_CANCELLED, "loading was given up by its caller");
+        fail(loading, &err);
+    }
+}
+
+static struct entry_source *source_of(const struct engine_weight_source *base)
+{
+    return CONTAINER_OF((uintptr_t)base, struct entry_source, base);
+}
+
+static enum status check_going(const struct entry_source *source, struct error *err)
+{
+    advance(source->loading, 0, 0);
+    if (has_failed(source->loading))
+        return error_set(err, STATUS_CANCELLED, "another weight of this load failed");
+    return STATUS_OK;
+}
+
+static enum status source_read_weight(const struct engine_weight_source *base, uint64_t offset,
+                                      void *to, uint64_t bytes, struct error *err)
+{
+    struct entry_source *source = source_of(base);
+    const struct catalog_slice *slice = &source->entry->weight;
+    ASSERT(offset <= slice->bytes && bytes <= slice->bytes - offset);
+    enum status status = check_going(source, err);
+    if (status != STATUS_OK)
+        return status;
+    return safetensors_read(slice->file, slice->tensor, slice->offset + offset, to, bytes, err);
+}
+
+static enum status source_read_scales(const struct engine_weight_source *base, void *to,
+                                      struct error *err)
+{
+    struct entry_source *source = source_of(base);
+    const struct catalog_slice *slice = &source->entry->scales;
+    enum status status = check_going(source, err);
+    if (status != STATUS_OK || slice->bytes == 0)
+        return status;
+    return safetensors_read(slice->file, slice->tensor, slice->offset, to, slice->bytes, err);
+}
+
+static void source_progress(const struct engine_weight_source *base, uint64_t bytes)
+{
+    struct entry_source *source = source_of(base);
+    uint64_t left = entry_bytes(source->entry) - source->bytes_done;
+    uint64_t counted = bytes < left ? bytes : left;
+    source->bytes_done += counted;
+    advance(source->loading, counted, 0);
+}
+
+static enum status load_one(struct loading *loading, uint32_t index, struct error *err)
+{
+    struct weights *weights = loading->weights;
+    struct weight *weight = loading->list[index];
+    struct entry_source source = {
+        .base = {.format = weight->format,
+                 .read_weight = source_read_weight,
+                 .read_scales = source_read_scales,
+                 .progress = source_progress},
+        .loading = loading,
+        .entry = &loading->entries[index],
+    };
+    enum status status =
+        weights->ops->weight_load(weights->engine, &source.base, &weight->engine_weight, err);
+    if (status != STATUS_OK) {
+        weight->engine_weight = NULL;
+        return status;
+    }
+    weight->resident_bytes = weights->ops->weight_bytes(weight->engine_weight);
+    status = selftest_answers_create(&source.base, &weight->answers, err);
+    if (status != STATUS_OK)
+        return status;
+    advance(loading, entry_bytes(source.entry) - source.bytes_done, 1);
+    return STATUS_OK;
+}
+
+static void *load_thread(void *context)
+{
+    struct loading *loading = context;
+    while (!has_failed(loading)) {
+        uint32_t index = atomic_fetch_add_explicit(&loading->next, 1, memory_order_relaxed);
+        if (index >= loading->entries_n)
+            break;
+        struct error cause = {0}, err;
+        enum status status = load_one(loading, index, &cause);
+        if (status != STATUS_OK) {
+            error_set(&err, status, "weight '%s': %s", loading->list[index]->name, cause.text);
+            err.retry_after_ms = cause.retry_after_ms;
+            fail(loading, &err);
+        }
+    }
+    return NULL;
+}
+
+// Loads every entry. The calling thread is one of the threads, so that it works even if the system
+// gives no other.
+static void load_all(struct loading *loading, uint32_t threads)
+{
+    pthread_t helpers[LOAD_THREADS_MAX];
+    uint32_t helpers_n = 0;
+    if (threads > loading->entries_n)
+        threads = loading->entries_n;
+    if (threads > LOAD_THREADS_MAX)
+        threads = LOAD_THREADS_MAX;
+    // Signals are for the threads that wait for them.
+    sigset_t all, before;
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS); // a blocked SIGBUS kills; safetensors.c handles it
+    sigdelset(&all, SIGSEGV);
+    sigdelset(&all, SIGFPE);
+    sigdelset(&all, SIGILL);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (helpers_n + 1 < threads &&
+           pthread_create(&helpers[helpers_n], NULL, load_thread, loading) == 0)
+        helpers_n++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    load_thread(loading);
+    for (uint32_t i = 0; i < helpers_n; i++)
+        pthread_join(helpers[i], NULL);
+}
+
+// Reads and re-lays all entries into new weights, which `list` gets. Frees them again on failure.
+static enum status load_entries(struct weights *weights, const struct weights_load *load,
+                                const struct catalog *catalog, struct weight **list,
+                                struct error *err)
+{
+    struct loading loading = {.weights = weights,
+                              .load = load,
+                              .entries = catalog->entries,
+                              .entries_n = catalog->entries_n,
+                              .list = list};
+    bool complete = true;
+    for (uint32_t i = 0; i < catalog->entries_n; i++) {
+        loading.bytes_total += entry_bytes(&catalog->entries[i]);
+        list[i] = weight_create(weights, load, &catalog->entries[i]);
+        complete = complete && list[i];
+    }
+    if (!complete) {
+        loading.status = error_set(&loading.err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
+    } else {
+        ASSERT(pthread_mutex_init(&loading.lock, NULL) == 0);
+        load_all(&loading, load->threads ? load->threads : 1);
+        pthread_mutex_destroy(&loading.lock);
+    }
+    if (loading.status == STATUS_OK)
+        return STATUS_OK;
+    for (uint32_t i = 0; i < catalog->entries_n; i++)
+        weight_unref(list[i]);
+    if (err)
+        *err = loading.err;
+    return loading.status;
+}
+
+// What the registry would be with `added`, without references of its own: `merged` holds those of
+// the old list and of `added`, `replaced` those that drop out. Sets the generations of `added`.
+static void merge(const struct weights *weights, struct weight **added, uint32_t added_n,
+                  struct weight **merged, uint32_t *merged_n, struct weight **replaced,
+                  uint32_t *replaced_n)
+{
+    uint32_t old = 0, new = 0;
+    *merged_n = *replaced_n = 0;
+    while (old < weights->list_n || new < added_n) {
+        int order = new == added_n           ? -1
+                    : old == weights->list_n ? 1
+                                             : strcmp(weights->list[old]->name, added[new]->name);
+        if (order < 0) {
+            merged[(*merged_n)++] = weights->list[old++];
+            continue;
+        }
+        added[new]->generation = weights->generation_floor + 1;
+        if (order == 0) {
+            added[new]->generation = weights->list[old]->generation + 1;
+            replaced[(*replaced_n)++] = weights->list[old++];
+        }
+        merged[(*merged_n)++] = added[new ++];
+    }
+}
+
+// Whether the names are free, or may be replaced, and there is room.
+static enum status check_names(const struct weights *weights, const struct catalog *catalog,
+                               bool replace, struct error *err)
+{
+    uint32_t resident_n = 0;
+    for (uint32_t i = 0; i < catalog->entries_n; i++) {
+        const char *name = catalog->entries[i].name;
+        if (!find_locked(weights, name, strlen(name)))
+            continue;
+        if (!replace)
+            return error_set(err, STATUS_ALREADY_EXISTS,
+                             "weight '%s' is resident; set replace to load it anew", name);
+        resident_n++;
+    }
+    if (weights->list_n - resident_n + catalog->entries_n > WEIGHTS_MAX)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                         "%" PRIu32 " weights are resident and %" PRIu32
+                         " more match, expected at most %d",
+                         weights->list_n, catalog->entries_n, WEIGHTS_MAX);
+    return STATUS_OK;
+}
+
+// Everything between opening the files and the moment the weights are visible. All that can fail
+// comes before the swap.
+static enum status load_catalog(struct weights *weights, const struct weights_load *load,
+                                const struct catalog *catalog, struct error *err)
+{
+    // Reading the list needs no lock here: only the holder of change_lock writes it.
+    enum status status = check_names(weights, catalog, load->replace, err);
+    if (status != STATUS_OK)
+        return status;
+    size_t added_n = catalog->entries_n, merged_max = weights->list_n + added_n;
+    struct weight **added = calloc(added_n + 1, sizeof(struct weight *));
+    struct weight **replaced = calloc(added_n + 1, sizeof(struct weight *));
+    struct weight **merged = calloc(merged_max + 1, sizeof(struct weight *));
+    if (!added || !replaced || !merged) {
+        status = error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
+        goto free_lists;
+    }
+    status = load_entries(weights, load, catalog, added, err);
+    if (status != STATUS_OK)
+        goto free_lists;
+    uint32_t merged_n, replaced_n;
+    merge(weights, added, catalog->entries_n, merged, &merged_n, replaced, &replaced_n);
+    merged = swap_list(weights, merged, merged_n);
+    for (uint32_t i = 0; i < replaced_n; i++)
+        weight_unref(replaced[i]);
+
+free_lists:
+    free(merged); // the list before the swap, if there was one
+    free(replaced);
+    free(added);
+    return status;
+}
+
+enum status weights_load(struct weights *weights, const struct weights_load *load, uint32_t *loaded,
+                         struct error *err)
+{
+    pthread_mutex_lock(&weights->change_lock);
+    struct catalog catalog;
+    enum status status =
+        catalog_init(&catalog, &weights->roots, weights->reduced_dim_max, load, err);
+    if (status == STATUS_OK) {
+        status = load_catalog(weights, load, &catalog, err);
+        if (status == STATUS_OK && loaded)
+            *loaded = catalog.entries_n;
+        catalog_deinit(&catalog);
+    }
+    pthread_mutex_unlock(&weights->change_lock);
+    return status;
+}
+
+// ---- unloading
+
+enum status weights_unload(struct weights *weights, const char *pattern,
+                           void (*unloaded)(void *context, const char *name), void *context,
+                           struct error *err)
+{
+    char canonical[WEIGHT_NAME_BYTES];
+    size_t bytes;
+    pattern = weight_name_canonical(pattern, strlen(pattern), &bytes);
+    if (bytes >= sizeof canonical)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "names",
+                           "a pattern of %zu bytes, expected at most %zu", bytes,
+                           sizeof canonical - 1);
+    memcpy(canonical, pattern, bytes);
+    canonical[bytes] = '\0';
+
+    enum status status = STATUS_OK;
+    pthread_mutex_lock(&weights->change_lock);
+    struct weight **kept = calloc((size_t)weights->list_n + 1, sizeof(struct weight *));
+    struct weight **dropped = calloc((size_t)weights->list_n + 1, sizeof(struct weight *));
+    if (!kept || !dropped) {
+        status = error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
+        goto unlock;
+    }
+    uint32_t kept_n = 0, dropped_n = 0;
+    for (uint32_t i = 0; i < weights->list_n; i++) {
+        struct weight *weight = weights->list[i];
+        // A name may hold brackets and yet mean itself.
+        if (strcmp(canonical, weight->name) == 0 || fnmatch(canonical, weight->name, 0) == 0)
+            dropped[dropped_n++] = weight;
+        else
+            kept[kept_n++] = weight;
+    }
+    if (dropped_n == 0) {
+        status = error_field(err, STATUS_NOT_FOUND, "names", "no resident weight matches '%s'",
+                             canonical);
+        goto unlock;
+    }
+    kept = swap_list(weights, kept, kept_n);
+    for (uint32_t i = 0; i < dropped_n; i++) {
+        if (dropped[i]->generation > weights->generation_floor)
+            weights->generation_floor = dropped[i]->generation;
+        if (unloaded)
+            unloaded(context, dropped[i]->name);
+        weight_unref(dropped[i]);
+    }
+
+unlock:
+    pthread_mutex_unlock(&weights->change_lock);
+    free(dropped);
+    free(kept); // the list before the swap, if there was one
+    return status;
+}
