@@ -259,20 +259,17 @@ void call_finish_draining(struct call *call)
 
 // ---- events
 
-static uint64_t deadline_from_grpc(gpr_timespec deadline, uint32_t deadline_ms_max)
+static uint64_t deadline_from_grpc(gpr_timespec deadline)
 {
-    uint64_t now = now_ns();
-    uint64_t cap = now + (uint64_t)deadline_ms_max * 1000000u;
     deadline = gpr_convert_clock_type(deadline, GPR_CLOCK_MONOTONIC);
     if (gpr_time_cmp(deadline, gpr_inf_future(GPR_CLOCK_MONOTONIC)) == 0)
-        return cap;
+        return UINT64_MAX;
     gpr_timespec left = gpr_time_sub(deadline, gpr_now(GPR_CLOCK_MONOTONIC));
     if (left.tv_sec < 0)
-        return now;
-    if ((uint64_t)left.tv_sec > deadline_ms_max / 1000u)
-        return cap;
-    uint64_t at = now + (uint64_t)left.tv_sec * 1000000000u + (uint64_t)left.tv_nsec;
-    return at < cap ? at : cap;
+        return now_ns();
+    if (left.tv_sec > INT32_MAX)
+        return UINT64_MAX;
+    return now_ns() + (uint64_t)left.tv_sec * 1000000000u + (uint64_t)left.tv_nsec;
 }
 
 // RECV_CLOSE first: it alone tells of a cancelled call.
@@ -298,8 +295,7 @@ static void refuse(struct call *call, enum status status, const char *text)
 
 void call_arrived(struct call *call, bool full)
 {
-    call->deadline_ns =
-        deadline_from_grpc(call->deadline, call->thread->rpc->options.deadline_ms_max);
+    call->deadline_ns = deadline_from_grpc(call->deadline);
     watch_close(call);
     const struct method *method = call->method;
     if (!method) {

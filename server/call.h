@@ -71,7 +71,7 @@ void call_finish_draining(struct call *call);
 // Any thread: runs on_wake on the rpc thread, soon; several wakes may become one. Nothing happens
 // if the call is over.
 void call_wake(struct call *call);
-// Rpc thread to hold; any thread to let go, as its last touch.
+// Any thread may hold a call that is held already, the rpc thread any live one; and let go, as its last touch.
 void call_hold(struct call *call);
 void call_unhold(struct call *call);
 

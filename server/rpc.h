@@ -16,7 +16,6 @@ struct rpc_options {
     uint64_t message_bytes_max;       // received
     uint64_t
         transport_bytes_max; // gRPC's own buffers: a last resort, well above what admission lets in
-    uint32_t deadline_ms_max;
     uint32_t reply_timeout_ms;
     const struct method *const *methods; // tables that end with a NULL path; NULL-terminated
     struct service_context *context;

@@ -44,7 +44,8 @@ void service_count(struct service_context *context, enum status status);
 
 // Each ends with a method whose path is NULL.
 extern const struct method service_einsum_methods[];
-extern const struct method service_admin_methods[]; // the rest of einsum.v1.Einsum
+extern const struct method service_weights_methods[];
+extern const struct method service_info_methods[];
 extern const struct method service_health_methods[];
 extern const struct method service_reflection_methods[];
 

@@ -1,0 +1,372 @@
+// The hot methods: Einsum (unary) and EinsumStream.
+#include <stdlib.h>
+
+#include "config.h"
+#include "projection.h"
+#include "service.h"
+
+// ---- Einsum
+
+static void on_unary_done(struct job *job)
+{
+    call_wake(CONTAINER_OF(job, struct projection, job)->call);
+}
+
+static void fail_unary(struct call *call, const struct error *err)
+{
+    service_count(call_context(call), err->status);
+    call_finish(call, NULL, err);
+}
+
+static void on_unary_message(struct call *call, grpc_byte_buffer *message)
+{
+    struct service_context *context = call_context(call);
+    atomic_fetch_add_explicit(&context->counters.received, 1, memory_order_relaxed);
+    struct projection *projection = call_inline_state(call, sizeof *projection);
+    projection->call = call;
+    projection->job.on_done = on_unary_done;
+    struct projection_bytes bytes = projection_bytes(message);
+    struct wire_request request;
+    struct error err;
+    bool running;
+    if (wire_read_request(bytes.slices, bytes.slices_n, &request, &err) != STATUS_OK ||
+        projection_start(projection, &request, bytes, &running, &err) != STATUS_OK) {
+        fail_unary(call, &err);
+    } else if (!running) {
+        service_count(context, STATUS_OK);
+        call_finish(call, projection_respond_empty(projection), NULL);
+    }
+}
+
+// The only waker is on_unary_done, so the job is done; the call itself may be over by now.
+static void on_unary_wake(struct call *call)
+{
+    struct projection *projection = call_state(call);
+    const struct error *err = &projection->job.error;
+    service_count(call_context(call), err->status);
+    if (err->status == STATUS_OK) {
+        call_finish(call, projection_respond(projection), NULL);
+    } else {
+        call_finish(call, NULL, err);
+        projection_release(projection);
+    }
+}
+
+static void on_unary_cancel(struct call *call)
+{
+    struct projection *projection = call_state(call);
+    if (projection)
+        atomic_store_explicit(&projection->job.cancelled, true, memory_order_relaxed);
+}
+
+// ---- EinsumStream
+
+struct item {
+    struct projection projection;
+    struct stream *stream;
+    struct item *next_done;       // in stream->done
+    struct item *next, *previous; // in stream->running
+};
+
+struct outgoing {
+    grpc_byte_buffer *message;
+    struct outgoing *next;
+};
+
+// All of the rpc thread's, but `done`.
+struct stream {
+    struct call *call;
+    _Atomic(struct item *) done; // stack, filled by the scheduler
+    struct item *running;
+    struct outgoing *first, **last; // waiting to be sent
+    uint32_t in_flight;             // running, waiting to be sent, or being sent
+    bool reading, sending, half_closed, draining;
+    bool broken; // nothing more will be answered
+};
+
+static void on_stream_start(struct call *call)
+{
+    struct stream *stream = calloc(1, sizeof *stream);
+    if (!stream) {
+        struct error err;
+        error_set(&err, STATUS_RESOURCE_EXHAUSTED, "no memory for a stream");
+        call_finish(call, NULL, &err);
+        return;
+    }
+    stream->call = call;
+    stream->last = &stream->first;
+    stream->reading = true; // the first message is asked for by itself
+    call_set_state(call, stream);
+}
+
+static struct outgoing *take_outgoing(struct stream *stream)
+{
+    struct outgoing *outgoing = stream->first;
+    if (outgoing) {
+        stream->first = outgoing->next;
+        if (!stream->first)
+            stream->last = &stream->first;
+    }
+    return outgoing;
+}
+
+static void drop_outgoing(struct stream *stream)
+{
+    struct outgoing *outgoing;
+    while ((outgoing = take_outgoing(stream)) != NULL) {
+        grpc_byte_buffer_destroy(outgoing->message);
+        free(outgoing);
+        stream->in_flight--;
+    }
+}
+
+// Jobs not yet launched are dropped, memory on loan comes back.
+static void break_stream(struct stream *stream)
+{
+    stream->broken = true;
+    for (struct item *item = stream->running; item; item = item->next)
+        atomic_store_explicit(&item->projection.job.cancelled, true, memory_order_relaxed);
+    drop_outgoing(stream);
+}
+
+static void send_next(struct stream *stream)
+{
+    while (!stream->sending && stream->first) {
+        struct outgoing *outgoing = take_outgoing(stream);
+        stream->sending = call_send(stream->call, outgoing->message);
+        if (!stream->sending)
+            stream->in_flight--; // the call is over, and so is the message
+        free(outgoing);
+    }
+}
+
+// `message` counts as in flight already.
+static void answer(struct stream *stream, grpc_byte_buffer *message)
+{
+    struct outgoing *outgoing = stream->broken ? NULL : malloc(sizeof *outgoing);
+    if (!outgoing) {
+        grpc_byte_buffer_destroy(message);
+        stream->in_flight--;
+        if (!stream->broken) { // an answer is lost: the caller must hear of it
+            struct error err;
+            error_set(&err, STATUS_RESOURCE_EXHAUSTED, "no memory for a response");
+            call_finish(stream->call, NULL, &err);
+            break_stream(stream);
+        }
+        return;
+    }
+    *outgoing = (struct outgoing){.message = message};
+    *stream->last = outgoing;
+    stream->last = &outgoing->next;
+    send_next(stream);
+}
+
+// Reads on, or ends the stream, as far as its state lets it.
+static void go_on(struct stream *stream)
+{
+    uint32_t in_flight_max = call_context(stream->call)->config->stream_requests_max;
+    if (stream->broken)
+        return;
+    if (!stream->half_closed && !stream->draining) {
+        if (!stream->reading && stream->in_flight < in_flight_max) {
+            stream->reading = true;
+            call_read(stream->call);
+        }
+    } else if (stream->in_flight == 0) {
+        if (stream->half_closed)
+            call_finish(stream->call, NULL, NULL);
+        else
+            call_finish_draining(stream->call);
+    }
+}
+
+static void link_running(struct item *item)
+{
+    struct stream *stream = item->stream;
+    item->previous = NULL;
+    item->next = stream->running;
+    if (item->next)
+        item->next->previous = item;
+    stream->running = item;
+}
+
+static void unlink_running(struct item *item)
+{
+    if (item->previous)
+        item->previous->next = item->next;
+    else
+        item->stream->running = item->next;
+    if (item->next)
+        item->next->previous = item->previous;
+}
+
+static void on_stream_done(struct job *job)
+{
+    struct item *item = CONTAINER_OF(job, struct item, projection.job);
+    struct stream *stream = item->stream;
+    struct call *call = stream->call;
+    call_hold(
+        call); // once pushed, the item may be answered and freed at any moment, and its hold with it
+    struct item *head = atomic_load_explicit(&stream->done, memory_order_relaxed);
+    do
+        item->next_done = head;
+    while (!atomic_compare_exchange_weak_explicit(&stream->done, &head, item, memory_order_acq_rel,
+                                                  memory_order_relaxed));
+    if (!head)
+        call_wake(call);
+    call_unhold(call);
+}
+
+static void collect(struct item *item)
+{
+    struct stream *stream = item->stream;
+    struct projection *projection = &item->projection;
+    struct error err = projection->job.error;
+    unlink_running(item);
+    service_count(call_context(stream->call), err.status);
+    if (err.status == STATUS_OK) {
+        answer(stream, projection_respond(projection));
+        return;
+    }
+    uint64_t request_id = projection->request_id;
+    projection_release(projection);
+    answer(stream, projection_respond_error(request_id, &err));
+}
+
+static void on_stream_wake(struct call *call)
+{
+    struct stream *stream = call_state(call);
+    struct item *newest = atomic_exchange_explicit(&stream->done, NULL, memory_order_acq_rel);
+    struct item *oldest = NULL;
+    while (newest) {
+        struct item *next = newest->next_done;
+        newest->next_done = oldest;
+        oldest = newest;
+        newest = next;
+    }
+    while (oldest) {
+        struct item *next = oldest->next_done;
+        collect(oldest);
+        oldest = next;
+    }
+    go_on(stream);
+}
+
+static void refuse_request(struct stream *stream, uint64_t request_id, const struct error *err)
+{
+    service_count(call_context(stream->call), err->status);
+    answer(stream, projection_respond_error(request_id, err));
+}
+
+static void start_item(struct stream *stream, const struct wire_request *request,
+                       struct projection_bytes bytes)
+{
+    struct error err;
+    struct item *item = calloc(1, sizeof *item);
+    if (!item) {
+        error_set(&err, STATUS_RESOURCE_EXHAUSTED, "no memory for a request");
+        refuse_request(stream, request->request_id, &err);
+        return;
+    }
+    item->stream = stream;
+    item->projection.call = stream->call;
+    item->projection.streamed = true;
+    item->projection.job.on_done = on_stream_done;
+    link_running(item);
+    bool running;
+    enum status status = projection_start(&item->projection, request, bytes, &running, &err);
+    if (status == STATUS_OK && running)
+        return;
+    unlink_running(item);
+    if (status == STATUS_OK) {
+        service_count(call_context(stream->call), STATUS_OK);
+        answer(stream, projection_respond_empty(&item->projection));
+    } else {
+        refuse_request(stream, request->request_id, &err);
+    }
+    free(item);
+}
+
+static void on_stream_message(struct call *call, grpc_byte_buffer *message)
+{
+    struct stream *stream = call_state(call);
+    stream->reading = false;
+    if (!message) {
+        stream->half_closed = true;
+        go_on(stream);
+        return;
+    }
+    struct service_context *context = call_context(call);
+    atomic_fetch_add_explicit(&context->counters.received, 1, memory_order_relaxed);
+    struct projection_bytes bytes = projection_bytes(message);
+    struct wire_request request;
+    struct error err;
+    if (wire_read_stream_request(bytes.slices, bytes.slices_n, &request, &err) != STATUS_OK) {
+        // Without its request_id no response can be matched to it, so the stream ends.
+        service_count(context, err.status);
+        call_finish(call, NULL, &err);
+        break_stream(stream);
+        return;
+    }
+    stream->in_flight++;
+    if (stream->draining) {
+        error_set(&err, STATUS_UNAVAILABLE, "draining");
+        refuse_request(stream, request.request_id, &err);
+    } else {
+        start_item(stream, &request, bytes);
+    }
+    go_on(stream);
+}
+
+static void on_stream_sent(struct call *call)
+{
+    struct stream *stream = call_state(call);
+    stream->sending = false;
+    stream->in_flight--;
+    send_next(stream);
+    go_on(stream);
+}
+
+static void on_stream_drain(struct call *call)
+{
+    struct stream *stream = call_state(call);
+    if (!stream)
+        return;
+    stream->draining = true;
+    go_on(stream);
+}
+
+static void on_stream_cancel(struct call *call)
+{
+    struct stream *stream = call_state(call);
+    if (stream)
+        break_stream(stream);
+}
+
+static void on_stream_end(struct call *call)
+{
+    struct stream *stream = call_state(call);
+    ASSERT(!stream || (!stream->running && !stream->first));
+    free(stream);
+}
+
+const struct method service_einsum_methods[] = {
+    {
+        .path = "/einsum.v1.Einsum/Einsum",
+        .message_with_call = true,
+        .on_message = on_unary_message,
+        .on_wake = on_unary_wake,
+        .on_cancel = on_unary_cancel,
+    },
+    {
+        .path = "/einsum.v1.Einsum/EinsumStream",
+        .on_start = on_stream_start,
+        .on_message = on_stream_message,
+        .on_sent = on_stream_sent,
+        .on_wake = on_stream_wake,
+        .on_cancel = on_stream_cancel,
+        .on_drain = on_stream_drain,
+        .on_end = on_stream_end,
+    },
+    {0},
+};

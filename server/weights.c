@@ -527,6 +527,8 @@ static enum status load_catalog(struct weights *weights, const struct weights_lo
     uint32_t merged_n, replaced_n;
     merge(weights, added, catalog->entries_n, merged, &merged_n, replaced, &replaced_n);
     merged = swap_list(weights, merged, merged_n);
+    for (uint32_t i = 0; i < added_n && load->loaded; i++)
+        load->loaded(load->loaded_context, added[i]);
     for (uint32_t i = 0; i < replaced_n; i++)
         weight_unref(replaced[i]);
 

@@ -44,6 +44,9 @@ struct weights_load {
     bool (*progress)(void *context, uint32_t weights_done, uint32_t weights_total,
                      uint64_t bytes_done, uint64_t bytes_total);
     void *progress_context;
+    // Called with each weight once all are visible; borrows the weight. May be NULL.
+    void (*loaded)(void *context, struct weight *weight);
+    void *loaded_context;
 };
 
 // `roots` are the only directories from which anything is read; borrowed for the registry's life,

@@ -1,0 +1,212 @@
+#include "projection.h"
+
+#include <einsum/v1/einsum.pb-c.h>
+#include <grpc/slice.h>
+#include <stdlib.h>
+
+#include "batch.h"
+#include "config.h"
+#include "digest.h"
+#include "message.h"
+#include "request.h"
+#include "service.h"
+
+// ---- a request becomes a job
+
+struct projection_bytes projection_bytes(const grpc_byte_buffer *message)
+{
+    if (!message)
+        return (struct projection_bytes){0};
+    ASSERT(message->type == GRPC_BB_RAW &&
+           message->data.raw.compression == GRPC_COMPRESS_NONE); // core has inflated it
+    return (struct projection_bytes){message->data.raw.slice_buffer.slices,
+                                     message->data.raw.slice_buffer.count};
+}
+
+// After this the scheduler may finish the job at any moment.
+NODISCARD static enum status submit(struct projection *projection,
+                                    const struct wire_request *request,
+                                    struct projection_bytes bytes, struct error *err)
+{
+    struct batcher *batcher = call_context(projection->call)->batcher;
+    enum status status = batcher_reserve(batcher, &projection->job, err);
+    if (status != STATUS_OK)
+        return status;
+    // Batch memory is the daemon's to write; the operand calls it const since engines only read it.
+    struct einsum_operand *operand = &projection->job.operand;
+    wire_copy(bytes.slices, bytes.slices_n, request->activations,
+              (void *)(uintptr_t)operand->activations);
+    wire_copy(bytes.slices, bytes.slices_n, request->activation_scales,
+              (void *)(uintptr_t)operand->scales);
+    call_hold(projection->call);
+    batcher_commit(batcher, &projection->job);
+    return STATUS_OK;
+}
+
+static uint64_t deadline_ns(const struct projection *projection)
+{
+    uint64_t given = call_deadline_ns(projection->call);
+    uint64_t cap_ms = call_context(projection->call)->config->deadline_ms_max;
+    uint64_t cap = projection->job.received_ns + cap_ms * 1000000u;
+    return given < cap ? given : cap;
+}
+
+enum status projection_start(struct projection *projection, const struct wire_request *request,
+                             struct projection_bytes bytes, bool *running, struct error *err)
+{
+    struct service_context *context = call_context(projection->call);
+    *running = false;
+    projection->request_id = request->request_id;
+    projection->digest_only = request->digest_only;
+    projection->job.received_ns = now_ns();
+    projection->job.deadline_ns = deadline_ns(projection);
+    enum status status = request_check(request, context->weights,
+                                       context->config->request_tokens_max, &projection->job, err);
+    if (status != STATUS_OK)
+        return status;
+    if (request->tokens > 0) {
+        status = submit(projection, request, bytes, err);
+        *running = status == STATUS_OK;
+    }
+    if (status != STATUS_OK) {
+        weight_unref(projection->job.weight);
+        projection->job.weight = NULL;
+    }
+    return status;
+}
+
+// ---- a job becomes a response
+
+static struct wire_response describe(const struct projection *projection, uint64_t output_bytes)
+{
+    const struct job *job = &projection->job;
+    return (struct wire_response){
+        .request_id = projection->request_id,
+        .tokens = job->operand.tokens,
+        .groups = job->operand.groups,
+        .output_dim = job->weight->format.output_dim,
+        .output_type = (int32_t)job->operand.output_type,
+        .output_bytes = output_bytes,
+        .batch_tokens = job->batch_tokens,
+        .batch_bucket = job->batch_bucket,
+        .batch_requests = job->batch_requests,
+        .queue_ns = job->launched_ns - job->queued_ns,
+        .run_ns = job->done_ns - job->launched_ns,
+    };
+}
+
+static uint64_t output_bytes(const struct projection *projection)
+{
+    const struct einsum_operand *operand = &projection->job.operand;
+    return einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
+                               projection->job.weight->format.output_dim);
+}
+
+void projection_release(struct projection *projection)
+{
+    struct call *call = projection->call;
+    batcher_release(call_context(call)->batcher, &projection->job);
+    weight_unref(projection->job.weight);
+    if (projection->streamed)
+        free(projection);
+    call_unhold(call);
+}
+
+static void on_output_sent(void *projection)
+{
+    projection_release(projection);
+}
+
+static grpc_byte_buffer *respond_with_head(const struct projection *projection,
+                                           const grpc_slice *output)
+{
+    uint8_t head[WIRE_RESPONSE_HEAD_BYTES_MAX];
+    struct wire_response response = describe(projection, output ? GRPC_SLICE_LENGTH(*output) : 0);
+    size_t head_bytes = wire_write_response_head(&response, projection->streamed, head);
+    grpc_slice slices[2] = {grpc_slice_from_copied_buffer((const char *)head, head_bytes)};
+    if (output)
+        slices[1] = *output;
+    grpc_byte_buffer *message = grpc_raw_byte_buffer_create(slices, output ? 2 : 1);
+    grpc_slice_unref(slices[0]);
+    if (output)
+        grpc_slice_unref(slices[1]);
+    return message;
+}
+
+// Lends the output to gRPC, which releases the projection with it.
+static grpc_byte_buffer *respond_with_output(struct projection *projection)
+{
+    job_advance(&projection->job, JOB_DONE, JOB_REPLYING);
+    grpc_slice output =
+        grpc_slice_new_with_user_data(projection->job.operand.output,
+                                      (size_t)output_bytes(projection), on_output_sent, projection);
+    return respond_with_head(projection, &output);
+}
+
+static grpc_byte_buffer *respond_with_digest(const struct projection *projection)
+{
+    const struct wire_response head = describe(projection, 0);
+    struct digest computed;
+    digest_compute(projection->job.operand.output_type, projection->job.operand.output,
+                   (uint64_t)head.tokens * head.groups * head.output_dim, &computed);
+    Einsum__V1__Digest digest = EINSUM__V1__DIGEST__INIT;
+    digest.crc32 = computed.crc32;
+    digest.elements = computed.elements;
+    digest.nan_elements = computed.nan_elements;
+    digest.sum = computed.sum;
+    digest.abs_max = computed.abs_max;
+    digest.head = computed.head;
+    digest.n_head = computed.head_n;
+    Einsum__V1__BatchInfo batch = EINSUM__V1__BATCH_INFO__INIT;
+    batch.tokens = head.batch_tokens;
+    batch.bucket = head.batch_bucket;
+    batch.requests = head.batch_requests;
+    batch.queue_ns = head.queue_ns;
+    batch.run_ns = head.run_ns;
+    Einsum__V1__EinsumResponse response = EINSUM__V1__EINSUM_RESPONSE__INIT;
+    response.request_id = head.request_id;
+    response.tokens = head.tokens;
+    response.groups = head.groups;
+    response.output_dim = head.output_dim;
+    response.output_type = (Einsum__V1__OutputType)head.output_type;
+    response.digest = &digest;
+    response.batch = &batch;
+    if (!projection->streamed)
+        return message_pack(&response.base);
+    Einsum__V1__EinsumStreamResponse streamed = EINSUM__V1__EINSUM_STREAM_RESPONSE__INIT;
+    streamed.response = &response;
+    return message_pack(&streamed.base);
+}
+
+grpc_byte_buffer *projection_respond(struct projection *projection)
+{
+    if (!projection->digest_only)
+        return respond_with_output(projection);
+    grpc_byte_buffer *message = respond_with_digest(projection);
+    projection_release(projection);
+    return message;
+}
+
+grpc_byte_buffer *projection_respond_empty(struct projection *projection)
+{
+    grpc_byte_buffer *message = projection->digest_only ? respond_with_digest(projection)
+                                                        : respond_with_head(projection, NULL);
+    weight_unref(projection->job.weight);
+    projection->job.weight = NULL;
+    return message;
+}
+
+grpc_byte_buffer *projection_respond_error(uint64_t request_id, const struct error *err)
+{
+    Einsum__V1__Error error = EINSUM__V1__ERROR__INIT;
+    error.code = (int32_t)err->status;
+    error.message = (char *)(uintptr_t)err->text;
+    error.field = (char *)(uintptr_t)err->field;
+    error.retry_after_ms = err->retry_after_ms;
+    Einsum__V1__EinsumResponse response = EINSUM__V1__EINSUM_RESPONSE__INIT;
+    response.request_id = request_id;
+    Einsum__V1__EinsumStreamResponse streamed = EINSUM__V1__EINSUM_STREAM_RESPONSE__INIT;
+    streamed.response = &response;
+    streamed.error = &error;
+    return message_pack(&streamed.base);
+}

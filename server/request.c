@@ -1,0 +1,193 @@
+#include "request.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+const char request_equation[] = "bhr,hdr->bhd";
+
+// The names of an enum's values from 1 on.
+struct choice {
+    const char *field;
+    const char *names[5];
+};
+
+static const struct choice recipes = {
+    "recipe", {"RECIPE_1_128_128", "RECIPE_1_1_128", "RECIPE_1_32_32", "RECIPE_1_1_32"}};
+static const struct choice activation_layouts = {
+    "activation_layout", {"ACTIVATION_LAYOUT_TGR", "ACTIVATION_LAYOUT_GTR"}};
+static const struct choice scale_layouts = {"scale_layout",
+                                            {"SCALE_LAYOUT_TGK", "SCALE_LAYOUT_GKT"}};
+static const struct choice scale_types = {"scale_type", {"SCALE_TYPE_FP32", "SCALE_TYPE_UE8M0"}};
+static const struct choice output_types = {"output_type", {"OUTPUT_TYPE_BF16", "OUTPUT_TYPE_FP32"}};
+
+static void list_names(const struct choice *choice, char *text, size_t bytes)
+{
+    size_t used = 0;
+    text[0] = '\0';
+    for (size_t i = 0; i < ARRAY_LEN(choice->names) && choice->names[i] && used < bytes; i++) {
+        int printed =
+            snprintf(text + used, bytes - used, "%s%s", i > 0 ? ", " : "", choice->names[i]);
+        used += printed > 0 ? (size_t)printed : 0;
+    }
+}
+
+NODISCARD static enum status check_choice(const struct choice *choice, int32_t value,
+                                          struct error *err)
+{
+    if (value > 0 && (size_t)value <= ARRAY_LEN(choice->names) && choice->names[value - 1])
+        return STATUS_OK;
+    char names[256];
+    list_names(choice, names, sizeof names);
+    if (value == 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, choice->field,
+                           "not given; expected one of %s", names);
+    return error_field(err, STATUS_UNIMPLEMENTED, choice->field,
+                       "%" PRId32 " is not supported; supported are %s", value, names);
+}
+
+NODISCARD static enum status check_equation(const char *equation, struct error *err)
+{
+    if (strcmp(equation, request_equation) == 0)
+        return STATUS_OK;
+    if (equation[0] == '\0')
+        return error_field(err, STATUS_INVALID_ARGUMENT, "equation", "not given; expected \"%s\"",
+                           request_equation);
+    return error_field(err, STATUS_UNIMPLEMENTED, "equation",
+                       "\"%s\" is not supported; supported is \"%s\"", equation, request_equation);
+}
+
+NODISCARD static enum status check_choices(const struct wire_request *request, struct error *err)
+{
+    enum status status = check_equation(request->equation, err);
+    if (status == STATUS_OK)
+        status = check_choice(&recipes, request->recipe, err);
+    if (status == STATUS_OK)
+        status = check_choice(&activation_layouts, request->activation_layout, err);
+    if (status == STATUS_OK)
+        status = check_choice(&scale_layouts, request->scale_layout, err);
+    if (status == STATUS_OK)
+        status = check_choice(&scale_types, request->scale_type, err);
+    if (status == STATUS_OK)
+        status = check_choice(&output_types, request->output_type, err);
+    return status;
+}
+
+NODISCARD static enum status find_weight(const struct wire_request *request,
+                                         struct weights *weights, struct weight **weight,
+                                         struct error *err)
+{
+    if (request->weight[0] == '\0')
+        return error_field(err, STATUS_INVALID_ARGUMENT, "weight",
+                           "not given; expected a name that ListWeights shows");
+    *weight = weights_get(weights, request->weight, strlen(request->weight));
+    if (!*weight)
+        return error_field(err, STATUS_NOT_FOUND, "weight",
+                           "\"%s\" is not resident; %u weights are (see ListWeights)",
+                           request->weight, weights_totals(weights).weights);
+    return STATUS_OK;
+}
+
+bool request_recipe_fits(enum einsum_recipe recipe, const struct einsum_weight_format *format)
+{
+    return einsum_recipe_fits(recipe, format) && einsum_recipe_block_r(recipe) == format->block_r;
+}
+
+NODISCARD static enum status check_recipe(enum einsum_recipe recipe, const struct weight *weight,
+                                          struct error *err)
+{
+    const struct einsum_weight_format *format = &weight->format;
+    if (request_recipe_fits(recipe, format))
+        return STATUS_OK;
+    return error_field(err, STATUS_INVALID_ARGUMENT, "recipe",
+                       "%s does not fit weight \"%s\", whose scales are per %u of D and %u of R",
+                       recipes.names[recipe - 1], weight->name, format->block_d, format->block_r);
+}
+
+NODISCARD static enum status check_groups(const struct wire_request *request,
+                                          const struct weight *weight,
+                                          struct einsum_operand *operand, struct error *err)
+{
+    uint32_t begin = request->group_begin, end = request->group_end;
+    if (begin == 0 && end == 0)
+        end = weight->format.groups;
+    if (begin >= end || end > weight->format.groups)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "group_end",
+                           "expected 0 <= group_begin < group_end <= %u, got [%u, %u)",
+                           weight->format.groups, begin, end);
+    operand->group_begin = begin;
+    operand->groups = end - begin;
+    return STATUS_OK;
+}
+
+NODISCARD static enum status check_bytes(const char *field, uint64_t expected, uint64_t got,
+                                         const char *shape, struct error *err)
+{
+    if (expected == got)
+        return STATUS_OK;
+    return error_field(err, STATUS_INVALID_ARGUMENT, field,
+                       "expected %" PRIu64 " bytes (%s), got %" PRIu64, expected, shape, got);
+}
+
+NODISCARD static enum status check_tensors(const struct wire_request *request,
+                                           const struct einsum_weight_format *format,
+                                           const struct einsum_operand *operand, struct error *err)
+{
+    uint32_t tokens = operand->tokens, groups = operand->groups;
+    uint32_t blocks = format->reduced_dim / format->block_r;
+    bool by_block = operand->scale_layout == EINSUM_SCALES_GKT;
+    if (by_block && operand->scale_type == EINSUM_SCALE_UE8M0 && blocks % 4 != 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "scale_layout",
+                           "SCALE_LAYOUT_GKT packs 4 UE8M0 scales to a word, and K = %u is no "
+                           "multiple of 4",
+                           blocks);
+    char shape[96];
+    snprintf(shape, sizeof shape, "T %u * G %u * R %u", tokens, groups, format->reduced_dim);
+    enum status status =
+        check_bytes("activations", einsum_activation_bytes(tokens, groups, format->reduced_dim),
+                    request->activations.bytes, shape, err);
+    if (status != STATUS_OK)
+        return status;
+    snprintf(shape, sizeof shape, "T %u%s * G %u * K %u * %u byte%s", tokens,
+             by_block ? " rounded up to 4" : "", groups, blocks,
+             einsum_scale_element_bytes(operand->scale_type),
+             operand->scale_type == EINSUM_SCALE_FP32 ? "s" : "");
+    return check_bytes(
+        "activation_scales",
+        einsum_scale_bytes(operand->scale_layout, operand->scale_type, tokens, groups, blocks),
+        request->activation_scales.bytes, shape, err);
+}
+
+enum status request_check(const struct wire_request *request, struct weights *weights,
+                          uint32_t request_tokens_max, struct job *job, struct error *err)
+{
+    enum status status = check_choices(request, err);
+    if (status != STATUS_OK)
+        return status;
+    struct weight *weight;
+    status = find_weight(request, weights, &weight, err);
+    if (status != STATUS_OK)
+        return status;
+    job->operand = (struct einsum_operand){
+        .tokens = request->tokens,
+        .activation_layout = (enum einsum_activation_layout)request->activation_layout,
+        .scale_layout = (enum einsum_scale_layout)request->scale_layout,
+        .scale_type = (enum einsum_scale_type)request->scale_type,
+        .output_type = (enum einsum_output_type)request->output_type,
+    };
+    status = check_recipe((enum einsum_recipe)request->recipe, weight, err);
+    if (status == STATUS_OK)
+        status = check_groups(request, weight, &job->operand, err);
+    if (status == STATUS_OK && request->tokens > request_tokens_max)
+        status = error_field(err, STATUS_INVALID_ARGUMENT, "tokens",
+                             "expected at most %u (request_tokens_max), got %u", request_tokens_max,
+                             request->tokens);
+    if (status == STATUS_OK)
+        status = check_tensors(request, &weight->format, &job->operand, err);
+    if (status != STATUS_OK) {
+        weight_unref(weight);
+        return status;
+    }
+    job->weight = weight;
+    return STATUS_OK;
+}

@@ -1,0 +1,19 @@
+// From what a caller sent to a job that can be computed: every check of an EinsumRequest, in one
+// place.
+#pragma once
+
+#include "job.h"
+#include "wire.h"
+
+// "bhr,hdr->bhd": the one equation that there is.
+extern const char request_equation[];
+
+// Whether a request for a weight of this format may name this recipe.
+bool request_recipe_fits(enum einsum_recipe recipe, const struct einsum_weight_format *format);
+
+// Checks all fields against each other, the weight and the limits. On success `job` holds a
+// reference to its weight and an operand without pointers; the caller has set nothing else yet.
+// Errors name the field, what was expected and what came.
+NODISCARD enum status request_check(const struct wire_request *request, struct weights *weights,
+                                    uint32_t request_tokens_max, struct job *job,
+                                    struct error *err);

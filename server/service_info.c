@@ -1,0 +1,276 @@
+// ServerInfo and SelfTest.
+#include <einsum/v1/einsum.pb-c.h>
+#include <grpc/grpc.h>
+#include <jansson.h>
+#include <stdlib.h>
+#include <string.h>
+#include <uv.h>
+
+#include "batch.h"
+#include "config.h"
+#include "control.h"
+#include "listener.h"
+#include "log.h"
+#include "message.h"
+#include "service.h"
+#include "verify.h"
+#include "weights.h"
+#include "wire.h"
+
+// ---- ServerInfo
+
+static Einsum__V1__Counters read_counters(struct service_context *context,
+                                          const struct batcher_stats *batches)
+{
+    struct service_counters *counters = &context->counters;
+    struct listener_stats connections = listener_stats(context->listener);
+    Einsum__V1__Counters message = EINSUM__V1__COUNTERS__INIT;
+    message.requests = atomic_load_explicit(&counters->received, memory_order_relaxed);
+    message.answered = atomic_load_explicit(&counters->answered, memory_order_relaxed);
+    message.refused = atomic_load_explicit(&counters->refused, memory_order_relaxed);
+    message.invalid = atomic_load_explicit(&counters->invalid, memory_order_relaxed);
+    message.expired = atomic_load_explicit(&counters->expired, memory_order_relaxed);
+    message.cancelled = atomic_load_explicit(&counters->cancelled, memory_order_relaxed);
+    message.failed = atomic_load_explicit(&counters->failed, memory_order_relaxed);
+    message.batches = batches->batches;
+    message.batch_tokens = batches->tokens;
+    message.batch_padding_tokens = batches->padding_tokens;
+    message.batch_requests = batches->requests;
+    message.busy_ns = batches->busy_ns;
+    message.connections = connections.connections;
+    message.connections_refused = connections.refused;
+    return message;
+}
+
+static Einsum__V1__Limits read_limits(const struct service_context *context)
+{
+    const struct config *config = context->config;
+    Einsum__V1__Limits limits = EINSUM__V1__LIMITS__INIT;
+    limits.request_tokens_max = config->request_tokens_max;
+    limits.batch_tokens_max = config->batch_tokens_max;
+    limits.request_bytes_max = context->message_bytes_max;
+    limits.reply_bytes_max = config->batch_output_bytes + WIRE_RESPONSE_HEAD_BYTES_MAX;
+    limits.queue_requests_max = config->queue_requests_max;
+    limits.queue_bytes_max = config->batches * config->batch_input_bytes;
+    limits.connections_max = config->connections_max;
+    limits.stream_requests_max = config->stream_requests_max;
+    limits.deadline_ms_max = config->deadline_ms_max;
+    limits.connection_requests_max = config->connection_requests_max;
+    return limits;
+}
+
+static const char *state_name(const struct service_context *context)
+{
+    if (batcher_device_lost(context->batcher))
+        return "device_lost";
+    return atomic_load_explicit(&context->draining, memory_order_relaxed) ? "draining" : "serving";
+}
+
+static Einsum__V1__Library library(const char *name, const char *version)
+{
+    Einsum__V1__Library message = EINSUM__V1__LIBRARY__INIT;
+    message.name = (char *)(uintptr_t)name;
+    message.version = (char *)(uintptr_t)version;
+    return message;
+}
+
+static void on_server_info(struct call *call, grpc_byte_buffer *bytes)
+{
+    struct service_context *context = call_context(call);
+    (void)bytes; // the request has no fields
+    struct engine_info engine;
+    context->engine_ops->describe(context->engine, &engine);
+    struct batcher_stats batches;
+    batcher_stats(context->batcher, &batches);
+
+    Einsum__V1__Limits limits = read_limits(context);
+    Einsum__V1__Counters counters = read_counters(context, &batches);
+    Einsum__V1__Memory memory = EINSUM__V1__MEMORY__INIT;
+    memory.weights_bytes = weights_totals(context->weights).resident_bytes;
+    memory.batches_bytes = batches.buffer_bytes;
+    memory.scratch_bytes = engine.scratch_bytes;
+    Einsum__V1__Library libraries[] = {
+        library("grpc", grpc_version_string()),
+        library("protobuf-c", protobuf_c_version()),
+        library("libuv", uv_version_string()),
+        library("jansson", jansson_version_str()),
+    };
+    Einsum__V1__Library *library_pointers[ARRAY_LEN(libraries)];
+    for (size_t i = 0; i < ARRAY_LEN(libraries); i++)
+        library_pointers[i] = &libraries[i];
+    uint32_t buckets[CONFIG_BUCKETS_MAX];
+    memcpy(buckets, context->config->buckets, sizeof buckets);
+
+    Einsum__V1__ServerInfoResponse response = EINSUM__V1__SERVER_INFO_RESPONSE__INIT;
+    response.version = (char *)(uintptr_t)EINSUMD_VERSION;
+    response.engine = (char *)(uintptr_t)context->engine_ops->name;
+    response.device = engine.device;
+    response.kernel = engine.kernel;
+    response.engine_threads = engine.threads;
+    response.limits = &limits;
+    response.buckets = buckets;
+    response.n_buckets = context->config->buckets_n;
+    response.lanes = context->config->lanes;
+    response.memory = &memory;
+    response.counters = &counters;
+    response.uptime_ns = now_ns() - context->started_ns;
+    response.libraries = library_pointers;
+    response.n_libraries = ARRAY_LEN(libraries);
+    response.state = (char *)(uintptr_t)state_name(context);
+    call_finish(call, message_pack(&response.base), NULL);
+}
+
+// ---- SelfTest
+
+struct verdict {
+    struct weight *weight; // a reference
+    struct verify_result result;
+    struct error error; // why there is no result
+};
+
+struct self_test {
+    struct control_task task;
+    struct call *call;
+    struct verdict *verdicts;
+    size_t verdicts_n, verdicts_max;
+    // Written by the task, read after `done`.
+    size_t judged_n;
+    _Atomic bool done;
+};
+
+static void add_weight(void *context, struct weight *weight)
+{
+    struct self_test *test = context;
+    if (test->verdicts_n == test->verdicts_max) {
+        test->verdicts_max = test->verdicts_max ? 2 * test->verdicts_max : 64;
+        test->verdicts = realloc(test->verdicts, test->verdicts_max * sizeof *test->verdicts);
+        ASSERT(test->verdicts);
+    }
+    test->verdicts[test->verdicts_n++] = (struct verdict){.weight = weight_ref(weight)};
+}
+
+static void run_self_test(struct control_task *task)
+{
+    struct self_test *test = CONTAINER_OF(task, struct self_test, task);
+    struct service_context *context = call_context(test->call);
+    for (; test->judged_n < test->verdicts_n; test->judged_n++) {
+        if (call_cancelled(test->call) || control_stopping(context->control))
+            break;
+        struct verdict *verdict = &test->verdicts[test->judged_n];
+        verify_weight(context->batcher, verdict->weight, &verdict->result, &verdict->error);
+    }
+    atomic_store_explicit(&test->done, true, memory_order_release);
+    call_wake(test->call);
+    call_unhold(test->call);
+}
+
+NODISCARD static enum status choose_weights(struct self_test *test, const char *name,
+                                            struct error *err)
+{
+    struct weights *weights = call_context(test->call)->weights;
+    if (name[0] == '\0') {
+        weights_visit(weights, add_weight, test);
+        if (test->verdicts_n > 0)
+            return STATUS_OK;
+        return error_set(err, STATUS_FAILED_PRECONDITION,
+                         "no weight is resident, so there is nothing to test");
+    }
+    struct weight *weight = weights_get(weights, name, strlen(name));
+    if (!weight)
+        return error_field(err, STATUS_NOT_FOUND, "weight", "\"%s\" is not resident", name);
+    add_weight(test, weight);
+    weight_unref(weight);
+    return STATUS_OK;
+}
+
+NODISCARD static enum status start_self_test(struct self_test *test, grpc_byte_buffer *bytes,
+                                             struct error *err)
+{
+    ProtobufCMessage *message;
+    enum status status =
+        message_unpack(&einsum__v1__self_test_request__descriptor, bytes, &message, err);
+    if (status != STATUS_OK)
+        return status;
+    status = choose_weights(test, ((Einsum__V1__SelfTestRequest *)message)->weight, err);
+    message_free(message);
+    if (status != STATUS_OK)
+        return status;
+    test->task.run = run_self_test;
+    call_hold(test->call);
+    status = control_submit(call_context(test->call)->control, &test->task, err);
+    if (status != STATUS_OK)
+        call_unhold(test->call);
+    return status;
+}
+
+static void on_self_test(struct call *call, grpc_byte_buffer *bytes)
+{
+    struct self_test *test = calloc(1, sizeof *test);
+    ASSERT(test);
+    test->call = call;
+    call_set_state(call, test);
+    struct error err;
+    if (start_self_test(test, bytes, &err) != STATUS_OK)
+        call_finish(call, NULL, &err);
+}
+
+static Einsum__V1__SelfTestResult describe_verdict(struct verdict *verdict)
+{
+    const struct selftest_verdict *judged = &verdict->result.verdict;
+    Einsum__V1__SelfTestResult message = EINSUM__V1__SELF_TEST_RESULT__INIT;
+    message.weight = verdict->weight->name;
+    message.passed = verdict->error.status == STATUS_OK && judged->passed;
+    message.message =
+        verdict->error.status == STATUS_OK ? verdict->result.verdict.message : verdict->error.text;
+    message.worst_error_ratio = judged->worst_error_ratio;
+    message.elements_checked = judged->elements_checked;
+    message.duration_ns = verdict->result.duration_ns;
+    if (!message.passed)
+        LOG(ERROR, "self-test failed", LOG_STR("weight", message.weight),
+            LOG_STR("reason", message.message));
+    return message;
+}
+
+static void on_self_test_wake(struct call *call)
+{
+    struct self_test *test = call_state(call);
+    if (!atomic_load_explicit(&test->done, memory_order_acquire))
+        return;
+    Einsum__V1__SelfTestResult *results = calloc(test->verdicts_n, sizeof *results);
+    Einsum__V1__SelfTestResult **pointers = calloc(test->verdicts_n, sizeof *pointers);
+    ASSERT(results && pointers);
+    Einsum__V1__SelfTestResponse response = EINSUM__V1__SELF_TEST_RESPONSE__INIT;
+    response.passed = test->judged_n == test->verdicts_n;
+    for (size_t i = 0; i < test->judged_n; i++) {
+        results[i] = describe_verdict(&test->verdicts[i]);
+        pointers[i] = &results[i];
+        response.passed = response.passed && results[i].passed;
+    }
+    response.results = pointers;
+    response.n_results = test->judged_n;
+    call_finish(call, message_pack(&response.base), NULL);
+    free(pointers);
+    free(results);
+}
+
+static void on_self_test_end(struct call *call)
+{
+    struct self_test *test = call_state(call);
+    if (!test)
+        return;
+    for (size_t i = 0; i < test->verdicts_n; i++)
+        weight_unref(test->verdicts[i].weight);
+    free(test->verdicts);
+    free(test);
+}
+
+const struct method service_info_methods[] = {
+    {.path = "/einsum.v1.Einsum/ServerInfo", .on_message = on_server_info},
+    {
+        .path = "/einsum.v1.Einsum/SelfTest",
+        .on_message = on_self_test,
+        .on_wake = on_self_test_wake,
+        .on_end = on_self_test_end,
+    },
+    {0},
+};
