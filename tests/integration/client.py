@@ -25,7 +25,7 @@ EQUATION = "bhr,hdr->bhd"
 TIMEOUT_S = 60.0
 
 
-class _ReflectionStub:
+class ReflectionStub:
     """v1 and v1alpha differ in the service's name alone."""
 
     def __init__(self, channel: grpc.Channel, version: str):
@@ -41,7 +41,7 @@ class Schema:
 
     def __init__(self, channel: grpc.Channel, version: str = "v1"):
         self.database = ProtoReflectionDescriptorDatabase(channel)
-        self.database._stub = _ReflectionStub(channel, version)
+        self.database._stub = ReflectionStub(channel, version)
         self.pool = descriptor_pool.DescriptorPool(self.database)
         # Whatever is needed later is looked up now, while the channel is open.
         for service in (EINSUM, HEALTH):

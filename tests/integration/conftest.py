@@ -10,6 +10,7 @@ Environment:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import zlib
@@ -94,9 +95,12 @@ def start_site(
     return Site(daemon, client, root, weights)
 
 
-def run_site(*arguments: Any, **options: Any) -> Iterator[Site]:
-    """For fixtures: yields the site, then closes its client and stops and judges its daemon."""
-    site = start_site(*arguments, **options)
+@contextlib.contextmanager
+def serving(
+    directory: Path, weights: dict[str, oracle.Weight], output_dim: int, **config: Any
+) -> Iterator[Site]:
+    """A site for as long as it is needed; then its daemon is stopped and judged."""
+    site = start_site(directory, weights, output_dim, **config)
     with site.daemon, site.client:
         yield site
 
@@ -113,4 +117,5 @@ def small_weights(layers: int = 2) -> dict[str, oracle.Weight]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Two layers of G 4, D 256, R 512, shared by a module's tests."""
-    yield from run_site(tmp_path_factory.mktemp("small"), small_weights(), 256)
+    with serving(tmp_path_factory.mktemp("small"), small_weights(), 256) as site:
+        yield site

@@ -18,7 +18,7 @@ import pytest
 import oracle
 from checkpoints import TENSOR_NAME, write_checkpoint
 from client import RECIPES, Client, make_request
-from conftest import Site, rng_for, run_site, small_weights
+from conftest import Site, rng_for, serving, small_weights
 from daemon import Daemon, count, seconds
 
 CASES = count(int(os.environ.get("EINSUM_CASES", "40")))
@@ -61,7 +61,8 @@ def recipes_for(weight: oracle.Weight) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    yield from run_site(tmp_path_factory.mktemp("numbers"), make_weights(), 256)
+    with serving(tmp_path_factory.mktemp("numbers"), make_weights(), 256) as site:
+        yield site
 
 
 def check_answer(
@@ -209,7 +210,8 @@ def odd_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     bf16_nan.values[1, 11, :] = rng.integers(0, 128, 512, np.uint16)  # subnormal
     weights["layers.6.attn.wo_a"] = bf16_nan
 
-    yield from run_site(tmp_path_factory.mktemp("odd"), weights, 256)
+    with serving(tmp_path_factory.mktemp("odd"), weights, 256) as site:
+        yield site
 
 
 def test_nan_in_weight(odd_site: Site, rng: np.random.Generator) -> None:
@@ -294,9 +296,7 @@ def test_huge_products_cancel(
 
 @pytest.mark.parametrize("output_type", oracle.OUTPUT_TYPES)
 @pytest.mark.parametrize("scale", [0, 60, 127])
-def test_subnormals(
-    odd_site: Site, rng: np.random.Generator, scale: int, output_type: str
-) -> None:
+def test_subnormals(odd_site: Site, rng: np.random.Generator, scale: int, output_type: str) -> None:
     """Subnormal inputs on both sides, and with scale 2^-127 or 2^-67 subnormal results."""
     for layer in (5, 6):
         weight = odd_site.weights[TENSOR_NAME.format(layer)]
@@ -304,9 +304,7 @@ def test_subnormals(
         bits = rng.integers(0, 8, activations.values.shape, np.uint8)
         activations.values[:] = bits | (rng.integers(0, 2, bits.shape, np.uint8) << 7)
         activations.scales[:] = scale
-        check_answer(
-            odd_site, TENSOR_NAME.format(layer), activations, output_type=output_type
-        )
+        check_answer(odd_site, TENSOR_NAME.format(layer), activations, output_type=output_type)
 
 
 # --- slices, names --------------------------------------------------------------------------------
@@ -418,9 +416,7 @@ def test_stream_matches_replies_by_id(site: Site, rng: np.random.Generator) -> N
             request = site.request(name, activations, request_id=request_id, weight="none such")
             errors[request_id] = (grpc.StatusCode.NOT_FOUND, "weight")
         elif request_id % 7 == 5:
-            request = site.request(
-                name, activations, request_id=request_id, activations=b"short"
-            )
+            request = site.request(name, activations, request_id=request_id, activations=b"short")
             errors[request_id] = (grpc.StatusCode.INVALID_ARGUMENT, "activations")
         else:
             request = site.request(name, activations, request_id=request_id)
@@ -538,7 +534,7 @@ def test_replace_while_serving(tmp_path_factory: pytest.TempPathFactory) -> None
     activations = oracle.random_activations(rng, versions[0], 9, "FP32")
     expected = [(*oracle.project(activations, version), 512) for version in versions]
 
-    for site in run_site(tmp_path_factory.mktemp("replace"), weights, 256):
+    with serving(tmp_path_factory.mktemp("replace"), weights, 256) as site:
         for index, version in enumerate(versions):
             write_checkpoint(site.root / f"version{index}", {name: version})
         request = site.request(name, activations)
