@@ -24,7 +24,8 @@ struct checkpoint_options {
     const char *scale_suffix; // after "wo_a.": "scale", "weight_scale_inv" or "weight_scale"
 
     // Each weight is stored 2-D as [groups * output_dim, reduced_dim], its scales as
-    // [groups * output_dim / block_d, reduced_dim / block_r].
+    // [groups * output_dim / block_d, reduced_dim / block_r]. BF16 weights get none, whatever
+    // scale_type and blocks say.
     struct einsum_weight_format format;
 
     // Called as writing proceeds; may be NULL. Returns false to give up (CANCELLED).
