@@ -1,0 +1,150 @@
+#!/bin/bash
+# Builds and tests everything:
+#
+#     tests/run.sh [--quick] [--fuzz-seconds N]
+#
+#     dependencies   what is missing is installed
+#     release        build, unit tests (ctest), integration tests (pytest)
+#     asan, tsan     the same under AddressSanitizer with UBSan, and under ThreadSanitizer
+#     fuzz           every libFuzzer target for N seconds, 60 by default
+#     lint           tests/lint.sh
+#
+# --quick stops after release. Logs lie in build/test-logs/. The last line is the count over all:
+# "N passed, N failed" and, if any, ", N skipped"; the exit status is 1 if any failed.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+
+quick=false
+fuzz_seconds=60
+while [ $# -gt 0 ]; do
+    case $1 in
+    --quick) quick=true ;;
+    --fuzz-seconds)
+        fuzz_seconds=${2:-}
+        shift
+        ;;
+    *) fuzz_seconds= ;;
+    esac
+    [[ $fuzz_seconds =~ ^[1-9][0-9]*$ ]] || {
+        echo "usage: tests/run.sh [--quick] [--fuzz-seconds N]" >&2
+        exit 2
+    }
+    shift
+done
+
+logs=build/test-logs
+rm -rf "$logs"
+mkdir -p "$logs"
+passed=0 failed=0 skipped=0
+started=$SECONDS
+
+progress() { printf '[%4ds] %s\n' $((SECONDS - started)) "$*"; }
+
+# fail WHAT LOG: counts one failure and shows the end of its log.
+fail() {
+    failed=$((failed + 1))
+    progress "$1: FAILED; the end of $2:"
+    tail -60 "$2" | sed 's/^/    /'
+}
+
+# count WHAT STATUS JUNIT LOG: adds a JUnit file's counts. A runner that died, ran nothing or failed
+# without naming a test must not look like a pass.
+count() {
+    local what=$1 status=$2 junit=$3 log=$4 result p f s
+    if ! result=$(/usr/bin/python3 tests/junit_counts.py "$junit" 2>&1); then
+        fail "$what (no result)" "$log"
+        return
+    fi
+    read -r p f s <<<"$result"
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    progress "$what: $p passed, $f failed, $s skipped"
+    tail -n +2 <<<"$result" | sed 's/^/    /'
+    if [ $((p + f)) -eq 0 ]; then
+        fail "$what (no test ran)" "$log"
+    elif [ "$f" -eq 0 ] && [ "$status" -ne 0 ]; then
+        fail "$what (exit status $status)" "$log"
+    elif [ "$f" -gt 0 ]; then
+        tail -80 "$log" | sed 's/^/    /'
+    fi
+}
+
+# count_lines WHAT LOG: adds lines of the form "<what> <name>: passed|FAILED|SKIPPED".
+count_lines() {
+    local what=$1 log=$2 p f s
+    p=$(grep -c "^$what [^ ]*: passed" "$log")
+    f=$(grep -c "^$what [^ ]*: FAILED" "$log")
+    s=$(grep -c "^$what [^ ]*: SKIPPED" "$log")
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    progress "$what: $p passed, $f failed, $s skipped"
+    if [ $((p + f)) -eq 0 ]; then
+        fail "$what (nothing ran)" "$log"
+    elif [ "$f" -gt 0 ]; then
+        sed 's/^/    /' "$log"
+    else
+        grep "^$what " "$log" | sed 's/^/    /'
+    fi
+}
+
+export ASAN_OPTIONS="detect_stack_use_after_return=1:strict_string_checks=1:check_initialization_order=1"
+export LSAN_OPTIONS="suppressions=$PWD/tests/sanitizers/lsan.supp:print_suppressions=0"
+export UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1"
+# gRPC's and libuv's own synchronisation is not instrumented and would be taken for races.
+export TSAN_OPTIONS="ignore_noninstrumented_modules=1:halt_on_error=1:second_deadlock_stack=1"
+
+# ThreadSanitizer of gcc 12 does not start where the kernel randomises more than 28 bits of mmap.
+without_aslr=()
+if [ "$(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0)" -gt 28 ] && setarch -R true 2>/dev/null; then
+    without_aslr=(setarch -R)
+fi
+
+# run_preset NAME: build, unit tests, integration tests.
+run_preset() {
+    local preset=$1 log wrap=()
+    [ "$preset" = tsan ] && wrap=("${without_aslr[@]}")
+
+    log=$logs/$preset-build.log
+    progress "$preset: building"
+    if ! { cmake --preset "$preset" && cmake --build "build/$preset"; } >"$log" 2>&1; then
+        fail "$preset build" "$log"
+        return
+    fi
+
+    log=$logs/$preset-unit.log
+    progress "$preset: unit tests"
+    "${wrap[@]}" ctest --test-dir "build/$preset" --output-on-failure --no-tests=error -j "$(nproc)" \
+        --output-junit "$PWD/$logs/$preset-unit.xml" >"$log" 2>&1
+    count "$preset unit" $? "$logs/$preset-unit.xml" "$log"
+
+    log=$logs/$preset-integration.log
+    progress "$preset: integration tests"
+    EINSUMD_BUILD_DIR=build/$preset timeout 900 "${wrap[@]}" build/venv/bin/python -m pytest \
+        tests/integration -q -rs -p no:cacheprovider --junitxml "$logs/$preset-integration.xml" \
+        >"$log" 2>&1
+    count "$preset integration" $? "$logs/$preset-integration.xml" "$log"
+}
+
+progress "dependencies"
+if ! deploy/install-dependencies.sh --tests >"$logs/dependencies.log" 2>&1; then
+    fail dependencies "$logs/dependencies.log"
+else
+    run_preset release
+    if ! $quick; then
+        run_preset asan
+        run_preset tsan
+        progress "fuzz: every target for $fuzz_seconds s"
+        tests/fuzz/run.sh "$fuzz_seconds" >"$logs/fuzz.log" 2>&1
+        count_lines fuzz "$logs/fuzz.log"
+        progress "lint"
+        tests/lint.sh >"$logs/lint.log" 2>&1
+        count_lines lint "$logs/lint.log"
+    fi
+fi
+
+progress "done; logs in $logs"
+if [ "$skipped" -gt 0 ]; then
+    echo "SKIPPED tests ran nothing and prove nothing; their reasons are above."
+fi
+summary="$passed passed, $failed failed"
+[ "$skipped" -gt 0 ] && summary+=", $skipped skipped"
+echo "$summary"
+[ "$failed" -eq 0 ]
