@@ -31,13 +31,13 @@ struct log_field {
 #define LOG_F64(k, v) ((struct log_field){.key = (k), .kind = LOG_KIND_F64, .value.f64 = (v)})
 #define LOG_BOOL(k, v) ((struct log_field){.key = (k), .kind = LOG_KIND_BOOL, .value.boolean = (v)})
 
-// The trailing {0} keeps the array non-empty when an event has no fields; it is not counted.
+// The {0} in front keeps the array non-empty when an event has no fields; it is not passed on.
 #define LOG(level, message, ...)                                                                   \
     do {                                                                                           \
         if (log_enabled(LOG_LEVEL_##level))                                                        \
             log_write(LOG_LEVEL_##level, (message),                                                \
-                      (const struct log_field[]){__VA_ARGS__ __VA_OPT__(, ){0}},                   \
-                      ARRAY_LEN(((const struct log_field[]){__VA_ARGS__ __VA_OPT__(, ){0}})) - 1); \
+                      (const struct log_field[]){{0}, ##__VA_ARGS__} + 1,                          \
+                      ARRAY_LEN(((const struct log_field[]){{0}, ##__VA_ARGS__})) - 1);            \
     } while (0)
 
 // Before the first thread. Until then: plain, info.
