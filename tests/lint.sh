@@ -67,7 +67,7 @@ shell() {
 }
 
 proto() {
-    build/venv/bin/buf lint proto --path proto/einsum --config tests/buf.yaml
+    build/venv/bin/buf lint --path proto/einsum --config tests/buf.yaml
 }
 
 check clang-format format
