@@ -35,7 +35,8 @@ struct chunk {
 // Lies at the start of its own first chunk, just before the message.
 struct arena {
     struct chunk *newest;
-    size_t left; // until MESSAGE_ARENA_BYTES
+    size_t left;    // until MESSAGE_ARENA_BYTES
+    bool exhausted; // something was asked for in vain
     ProtobufCAllocator allocator;
     _Alignas(ALIGNMENT_BYTES) uint8_t message[];
 };
@@ -48,10 +49,8 @@ static struct chunk *chunk_create(struct chunk *older, size_t bytes)
     return chunk;
 }
 
-// protobuf-c's alloc; NULL makes it give up and clean up.
-static void *arena_alloc(void *context, size_t bytes)
+static void *arena_take(struct arena *arena, size_t bytes)
 {
-    struct arena *arena = context;
     if (bytes > arena->left)
         return NULL;
     bytes = align_up(bytes, ALIGNMENT_BYTES);
@@ -70,6 +69,15 @@ static void *arena_alloc(void *context, size_t bytes)
     void *memory = chunk->memory + chunk->used;
     chunk->used += bytes;
     arena->left -= bytes;
+    return memory;
+}
+
+// protobuf-c's alloc; NULL makes it give up and clean up.
+static void *arena_alloc(void *context, size_t bytes)
+{
+    struct arena *arena = context;
+    void *memory = arena_take(arena, bytes);
+    arena->exhausted |= !memory;
     return memory;
 }
 
@@ -201,10 +209,13 @@ static enum status unpack_flat(const ProtobufCMessageDescriptor *descriptor, con
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
     *message = protobuf_c_message_unpack(descriptor, &arena->allocator, bytes, flat);
     if (!*message) {
+        bool exhausted = arena->exhausted;
         arena_destroy(arena);
-        return error_set(err, STATUS_INVALID_ARGUMENT,
-                         "not a %s, or one of more than %d bytes when unpacked", descriptor->name,
-                         (int)MESSAGE_ARENA_BYTES);
+        if (exhausted)
+            return error_set(err, STATUS_INVALID_ARGUMENT,
+                             "%s takes more than %d bytes when unpacked", descriptor->name,
+                             (int)MESSAGE_ARENA_BYTES);
+        return error_set(err, STATUS_INVALID_ARGUMENT, "undecodable as %s", descriptor->name);
     }
     ASSERT((uint8_t *)*message == arena->message);
     return STATUS_OK;
@@ -218,7 +229,7 @@ enum status message_unpack(const ProtobufCMessageDescriptor *descriptor, grpc_by
         return unpack_flat(descriptor, NULL, 0, message, err);
     size_t bytes = grpc_byte_buffer_length(buffer);
     if (bytes > MESSAGE_BYTES_MAX)
-        return error_set(err, STATUS_INVALID_ARGUMENT, "a %s of %zu bytes, at most %d",
+        return error_set(err, STATUS_INVALID_ARGUMENT, "%s of %zu bytes, at most %d",
                          descriptor->name, bytes, (int)MESSAGE_BYTES_MAX);
     grpc_byte_buffer_reader reader;
     if (!grpc_byte_buffer_reader_init(&reader, buffer))
