@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #include "kernels/einsum.h"
+#include "selftest.h"
 
 enum {
     FILE_BYTES_MAX = 1 << 20,
@@ -134,8 +135,12 @@ static const struct key config_keys[] = {
          "open at once; past these, new ones are closed")},
     {U32(connection_requests_max, 1, 65536, "256", "requests",
          "open at once on one connection (HTTP/2 streams)")},
+    {U32(calls_max, 1, 1 << 20, "4096", "calls",
+         "of any kind open at once; past these, RESOURCE_EXHAUSTED")},
     {U32(stream_requests_max, 1, 65536, "64", "requests",
          "in flight on one EinsumStream; past these it is not read")},
+    {U64(transport_bytes_max, 0, 1ull << 40, "0", "bytes",
+         "in gRPC's own buffers, a last resort; 0: 1 GiB and 64 of the largest requests")},
     {U32(rpc_threads, 0, 256, "0", "threads", "that serve gRPC; 0: one per 4 cores, at least 1")},
 
     {SECTION("the engine"),
@@ -147,7 +152,7 @@ static const struct key config_keys[] = {
 
     {SECTION("batching"), U32(request_tokens_max, 1, EINSUM_TOKENS_MAX, "512", "tokens",
                               "of one request; at most batch_tokens_max")},
-    {U32(batch_tokens_max, 1, EINSUM_TOKENS_MAX, "512", "tokens",
+    {U32(batch_tokens_max, SELFTEST_TOKENS, EINSUM_TOKENS_MAX, "512", "tokens",
          "of one batch, all its requests together")},
     {LIST(0, CONFIG_BUCKETS_MAX, buckets),
      U32(buckets, 1, EINSUM_TOKENS_MAX, "[]", "tokens",

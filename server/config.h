@@ -37,7 +37,9 @@ struct config {
     uint32_t unix_socket_mode;        // octal string in JSON; default 0660
     uint32_t connections_max;         // default 1024
     uint32_t connection_requests_max; // HTTP/2 streams open at once on one connection; default 256
+    uint32_t calls_max;               // of any kind open at once; default 4096
     uint32_t stream_requests_max;     // in flight on one EinsumStream; default 64
+    uint64_t transport_bytes_max;     // in gRPC's own buffers; 0 (default): automatic
     uint32_t rpc_threads;             // gRPC completion queues; 0: one per 4 cores, at least 1
 
     // the engine

@@ -105,11 +105,6 @@ void control_stop(struct control *control)
     atomic_store_explicit(&control->stopping, true, memory_order_relaxed);
 }
 
-void control_close(struct control *control)
-{
-    uv_close((uv_handle_t *)&control->wake, NULL);
-}
-
 void control_destroy(struct control *control)
 {
     ASSERT(control->tasks_n == 0);

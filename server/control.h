@@ -22,6 +22,5 @@ NODISCARD enum status control_submit(struct control *control, struct control_tas
 // Any thread: true once the daemon is going down, so that long work gives up.
 bool control_stopping(const struct control *control);
 void control_stop(struct control *control);
-// Main thread, in two steps around the loop's last run: no task is left.
-void control_close(struct control *control);
+// Main thread, once the loop has closed its handles: no task is left.
 void control_destroy(struct control *control);

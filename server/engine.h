@@ -19,8 +19,6 @@ struct engine_options {
     const char *kernel; // forces a kernel by name; NULL: the best that the device supports
     uint32_t threads;   // CPU engine: compute threads; 0: one per core
     uint32_t lanes;     // batches that may be in flight
-    uint64_t batch_input_bytes;
-    uint64_t batch_output_bytes;
     uint32_t batch_segments_max;
     const uint32_t *buckets; // token counts, ascending; borrowed for the engine's life
     uint32_t buckets_n;

@@ -55,6 +55,7 @@ struct listener {
     size_t endpoints_n;
     struct connection *live;
     uint32_t connections_max;
+    bool stopped;
     _Atomic uint32_t connections;
     _Atomic uint64_t accepted, refused;
 };
@@ -337,7 +338,7 @@ enum status listener_create(uv_loop_t *loop, const char *const *addresses, size_
         listener->endpoints_n++;
         bool is_unix = strncmp(addresses[i], "unix:", 5) == 0;
         status = is_unix ? bind_unix(endpoint, addresses[i] + 5, unix_socket_mode, err)
-                                     : bind_tcp(endpoint, addresses[i], err);
+                         : bind_tcp(endpoint, addresses[i], err);
         if (status != STATUS_OK)
             goto close_endpoints;
     }
@@ -372,16 +373,18 @@ enum status listener_start(struct listener *listener, struct rpc *rpc, struct er
 
 void listener_stop(struct listener *listener)
 {
+    if (listener->stopped)
+        return;
+    listener->stopped = true;
     uv_timer_stop(&listener->pause);
     for (size_t i = 0; i < listener->endpoints_n; i++)
         close_endpoint(&listener->endpoints[i]);
 }
 
-void listener_close(struct listener *listener)
+void listener_drop_connections(struct listener *listener)
 {
     while (listener->live)
         drop_connection(listener->live);
-    uv_close((uv_handle_t *)&listener->pause, NULL);
 }
 
 void listener_destroy(struct listener *listener)

@@ -21,10 +21,10 @@ NODISCARD enum status listener_create(uv_loop_t *loop, const char *const *addres
                                       struct error *err);
 // From now on connections come in and go to `rpc`.
 NODISCARD enum status listener_start(struct listener *listener, struct rpc *rpc, struct error *err);
-// No further ones. The unix sockets are unlinked.
+// No further ones. The unix sockets are unlinked. Again is harmless.
 void listener_stop(struct listener *listener);
-// Closes what is left; destroy after the loop has run once more.
-void listener_close(struct listener *listener);
+// Before the loop runs for the last time; destroy comes after it.
+void listener_drop_connections(struct listener *listener);
 void listener_destroy(struct listener *listener);
 
 // The addresses as bound (port 0 resolved), with commas between.

@@ -1,0 +1,492 @@
+// Start-up, the main loop, drain and shutdown. daemon_run is the table of contents.
+//
+// Nothing listens before everything is ready: weights resident, tested, batches allocated. So "connects" means "serves", and
+// a probe of the port is an honest one. Addresses are bound first, though: a taken one is found out before a long load.
+#include "daemon.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include <uv.h>
+
+#include "batch.h"
+#include "control.h"
+#include "listener.h"
+#include "rpc.h"
+#include "service.h"
+#include "verify.h"
+#include "weights.h"
+#include "wire.h"
+
+enum {
+    ADDRESSES_BYTES = 2048,
+    DEVICE_CHECK_MS = 200,
+    LOAD_LOG_SECONDS = 2,
+    LANES_DEFAULT = 2,                 // one computes while the next is at hand
+    BATCHES_BEYOND_LANES = 2,          // one forming, one being answered
+    MESSAGE_OVERHEAD_BYTES = 64 << 10, // of a request beyond its tensors
+    TRANSPORT_REQUESTS = 64,
+    REDUCED_DIM_MAX = 16384, // four times V4's: the engine's scratch is sized by it
+};
+
+struct daemon {
+    struct config *config;
+    uv_loop_t loop;
+    uv_signal_t on_term, on_int, on_hup;
+    uv_timer_t lame_duck, grace, device_check;
+    uv_async_t drained; // from the rpc thread that ended the last call
+    struct batcher_waker waker;
+    struct rpc *rpc;
+    struct service_context context;
+    enum daemon_exit exit;
+    bool draining, drain_started;
+};
+
+// ---- start
+
+static uint32_t usable_cores(void)
+{
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) != 0)
+        return 1;
+    return (uint32_t)CPU_COUNT(&set);
+}
+
+static void resolve_threads(struct config *config)
+{
+    uint32_t cores = usable_cores();
+    if (config->rpc_threads == 0)
+        config->rpc_threads = (cores + 3) / 4;
+    if (config->load_threads == 0)
+        config->load_threads = cores;
+    if (config->lanes == 0)
+        config->lanes = LANES_DEFAULT;
+    if (config->batches == 0)
+        config->batches = config->lanes + BATCHES_BEYOND_LANES;
+}
+
+// What a batch of the largest weight needs at most: GKT pads tokens to 4 for each request, and each tensor starts at a
+// cache line, which a little slack covers; FP32 scales of 32 are the widest, FP32 the widest output.
+static void resolve_batch_bytes(struct config *config, const struct weights_totals *totals)
+{
+    bool none = totals->weights == 0;
+    uint64_t groups = none ? 8 : totals->groups_max; // V4-Flash's shape
+    uint64_t output_dim = none ? 1024 : totals->output_dim_max;
+    uint64_t reduced_dim = none ? 4096 : totals->reduced_dim_max;
+    uint64_t tokens = config->batch_tokens_max;
+    uint64_t slack = (uint64_t)config->batch_requests_max * 4 * CACHE_LINE_BYTES;
+    uint64_t activations = einsum_activation_bytes(tokens, groups, reduced_dim);
+    uint64_t scales =
+        einsum_scale_bytes(EINSUM_SCALES_GKT, EINSUM_SCALE_FP32, tokens, groups, reduced_dim / 32);
+    if (config->batch_input_bytes == 0)
+        config->batch_input_bytes =
+            align_up(activations + scales + slack, (uint64_t)sysconf(_SC_PAGESIZE));
+    if (config->batch_output_bytes == 0)
+        config->batch_output_bytes =
+            align_up(einsum_output_bytes(EINSUM_OUTPUT_FP32, tokens, groups, output_dim) + slack,
+                     (uint64_t)sysconf(_SC_PAGESIZE));
+}
+
+NODISCARD static enum status open_engine(struct daemon *daemon, struct error *err)
+{
+    struct config *config = daemon->config;
+    const struct engine_ops *ops = engine_find(config->engine);
+    if (!ops)
+        return error_field(err, STATUS_UNIMPLEMENTED, "engine",
+                           "\"%s\" is not part of this build, which has \"cpu\" and \"null\"",
+                           config->engine);
+    const struct engine_options options = {
+        .kernel = strcmp(config->kernel, "auto") == 0 ? NULL : config->kernel,
+        .threads = config->compute_threads,
+        .lanes = config->lanes,
+        .batch_segments_max = config->batch_requests_max,
+        .buckets = config->buckets,
+        .buckets_n = (uint32_t)config->buckets_n,
+        .reduced_dim_max = REDUCED_DIM_MAX,
+        .wake = batcher_wake,
+        .wake_context = &daemon->waker,
+    };
+    daemon->context.engine_ops = ops;
+    enum status status = ops->open(&options, &daemon->context.engine, err);
+    if (status != STATUS_OK)
+        return status;
+    struct engine_info info;
+    ops->describe(daemon->context.engine, &info);
+    LOG(INFO, "engine", LOG_STR("name", ops->name), LOG_STR("device", info.device),
+        LOG_STR("kernel", info.kernel), LOG_U64("threads", info.threads),
+        LOG_U64("scratch_bytes", info.scratch_bytes));
+    return STATUS_OK;
+}
+
+static bool stop_requested(void)
+{
+    sigset_t pending;
+    return sigpending(&pending) == 0 &&
+           (sigismember(&pending, SIGTERM) == 1 || sigismember(&pending, SIGINT) == 1);
+}
+
+static bool on_load_progress(void *context, uint32_t weights_done, uint32_t weights_total,
+                             uint64_t bytes_done, uint64_t bytes_total)
+{
+    _Atomic uint64_t *logged_ns = context;
+    uint64_t now = now_ns(), last = atomic_load_explicit(logged_ns, memory_order_relaxed);
+    if (now - last > (uint64_t)LOAD_LOG_SECONDS * 1000000000u &&
+        atomic_compare_exchange_strong(logged_ns, &last, now))
+        LOG(INFO, "loading", LOG_U64("weights", weights_done), LOG_U64("of", weights_total),
+            LOG_U64("bytes", bytes_done), LOG_U64("bytes_of", bytes_total));
+    return !stop_requested();
+}
+
+NODISCARD static enum status load_weights(struct daemon *daemon, struct error *err)
+{
+    struct config *config = daemon->config;
+    struct service_context *context = &daemon->context;
+    enum status status = weights_create(
+        context->engine_ops, context->engine, (const char *const *)config->weights_roots,
+        config->weights_roots_n, REDUCED_DIM_MAX, &context->weights, err);
+    for (size_t i = 0; i < config->weights_n && status == STATUS_OK; i++) {
+        const struct config_weights *entry = &config->weights[i];
+        uint64_t started_ns = now_ns();
+        _Atomic uint64_t logged_ns = started_ns;
+        const struct weights_load load = {
+            .path = entry->path,
+            .tensors = (const char *const *)entry->tensors,
+            .tensors_n = entry->tensors_n,
+            .name_prefix = entry->name_prefix,
+            .tensor_parallel_rank = entry->tensor_parallel_rank,
+            .tensor_parallel_size = entry->tensor_parallel_size,
+            .output_dim = entry->output_dim,
+            .threads = config->load_threads,
+            .progress = on_load_progress,
+            .progress_context = &logged_ns,
+        };
+        uint32_t loaded = 0;
+        status = weights_load(context->weights, &load, &loaded, err);
+        if (status == STATUS_OK)
+            LOG(INFO, "weights loaded", LOG_STR("path", entry->path), LOG_U64("weights", loaded),
+                LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
+    }
+    return status;
+}
+
+NODISCARD static enum status create_batcher(struct daemon *daemon, struct error *err)
+{
+    struct config *config = daemon->config;
+    struct weights_totals totals = weights_totals(daemon->context.weights);
+    resolve_batch_bytes(config, &totals);
+    const struct batcher_options options = {
+        .ops = daemon->context.engine_ops,
+        .engine = daemon->context.engine,
+        .lanes = config->lanes,
+        .batches = config->batches,
+        .batch_input_bytes = config->batch_input_bytes,
+        .batch_output_bytes = config->batch_output_bytes,
+        .batch_tokens_max = config->batch_tokens_max,
+        .batch_requests_max = config->batch_requests_max,
+        .queue_requests_max = config->queue_requests_max,
+        .max_queue_delay_us = config->max_queue_delay_us,
+        .buckets = config->buckets,
+        .buckets_n = (uint32_t)config->buckets_n,
+    };
+    enum status status = batcher_create(&options, &daemon->waker, &daemon->context.batcher, err);
+    if (status == STATUS_OK)
+        LOG(INFO, "memory", LOG_U64("weights_bytes", totals.resident_bytes),
+            LOG_U64("batches_bytes",
+                    config->batches * (config->batch_input_bytes + config->batch_output_bytes)));
+    return status;
+}
+
+struct self_test {
+    struct batcher *batcher;
+    uint32_t weights_n;
+    struct error error; // of the first weight that failed
+};
+
+static void self_test_weight(void *argument, struct weight *weight)
+{
+    struct self_test *test = argument;
+    if (test->error.status != STATUS_OK)
+        return;
+    struct verify_result result;
+    if (verify_weight(test->batcher, weight, &result, &test->error) != STATUS_OK)
+        return;
+    test->weights_n++;
+    if (!result.verdict.passed)
+        error_set(&test->error, STATUS_DATA_LOSS, "self-test of weight \"%s\" failed: %s",
+                  weight->name, result.verdict.message);
+}
+
+NODISCARD static enum status self_test(struct daemon *daemon, struct error *err)
+{
+    struct service_context *context = &daemon->context;
+    if (!daemon->config->self_test_at_start || context->engine_ops == &engine_null)
+        return STATUS_OK; // the null engine's answers are no answers
+    struct self_test test = {.batcher = context->batcher};
+    uint64_t started_ns = now_ns();
+    weights_visit(context->weights, self_test_weight, &test);
+    if (test.error.status != STATUS_OK)
+        *err = test.error;
+    else
+        LOG(INFO, "self-test passed", LOG_U64("weights", test.weights_n),
+            LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
+    return test.error.status;
+}
+
+static void on_calls_drained(void *argument)
+{
+    struct daemon *daemon = argument;
+    uv_async_send(&daemon->drained);
+}
+
+NODISCARD static enum status start_serving(struct daemon *daemon, struct error *err)
+{
+    static const struct method *const methods[] = {
+        service_einsum_methods, service_weights_methods,    service_info_methods,
+        service_health_methods, service_reflection_methods, NULL,
+    };
+    struct config *config = daemon->config;
+    struct service_context *context = &daemon->context;
+    context->message_bytes_max = config->batch_input_bytes + MESSAGE_OVERHEAD_BYTES;
+    if (config->transport_bytes_max == 0)
+        config->transport_bytes_max =
+            (1ull << 30) + TRANSPORT_REQUESTS * context->message_bytes_max;
+    const struct rpc_options options = {
+        .threads = config->rpc_threads,
+        .calls_max = config->calls_max,
+        .connection_requests_max = config->connection_requests_max,
+        .message_bytes_max = context->message_bytes_max,
+        .transport_bytes_max = config->transport_bytes_max,
+        .reply_timeout_ms = config->reply_timeout_ms,
+        .methods = methods,
+        .context = context,
+        .on_drained = on_calls_drained,
+        .drained_context = daemon,
+    };
+    enum status status = rpc_create(&options, &daemon->rpc, err);
+    if (status != STATUS_OK)
+        return status;
+    health_set(context->health, HEALTH_SERVING);
+    return listener_start(context->listener, daemon->rpc, err);
+}
+
+// ---- drain
+
+static void begin_drain(struct daemon *daemon, const char *reason);
+
+static void on_device_check(uv_timer_t *timer)
+{
+    struct daemon *daemon = CONTAINER_OF(timer, struct daemon, device_check);
+    if (daemon->draining || !batcher_device_lost(daemon->context.batcher))
+        return;
+    daemon->exit = DAEMON_EXIT_DEVICE_LOST;
+    begin_drain(daemon, "device lost");
+}
+
+static void on_grace_over(uv_timer_t *timer)
+{
+    struct daemon *daemon = CONTAINER_OF(timer, struct daemon, grace);
+    LOG(WARN, "requests cut off at the end of the grace period");
+    rpc_cancel_calls(daemon->rpc);
+}
+
+// New calls are refused and connections told to go elsewhere; what is in flight finishes.
+static void on_lame_duck_over(uv_timer_t *timer)
+{
+    struct daemon *daemon = CONTAINER_OF(timer, struct daemon, lame_duck);
+    daemon->drain_started = true;
+    listener_stop(daemon->context.listener);
+    control_stop(daemon->context.control);
+    rpc_drain(daemon->rpc);
+    uv_timer_start(&daemon->grace, on_grace_over, daemon->config->drain_grace_ms, 0);
+}
+
+static void begin_drain(struct daemon *daemon, const char *reason)
+{
+    daemon->draining = true;
+    atomic_store_explicit(&daemon->context.draining, true, memory_order_relaxed);
+    LOG(INFO, "draining", LOG_STR("reason", reason),
+        LOG_U64("lame_duck_ms", daemon->config->lame_duck_ms),
+        LOG_U64("grace_ms", daemon->config->drain_grace_ms));
+    health_set(daemon->context.health, HEALTH_NOT_SERVING);
+    uv_timer_start(&daemon->lame_duck, on_lame_duck_over, daemon->config->lame_duck_ms, 0);
+}
+
+static void on_stop_signal(uv_signal_t *handle, int signal_number)
+{
+    struct daemon *daemon = handle->data;
+    if (!daemon->draining) {
+        begin_drain(daemon, signal_number == SIGTERM ? "SIGTERM" : "SIGINT");
+    } else if (daemon->drain_started) { // told twice: no more waiting
+        LOG(WARN, "told to stop again, requests in flight are cut off");
+        rpc_cancel_calls(daemon->rpc);
+    }
+}
+
+static void on_hangup(uv_signal_t *handle, int signal_number)
+{
+    (void)handle;
+    (void)signal_number;
+    LOG(WARN, "SIGHUP ignored: the configuration is read at start only");
+}
+
+static void on_drained(uv_async_t *handle)
+{
+    struct daemon *daemon = CONTAINER_OF(handle, struct daemon, drained);
+    uv_stop(&daemon->loop);
+}
+
+// ---- the loop
+
+// Fails only where the process has no file descriptors at all, before it has done anything.
+static void create_loop(struct daemon *daemon)
+{
+    uv_loop_t *loop = &daemon->loop;
+    bool created = uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->lame_duck) == 0 &&
+                   uv_timer_init(loop, &daemon->grace) == 0 &&
+                   uv_timer_init(loop, &daemon->device_check) == 0 &&
+                   uv_async_init(loop, &daemon->drained, on_drained) == 0 &&
+                   uv_signal_init(loop, &daemon->on_term) == 0 &&
+                   uv_signal_init(loop, &daemon->on_int) == 0 &&
+                   uv_signal_init(loop, &daemon->on_hup) == 0;
+    ASSERT(created);
+    daemon->on_term.data = daemon->on_int.data = daemon;
+}
+
+// Signals were blocked while threads were made, so that they come here and nowhere else.
+static void run_loop(struct daemon *daemon)
+{
+    uv_signal_start(&daemon->on_term, on_stop_signal, SIGTERM);
+    uv_signal_start(&daemon->on_int, on_stop_signal, SIGINT);
+    uv_signal_start(&daemon->on_hup, on_hangup, SIGHUP);
+    uv_timer_start(&daemon->device_check, on_device_check, DEVICE_CHECK_MS, DEVICE_CHECK_MS);
+    sigset_t handled;
+    sigemptyset(&handled);
+    sigaddset(&handled, SIGTERM);
+    sigaddset(&handled, SIGINT);
+    sigaddset(&handled, SIGHUP);
+    pthread_sigmask(SIG_UNBLOCK, &handled, NULL);
+    uv_run(&daemon->loop, UV_RUN_DEFAULT);
+    pthread_sigmask(SIG_BLOCK, &handled, NULL);
+}
+
+static void close_handle(uv_handle_t *handle, void *unused)
+{
+    (void)unused;
+    if (!uv_is_closing(handle))
+        uv_close(handle, NULL);
+}
+
+static void destroy_loop(struct daemon *daemon)
+{
+    uv_walk(&daemon->loop, close_handle, NULL);
+    uv_run(&daemon->loop, UV_RUN_DEFAULT);
+    ASSERT(uv_loop_close(&daemon->loop) == 0);
+}
+
+// ---- stop
+
+static void log_failure(const struct error *err)
+{
+    LOG(ERROR, "cannot start", LOG_STR("status", status_name(err->status)),
+        LOG_STR("reason", err->text));
+}
+
+// Undoes what was started, in reverse; after a failed start some of it is not there.
+static void stop(struct daemon *daemon)
+{
+    struct service_context *context = &daemon->context;
+    if (context->listener)
+        listener_stop(context->listener);
+    if (daemon->rpc) {
+        if (!daemon->drain_started) { // the start failed at its last step
+            rpc_drain(daemon->rpc);
+            uv_run(&daemon->loop, UV_RUN_DEFAULT); // until on_drained
+        }
+        rpc_destroy(daemon->rpc);
+    }
+    if (context->listener)
+        listener_drop_connections(context->listener);
+    destroy_loop(daemon);
+    if (context->listener)
+        listener_destroy(context->listener);
+    if (context->control)
+        control_destroy(context->control);
+    if (context->health)
+        health_destroy(context->health);
+    reflection_deinit();
+    if (context->batcher)
+        batcher_destroy(context->batcher);
+    if (context->weights)
+        weights_destroy(context->weights);
+    if (context->engine)
+        context->engine_ops->close(context->engine);
+    free(daemon);
+}
+
+// ---- the table of contents
+
+NODISCARD static enum status start(struct daemon *daemon, struct error *err)
+{
+    struct service_context *context = &daemon->context;
+    const struct config *config = daemon->config;
+    enum status status = control_create(&daemon->loop, &context->control, err);
+    if (status == STATUS_OK)
+        status = listener_create(&daemon->loop, (const char *const *)config->listen,
+                                 config->listen_n, config->unix_socket_mode,
+                                 config->connections_max, &context->listener, err);
+    if (status == STATUS_OK)
+        status = open_engine(daemon, err);
+    if (status == STATUS_OK)
+        status = load_weights(daemon, err);
+    if (status == STATUS_OK)
+        status = create_batcher(daemon, err);
+    if (status == STATUS_OK)
+        status = self_test(daemon, err);
+    if (status == STATUS_OK)
+        status = reflection_init(err);
+    if (status == STATUS_OK)
+        status = health_create(&context->health, err);
+    if (status == STATUS_OK)
+        status = start_serving(daemon, err);
+    return status;
+}
+
+static void announce(const struct daemon *daemon)
+{
+    char addresses[ADDRESSES_BYTES];
+    listener_addresses(daemon->context.listener, addresses, sizeof addresses);
+    LOG(INFO, "ready", LOG_STR("version", EINSUMD_VERSION), LOG_STR("listen", addresses),
+        LOG_U64("weights", weights_totals(daemon->context.weights).weights),
+        LOG_U64("ms", (now_ns() - daemon->context.started_ns) / 1000000u));
+}
+
+enum daemon_exit daemon_run(struct config *config)
+{
+    struct error err;
+    struct daemon *daemon = calloc(1, sizeof *daemon);
+    if (!daemon) {
+        error_set(&err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
+        log_failure(&err);
+        return DAEMON_EXIT_FAILED;
+    }
+    daemon->config = config;
+    daemon->context.config = config;
+    daemon->context.started_ns = now_ns();
+    daemon->exit = DAEMON_EXIT_DRAINED;
+    resolve_threads(config);
+    create_loop(daemon);
+    if (start(daemon, &err) == STATUS_OK) {
+        announce(daemon);
+        run_loop(daemon);
+    } else {
+        log_failure(&err);
+        daemon->exit = DAEMON_EXIT_FAILED;
+    }
+    enum daemon_exit code = daemon->exit;
+    stop(daemon);
+    LOG(INFO, "stopped", LOG_U64("exit_code", code));
+    return code;
+}
