@@ -4,6 +4,7 @@
 
 #include <check.h>
 #include <fcntl.h>
+#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,6 +45,8 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.connections_max, 1024);
     ck_assert_uint_eq(config.connection_requests_max, 256);
     ck_assert_uint_eq(config.stream_requests_max, 64);
+    ck_assert_uint_eq(config.calls_max, 4096);
+    ck_assert_uint_eq(config.transport_bytes_max, 0);
     ck_assert_uint_eq(config.rpc_threads, 0);
     ck_assert_str_eq(config.engine, "auto");
     ck_assert_str_eq(config.kernel, "auto");
@@ -89,7 +92,8 @@ END_TEST
 static const char everything[] =
     "{\"listen\": [\"0.0.0.0:1\", \"[::1]:65535\", \"unix:/run/e.sock\"],"
     " \"unix_socket_mode\": \"0600\", \"connections_max\": 2, \"connection_requests_max\": 3,"
-    " \"stream_requests_max\": 4, \"rpc_threads\": 5, \"engine\": \"null\", \"kernel\": \"avx2\","
+    " \"stream_requests_max\": 4, \"rpc_threads\": 5, \"calls_max\": 25, \"transport_bytes_max\": "
+    "26, \"engine\": \"null\", \"kernel\": \"avx2\","
     " \"compute_threads\": 6, \"lanes\": 7, \"request_tokens_max\": 8, \"batch_tokens_max\": 24,"
     " \"buckets\": [9, 24], \"batch_requests_max\": 10, \"max_queue_delay_us\": 11,"
     " \"batches\": 12, \"batch_input_bytes\": 1099511627776, \"batch_output_bytes\": 14,"
@@ -112,6 +116,8 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->connection_requests_max, 3);
     ck_assert_uint_eq(config->stream_requests_max, 4);
     ck_assert_uint_eq(config->rpc_threads, 5);
+    ck_assert_uint_eq(config->calls_max, 25);
+    ck_assert_uint_eq(config->transport_bytes_max, 26);
     ck_assert_str_eq(config->engine, "null");
     ck_assert_str_eq(config->kernel, "avx2");
     ck_assert_uint_eq(config->compute_threads, 6);
@@ -189,8 +195,14 @@ START_TEST(what_is_printed_loads_as_the_same)
     print_captured(config_print, &config, path, sizeof path);
     struct error err = {.text = ""};
     ck_assert_msg(config_load(&again, path, &err) == STATUS_OK, "%s", err.text);
-    if (_i == 1)
+    if (_i == 1) {
         ck_everything(&again);
+        // A new key must come into `everything` too.
+        json_t *printed = json_load_file(path, 0, NULL), *given = json_loads(everything, 0, NULL);
+        ck_assert_uint_eq(json_object_size(given), json_object_size(printed));
+        json_decref(printed);
+        json_decref(given);
+    }
     print_captured(config_print, &again, path_again, sizeof path_again);
     FILE *file = fopen(path, "r"), *file_again = fopen(path_again, "r");
     size_t bytes = fread(first, 1, sizeof first - 1, file);
@@ -220,7 +232,7 @@ START_TEST(help_names_every_key_with_unit_and_range)
     static const char *const parts[] = {
         "batching\n",
         "batch_tokens_max",
-        "an integer from 1 to 65536 tokens",
+        "an integer from 2 to 65536 tokens",
         "weights[].tensor_parallel_rank",
         "(required)",
         "[\"127.0.0.1:50061\"]",
@@ -242,7 +254,9 @@ static const struct {
 } ranges[] = {
     {"connections_max", 1, 65536},
     {"connection_requests_max", 1, 65536},
+    {"calls_max", 1, 1 << 20},
     {"stream_requests_max", 1, 65536},
+    {"transport_bytes_max", 0, 1ull << 40},
     {"rpc_threads", 0, 256},
     {"compute_threads", 0, 1024},
     {"lanes", 0, 16},
@@ -347,6 +361,7 @@ static const struct {
      "weights[0].tensor_parallel_rank", "below tensor_parallel_size (1), got 1"},
     {"{\"request_tokens_max\": 513}", "request_tokens_max", "at most batch_tokens_max (512)"},
     {"{\"batch_tokens_max\": 256}", "request_tokens_max", "at most batch_tokens_max (256)"},
+    {"{\"batch_tokens_max\": 1}", "batch_tokens_max", "an integer from 2 to 65536 tokens, got 1"},
     {"{\"buckets\": [1, 2]}", "buckets", "the last must be batch_tokens_max (512), got 2"},
     {"{\"buckets\": [512, 1024]}", "buckets", "the last must be batch_tokens_max (512), got 1024"},
     {"{\"buckets\": [8, 8, 512]}", "buckets", "must ascend, got 8 after 8"},
@@ -447,7 +462,7 @@ END_TEST
 
 START_TEST(buckets_follow_batch_tokens_max)
 {
-    static const uint32_t maxima[] = {1, 2, 3, 64, 100, 65535, 65536};
+    static const uint32_t maxima[] = {2, 3, 64, 100, 65535, 65536};
     char text[128];
     struct config config;
     snprintf(text, sizeof text, "{\"batch_tokens_max\": %u, \"request_tokens_max\": 1}",
@@ -547,6 +562,21 @@ START_TEST(text_need_not_be_terminated)
 }
 END_TEST
 
+START_TEST(the_example_loads)
+{
+    char path[1024];
+    snprintf(path, sizeof path, "%s", __FILE__);
+    char *end = strrchr(path, '/');
+    ck_assert_ptr_nonnull(end);
+    snprintf(end, sizeof path - (size_t)(end - path), "/../deploy/einsumd.example.json");
+    struct config config;
+    struct error err = {.text = ""};
+    ck_assert_msg(config_load(&config, path, &err) == STATUS_OK, "%s", err.text);
+    ck_assert_uint_eq(config.weights_n, 1);
+    config_deinit(&config);
+}
+END_TEST
+
 static void load_refused(const char *path, enum status wanted_status, const char *wanted)
 {
     struct config config, empty;
@@ -640,7 +670,7 @@ static Suite *config_suite(void)
     tcase_add_loop_test(text, what_is_wrong_is_named, 0, ARRAY_LEN(refused));
     tcase_add_loop_test(text, listen_addresses_are_checked, 0, ARRAY_LEN(addresses));
     tcase_add_test(text, unix_paths_end_where_the_kernel_ends_them);
-    tcase_add_loop_test(text, buckets_follow_batch_tokens_max, 0, 7);
+    tcase_add_loop_test(text, buckets_follow_batch_tokens_max, 0, 6);
     tcase_add_test(text, lists_have_limits);
     tcase_add_test(text, deep_nesting_is_refused);
     tcase_add_test(text, long_unknown_keys_and_values_are_cut);
@@ -649,6 +679,7 @@ static Suite *config_suite(void)
 
     TCase *files = tcase_create("files");
     tcase_add_checked_fixture(files, directory_setup, directory_teardown);
+    tcase_add_test(files, the_example_loads);
     tcase_add_test(files, files_load);
     tcase_add_test(files, file_errors_name_the_file);
     tcase_add_test(files, files_have_a_size_limit);
