@@ -80,6 +80,7 @@ static struct batch *batch_open_locked(struct batcher *batcher)
         return NULL;
     ASSERT(batch->state == BATCH_FREE);
     batcher->free = batch->next;
+    atomic_fetch_sub_explicit(&batcher->free_n, 1, memory_order_relaxed);
     batch->state = BATCH_OPEN;
     batch->next = NULL;
     batch->input_used = batch->output_used = 0;
@@ -104,6 +105,7 @@ static void batch_free_locked(struct batcher *batcher, struct batch *batch)
     batch->state = BATCH_FREE;
     batch->next = batcher->free;
     batcher->free = batch;
+    atomic_fetch_add_explicit(&batcher->free_n, 1, memory_order_relaxed);
 }
 
 static void batch_unlink_locked(struct batcher *batcher, struct batch *batch)
@@ -323,6 +325,11 @@ void batcher_release(struct batcher *batcher, struct job *job)
     if (batch->held == 0 && batch->state == BATCH_ANSWERING)
         batch_free_locked(batcher, batch);
     pthread_mutex_unlock(&batcher->lock);
+}
+
+bool batcher_scarce(struct batcher *batcher)
+{
+    return atomic_load_explicit(&batcher->free_n, memory_order_relaxed) == 0;
 }
 
 bool batcher_device_lost(struct batcher *batcher)

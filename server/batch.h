@@ -62,6 +62,9 @@ void batcher_abandon(struct batcher *batcher, struct job *job); // the job is ID
 // Any thread, after on_done: the output memory is needed no more. The job is IDLE again.
 void batcher_release(struct batcher *batcher, struct job *job);
 
+// Any thread: no buffer is free, so whoever can do without its output memory should release it.
+bool batcher_scarce(struct batcher *batcher);
+
 // True once the engine has reported the device lost. Every later reserve fails.
 bool batcher_device_lost(struct batcher *batcher);
 

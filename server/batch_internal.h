@@ -46,6 +46,7 @@ struct batcher {
     struct batch **lanes;            // the batch that runs on each; scheduler thread only
     pthread_t scheduler;
     _Atomic bool device_lost; // set under the lock
+    _Atomic uint32_t free_n;  // length of `free`; set under the lock
 
     pthread_mutex_t lock; // guards the batches and all that follows
     struct batch *free;

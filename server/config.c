@@ -161,7 +161,7 @@ static const struct key config_keys[] = {
     {U32(max_queue_delay_us, 0, 1000000, "0", "microseconds",
          "that a batch may wait for company after its first request; 0: it leaves at once")},
     {U32(batches, 0, 64, "0", "buffers",
-         "of batches running, forming and being answered; 0: lanes + 2")},
+         "of batches running, forming and being answered; 0: lanes + 3")},
     {U64(batch_input_bytes, 0, 1ull << 40, "0", "bytes",
          "of input in one buffer; 0: batch_tokens_max of the largest weight at start")},
     {U64(batch_output_bytes, 0, 1ull << 40, "0", "bytes", "of output in one buffer; 0: likewise")},

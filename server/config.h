@@ -56,7 +56,7 @@ struct config {
     size_t buckets_n;
     uint32_t batch_requests_max; // segments in a batch; default 256
     uint32_t max_queue_delay_us; // default 0: an idle daemon adds no delay
-    uint32_t batches; // batch buffers: running, forming and being answered; 0 (default): lanes + 2
+    uint32_t batches; // batch buffers: running, forming and being answered; 0 (default): lanes + 3
     uint64_t batch_input_bytes; // of one buffer; 0 (default): batch_tokens_max of the largest
                                 // weight at start
     uint64_t batch_output_bytes;

@@ -26,7 +26,7 @@ enum {
     DEVICE_CHECK_MS = 200,
     LOAD_LOG_SECONDS = 2,
     LANES_DEFAULT = 2,                 // one computes while the next is at hand
-    BATCHES_BEYOND_LANES = 2,          // one forming, one being answered
+    BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
     MESSAGE_OVERHEAD_BYTES = 64 << 10, // of a request beyond its tensors
     TRANSPORT_REQUESTS = 64,
     REDUCED_DIM_MAX = 16384, // four times V4's: the engine's scratch is sized by it

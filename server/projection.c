@@ -3,6 +3,7 @@
 #include <einsum/v1/einsum.pb-c.h>
 #include <grpc/slice.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "batch.h"
 #include "config.h"
@@ -178,11 +179,56 @@ static grpc_byte_buffer *respond_with_digest(const struct projection *projection
     return message_pack(&streamed.base);
 }
 
+// An output of its own, for when batches run short: callers that read slowly must not hold the buffers that everybody needs.
+struct copy {
+    struct service_context *context;
+    uint64_t bytes;
+    unsigned char output[];
+};
+
+static void on_copy_sent(void *argument)
+{
+    struct copy *copy = argument;
+    atomic_fetch_sub_explicit(&copy->context->copied_bytes, copy->bytes, memory_order_relaxed);
+    free(copy);
+}
+
+// NULL: lend the batch's memory, since there is no need to copy, or copies have taken all the memory that they may.
+static struct copy *copy_if_scarce(const struct projection *projection)
+{
+    struct service_context *context = call_context(projection->call);
+    if (!batcher_scarce(context->batcher))
+        return NULL;
+    const struct config *config = context->config;
+    uint64_t bytes = output_bytes(projection);
+    uint64_t before =
+        atomic_fetch_add_explicit(&context->copied_bytes, bytes, memory_order_relaxed);
+    struct copy *copy = before + bytes <= config->batches * config->batch_output_bytes
+                            ? malloc(sizeof *copy + bytes)
+                            : NULL;
+    if (!copy) {
+        atomic_fetch_sub_explicit(&context->copied_bytes, bytes, memory_order_relaxed);
+        return NULL;
+    }
+    copy->context = context;
+    copy->bytes = bytes;
+    memcpy(copy->output, projection->job.operand.output, bytes);
+    return copy;
+}
+
 grpc_byte_buffer *projection_respond(struct projection *projection)
 {
-    if (!projection->digest_only)
+    grpc_byte_buffer *message;
+    struct copy *copy;
+    if (projection->digest_only) {
+        message = respond_with_digest(projection);
+    } else if ((copy = copy_if_scarce(projection)) != NULL) {
+        grpc_slice output =
+            grpc_slice_new_with_user_data(copy->output, copy->bytes, on_copy_sent, copy);
+        message = respond_with_head(projection, &output);
+    } else {
         return respond_with_output(projection);
-    grpc_byte_buffer *message = respond_with_digest(projection);
+    }
     projection_release(projection);
     return message;
 }

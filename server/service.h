@@ -36,6 +36,7 @@ struct service_context {
     uint64_t message_bytes_max; // received
     uint64_t started_ns;
     struct service_counters counters;
+    _Atomic uint64_t copied_bytes; // of outputs copied out of batches and not yet sent
     _Atomic bool draining;
 };
 
