@@ -292,18 +292,27 @@ static void pack_detail(Google__Protobuf__Any *any, const ProtobufCMessage *deta
     any->value.len = protobuf_c_message_pack(detail, packed);
 }
 
-static void pack_bad_request(Google__Protobuf__Any *any, char *field, char *text, uint8_t *packed)
+static void pack_bad_request(Google__Protobuf__Any *any, char *field, char *description,
+                             uint8_t *packed)
 {
     static char type_url[] = "type.googleapis.com/google.rpc.BadRequest";
     Google__Rpc__BadRequest__FieldViolation violation =
         GOOGLE__RPC__BAD_REQUEST__FIELD_VIOLATION__INIT;
     violation.field = field;
-    violation.description = text;
+    violation.description = description;
     Google__Rpc__BadRequest__FieldViolation *violations[] = {&violation};
     Google__Rpc__BadRequest bad_request = GOOGLE__RPC__BAD_REQUEST__INIT;
     bad_request.n_field_violations = 1;
     bad_request.field_violations = violations;
     pack_detail(any, &bad_request.base, type_url, packed);
+}
+
+// An error's text without the field's name before it, which BadRequest has in a place of its own.
+static char *description_of(char *text, const char *field)
+{
+    size_t bytes = strlen(field);
+    bool named = strncmp(text, field, bytes) == 0 && strncmp(text + bytes, ": ", 2) == 0;
+    return named ? text + bytes + 2 : text;
 }
 
 static void pack_retry_info(Google__Protobuf__Any *any, uint32_t retry_after_ms, uint8_t *packed)
@@ -328,7 +337,8 @@ grpc_slice message_error_details(const struct error *err)
     uint8_t packed[2][DETAIL_BYTES_MAX];
     size_t details_n = 0;
     if (field[0] != '\0') {
-        pack_bad_request(&details[details_n], field, text, packed[details_n]);
+        pack_bad_request(&details[details_n], field, description_of(text, field),
+                         packed[details_n]);
         details_n++;
     }
     if (err->retry_after_ms > 0) {

@@ -353,7 +353,7 @@ START_TEST(a_field_becomes_a_bad_request)
     Google__Rpc__Status *status = details_of(&err);
     ck_assert_str_eq(status->message, "tokens: 513, at most 512");
     ck_assert_uint_eq(status->n_details, 1);
-    assert_bad_request(status->details[0], "tokens", "tokens: 513, at most 512");
+    assert_bad_request(status->details[0], "tokens", "513, at most 512");
     google__rpc__status__free_unpacked(status, NULL);
 }
 END_TEST
