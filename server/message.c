@@ -150,9 +150,9 @@ static enum status check_text(const uint8_t *flat, struct wire_range range, cons
     size_t valid = wire_text_prefix(text, (size_t)range.bytes);
     if (valid == range.bytes)
         return STATUS_OK;
+    unsigned long long at = range.offset + valid;
     return error_field(err, STATUS_INVALID_ARGUMENT, path, "%s, at byte %llu of the message",
-                       text[valid] ? "not UTF-8" : "NUL in text",
-                       (unsigned long long)(range.offset + valid));
+                       text[valid] ? "not UTF-8" : "NUL in text", at);
 }
 
 // Leaves the cursor behind the field.

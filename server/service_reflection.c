@@ -224,8 +224,9 @@ static int compare_symbols(const void *left, const void *right)
 enum status reflection_init(struct error *err)
 {
     ASSERT(reflected.files_n == 0);
-    enum status status = index_set(&reflected, services_fds_begin,
-                                   (size_t)(services_fds_end - services_fds_begin), err);
+    enum status status =
+        index_set(&reflected, services_fds_begin,
+                  (uintptr_t)services_fds_end - (uintptr_t)services_fds_begin, err);
     if (status)
         reflection_deinit();
     else
@@ -359,7 +360,7 @@ static enum status unpack_request(grpc_byte_buffer *message, ProtobufCMessage **
 {
     size_t bytes = grpc_byte_buffer_length(message);
     if (bytes > REQUEST_BYTES_MAX)
-        return error_set(err, STATUS_INVALID_ARGUMENT, "a request of %zu bytes, at most %d", bytes,
+        return error_set(err, STATUS_INVALID_ARGUMENT, "request of %zu bytes, at most %d", bytes,
                          (int)REQUEST_BYTES_MAX);
     return message_unpack(&grpc__reflection__v1__server_reflection_request__descriptor, message,
                           unpacked, err);
@@ -372,7 +373,7 @@ static void on_message(struct call *call, grpc_byte_buffer *message)
         return;
     }
     struct error err;
-    ProtobufCMessage *unpacked;
+    ProtobufCMessage *unpacked = NULL;
     if (unpack_request(message, &unpacked, &err)) {
         call_finish(call, NULL, &err);
         return;

@@ -2,8 +2,8 @@
 // alone. Include it in one file of the program; it takes call.c's place in the link.
 //
 // The test plays the rpc thread: it delivers messages, says when what was sent has left, and runs
-// the wakes. Only call_wake may come from another thread. Misuse aborts: Check's own assertions are for
-// the main thread, and tests may run several calls on several.
+// the wakes. Only call_wake may come from another thread. Misuse aborts: Check's own assertions are
+// for the main thread, and tests may run several calls on several.
 #pragma once
 
 #include <grpc/byte_buffer_reader.h>

@@ -1,5 +1,5 @@
-// grpc.health.v1 without gRPC: what each method answers, and that a Watch is told of every change that
-// it has time to hear of, the last one always.
+// grpc.health.v1 without gRPC: what each method answers, and that a Watch is told of every change
+// that it has time to hear of, the last one always.
 #include "fake_call.h"
 
 #include <check.h>

@@ -14,6 +14,11 @@
 
 extern const uint8_t services_fds_begin[], services_fds_end[];
 
+static size_t set_bytes(void)
+{
+    return (uintptr_t)services_fds_end - (uintptr_t)services_fds_begin;
+}
+
 static struct service_context context;
 static struct call *call;
 
@@ -90,8 +95,8 @@ static Grpc__Reflection__V1__ServerReflectionResponse *ask_file(const char *name
 
 static Google__Protobuf__FileDescriptorSet *whole_set(void)
 {
-    Google__Protobuf__FileDescriptorSet *set = google__protobuf__file_descriptor_set__unpack(
-        NULL, (size_t)(services_fds_end - services_fds_begin), services_fds_begin);
+    Google__Protobuf__FileDescriptorSet *set =
+        google__protobuf__file_descriptor_set__unpack(NULL, set_bytes(), services_fds_begin);
     ck_assert_ptr_nonnull(set);
     ck_assert_uint_gt(set->n_file, 0);
     return set;
@@ -107,8 +112,7 @@ static Google__Protobuf__FileDescriptorProto *file_in(ProtobufCBinaryData bytes)
 
 static bool is_in_set(ProtobufCBinaryData bytes)
 {
-    return memmem(services_fds_begin, (size_t)(services_fds_end - services_fds_begin), bytes.data,
-                  bytes.len) != NULL;
+    return memmem(services_fds_begin, set_bytes(), bytes.data, bytes.len) != NULL;
 }
 
 static void assert_first_file(const Grpc__Reflection__V1__ServerReflectionResponse *response,

@@ -1,5 +1,5 @@
-// wire.h against protobuf-c: whatever one writes the other must read, however the bytes are cut into
-// slices; and what is no message must be refused with the right complaint.
+// wire.h against protobuf-c: whatever one writes the other must read, however the bytes are cut
+// into slices; and what is no message must be refused with the right complaint.
 #include <check.h>
 #include <signal.h>
 #include <stdlib.h>
