@@ -355,15 +355,18 @@ static void answer(const struct index *index,
     reply_error(reply, STATUS_INVALID_ARGUMENT, "message_request: not set, or of a kind not known");
 }
 
-static enum status unpack_request(grpc_byte_buffer *message, ProtobufCMessage **unpacked,
-                                  struct error *err)
+// NULL: `err` says why.
+static ProtobufCMessage *unpack_request(grpc_byte_buffer *message, struct error *err)
 {
+    ProtobufCMessage *unpacked = NULL;
     size_t bytes = grpc_byte_buffer_length(message);
     if (bytes > REQUEST_BYTES_MAX)
-        return error_set(err, STATUS_INVALID_ARGUMENT, "request of %zu bytes, at most %d", bytes,
-                         (int)REQUEST_BYTES_MAX);
-    return message_unpack(&grpc__reflection__v1__server_reflection_request__descriptor, message,
-                          unpacked, err);
+        error_set(err, STATUS_INVALID_ARGUMENT, "request of %zu bytes, at most %d", bytes,
+                  (int)REQUEST_BYTES_MAX);
+    else if (message_unpack(&grpc__reflection__v1__server_reflection_request__descriptor, message,
+                            &unpacked, err) == STATUS_OK)
+        return unpacked;
+    return NULL;
 }
 
 static void on_message(struct call *call, grpc_byte_buffer *message)
@@ -373,8 +376,8 @@ static void on_message(struct call *call, grpc_byte_buffer *message)
         return;
     }
     struct error err;
-    ProtobufCMessage *unpacked = NULL;
-    if (unpack_request(message, &unpacked, &err)) {
+    ProtobufCMessage *unpacked = unpack_request(message, &err);
+    if (!unpacked) {
         call_finish(call, NULL, &err);
         return;
     }

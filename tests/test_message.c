@@ -180,7 +180,7 @@ static const struct refusal {
     const char *field;
     const char *text; // a piece of it
 } refusals[] = {
-#define BYTES(literal) literal, sizeof literal - 1
+#define BYTES(literal) (literal), sizeof(literal) - 1
     {&einsum__v1__get_weight_request__descriptor,
      BYTES("\x0a\x03"
            "a\0b"),
@@ -361,11 +361,11 @@ END_TEST
 START_TEST(retry_advice_becomes_retry_info)
 {
     static const struct {
-        uint32_t ms;
         int64_t seconds;
         int32_t nanos;
+        uint32_t ms;
     } cases[] = {
-        {1, 0, 1000000}, {999, 0, 999000000}, {1000, 1, 0}, {UINT32_MAX, 4294967, 295000000}};
+        {0, 1000000, 1}, {0, 999000000, 999}, {1, 0, 1000}, {4294967, 295000000, UINT32_MAX}};
     struct error err;
     error_set(&err, STATUS_RESOURCE_EXHAUSTED, "the queue is full");
     err.retry_after_ms = cases[_i].ms;

@@ -235,7 +235,7 @@ static const struct refusal {
     const char *field;
     const char *text;
 } refusals[] = {
-#define BYTES(literal) literal, sizeof literal - 1
+#define BYTES(literal) (literal), sizeof(literal) - 1
     {BYTES("\x08"), "request_id", "truncated varint, at byte 1"},
     {BYTES("\x08\x80"), "request_id", "truncated varint, at byte 1"},
     {BYTES("\x08\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x00"), "request_id", "varint too long"},
