@@ -1,5 +1,8 @@
 #include "status.h"
 
+#undef error_set // what status.h tells the static analyser
+#undef error_field
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
