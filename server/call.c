@@ -71,10 +71,7 @@ static void push_woken(struct call *call)
                                                   memory_order_relaxed));
     if (head)
         return; // whoever made the list non-empty has posted the tag
-    // An empty batch puts its tag in the queue at once, touching no other state of the call: C
-    // core's one way to wake a queue's thread. The call stays alive at least until the tag is
-    // handled, since the list holds a reference.
-    grpc_call_error posted = grpc_call_start_batch(call->grpc, NULL, 0, &thread->wake_tag, NULL);
+    grpc_call_error posted = grpc_call_start_batch(thread->waker, NULL, 0, &thread->wake_tag, NULL);
     ASSERT(posted == GRPC_CALL_OK);
 }
 
@@ -384,6 +381,10 @@ void call_tag_popped(struct call *call, enum tag_kind kind, bool success)
     }
     if (call->tags_pending == 0 && (call->finish_popped || call_cancelled(call)) && !call->over) {
         call->over = true;
+        // Of a call that was cut off, gRPC keeps the unsent message, and with it memory on loan, as
+        // long as it has the call; and whoever lent it holds ours until it comes back.
+        grpc_call_unref(call->grpc);
+        call->grpc = NULL;
         drop_reference(call);
     }
 }

@@ -171,7 +171,6 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
 void rpc_call_ended(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
-    grpc_call_unref(call->grpc);
     unlink_live(call);
     put_free(call);
     arm(thread);
@@ -356,8 +355,25 @@ static void destroy_pool(struct rpc_thread *thread)
     free(thread->calls);
 }
 
+static void create_waker(struct rpc_thread *thread)
+{
+    thread->wake_tag = (struct tag){.kind = TAG_WAKE};
+    thread->waker_channel = grpc_lame_client_channel_create("", GRPC_STATUS_UNAVAILABLE, "waker");
+    thread->waker = grpc_channel_create_call(thread->waker_channel, NULL, GRPC_PROPAGATE_DEFAULTS,
+                                             thread->queue, grpc_slice_from_static_string("/"),
+                                             NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
+    ASSERT(thread->waker);
+}
+
+static void destroy_waker(struct rpc_thread *thread)
+{
+    grpc_call_unref(thread->waker);
+    grpc_channel_destroy(thread->waker_channel);
+}
+
 static void shut_queue(struct rpc_thread *thread)
 {
+    destroy_waker(thread);
     grpc_completion_queue_shutdown(thread->queue);
     if (thread->started)
         pthread_join(thread->pthread, NULL); // it drains the queue first
@@ -421,9 +437,9 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
         struct rpc_thread *thread = &threads[i];
         thread->rpc = rpc;
         thread->live_max = (options->calls_max + options->threads - 1) / options->threads;
-        thread->wake_tag = (struct tag){.kind = TAG_WAKE};
         thread->queue = grpc_completion_queue_create_for_next(NULL);
         grpc_server_register_completion_queue(rpc->server, thread->queue, NULL);
+        create_waker(thread);
     }
     grpc_server_start(rpc->server);
 

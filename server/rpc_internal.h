@@ -28,6 +28,11 @@ struct rpc_thread {
     struct rpc *rpc;
     pthread_t pthread;
     grpc_completion_queue *queue;
+    // A call to nowhere, never started: an empty batch on it puts a tag in the queue at once, C
+    // core's one way to wake a queue's thread. Not a real call's, since those end sooner than
+    // whoever wakes them can know.
+    grpc_channel *waker_channel;
+    grpc_call *waker;
     struct tag wake_tag;
     _Atomic(struct call *) woken; // stack of calls to wake, linked by wake_next
 
@@ -48,8 +53,8 @@ struct call {
     struct rpc_thread *thread;
     const struct method *method; // NULL: unknown, or the generic slot before it is known
     const struct method
-        *armed; // the registered method that this slot waits for; NULL: the generic slot
-    grpc_call *grpc;
+        *armed;      // the registered method that this slot waits for; NULL: the generic slot
+    grpc_call *grpc; // NULL once the call is over: only then does gRPC let go of what it was lent
     uint64_t deadline_ns;
     void *state;
 
