@@ -70,14 +70,15 @@ static inline int e4m3_is_nan(uint8_t code)
 
 static inline float e4m3_to_float(uint8_t code)
 {
+    // Masks for choices: loops over this become vector code on any target.
     uint32_t magnitude = code & 0x7F;
-    uint32_t sign = (uint32_t)(code & 0x80) << 24;
-    // 120 is the difference of the exponent biases. Below 8 the value is a multiple of 2^-9.
-    uint32_t normal = (magnitude << 20) + ((uint32_t)120 << 23);
+    uint32_t is_subnormal = 0 - (uint32_t)(magnitude < 8);
+    uint32_t is_nan = 0 - (uint32_t)(magnitude == E4M3_NAN);
+    uint32_t normal =
+        (magnitude << 20) + ((uint32_t)120 << 23); // 120: the exponents' biases differ
     uint32_t subnormal = fp32_bits((float)(int32_t)magnitude * 0x1p-9f);
-    uint32_t bits = magnitude < 8 ? subnormal : normal;
-    bits = magnitude == E4M3_NAN ? 0x7FC00000 : bits;
-    return fp32_from_bits(bits | sign);
+    uint32_t bits = (subnormal & is_subnormal) | (normal & ~is_subnormal) | (0x7FC00000 & is_nan);
+    return fp32_from_bits(bits | (uint32_t)(code & 0x80) << 24);
 }
 
 // Rounds to nearest even and saturates to +-448, as quantisers clamp. NaN stays NaN.

@@ -1,14 +1,23 @@
-// The kernel for AVX2 with FMA and F16C. See kernel.h for the contract; this file is about keeping
-// two FMA units busy and reading weights at the speed of memory.
+// The kernels for AVX2 with FMA and F16C. See kernel.h for the contract; this file is about keeping
+// two FMA units busy and reading weights at the speed of memory. Decoding is what costs, so there
+// are two ways, of which the second takes half the instructions:
 //
-// E4M3 becomes FP16 by moving bits, and F16C does the rest, subnormals included:
+//     F16C         E4M3 in the upper byte of 16 bits    s eeee mmm0 0000 000
+//                  >> 1, arithmetic                     s s eeee mmm 0000 000
+//                  & 0xBF80: FP16 of x * 2^-8           s 0 eeee mmm 0000 000
+//                  vcvtph2ps, subnormals included
 //
-//     E4M3 in the upper byte    s eeee mmm0 0000 000
-//     >> 1, arithmetic          s s eeee mmm 0000 000      FP16 has one exponent bit more: the copy
-//     & 0xBF80                  s 0 eeee mmm 0000 000      of s, cleared. Bias 15 for 7: x * 2^-8
+//     subnormal    >> 4, arithmetic                     s ssss eeee mmm xxxx
+//                  & 0x87F0: BF16 of x * 2^-120         s 0000 eeee mmm 0000
+//                  << 16 or & 0xFFFF0000: FP32          even, odd outputs of a row
 //
-// The missing 2^8 goes into the scale. NaN codes come out as 480 * 2^-8: panels that hold one never
-// come here (struct cpu_weight's flags), activations are patched in fold().
+// The second gives codes below 2^-6 as subnormal FP32, exact as well. CPUs differ in what those cost
+// as operands, nothing or a trap of a hundred cycles, so supported() tries it out.
+//
+// The powers of two that a way leaves out go into the scales: folded A carries 2^a_bias, and the
+// weight's side 2^-a_bias, chosen so that nothing else is subnormal. NaN codes come out as +-480:
+// panels that hold one never come here (struct cpu_weight's flags), activations are patched in
+// fold().
 #include "wide.h"
 
 #if defined(__x86_64__)
@@ -21,6 +30,8 @@ enum {
     PREFETCH_BYTES = 2048 // of weights ahead of where stream() reads
 };
 
+enum decoder { BY_F16C, BY_SUBNORMALS };
+
 #define INLINE static inline __attribute__((always_inline))
 
 static bool supported(void)
@@ -31,56 +42,142 @@ static bool supported(void)
            __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
 }
 
+// Cycles of a few hundred multiplications that read `operand`, at best of some tries.
+static uint64_t multiply_cycles(float operand)
+{
+    uint64_t least = UINT64_MAX;
+    for (int try = 0; try < 16; try++) {
+        __m256 factor = _mm256_set1_ps(operand), sum = _mm256_setzero_ps();
+        uint64_t begin = __rdtsc();
+        for (int i = 0; i < 256; i++) {
+            __asm__ volatile(""
+                             : "+x"(factor),
+                               "+x"(sum)); // or it is computed once, or at compile time
+            sum = _mm256_fmadd_ps(factor, _mm256_set1_ps(0x1p100f), sum);
+        }
+        uint64_t cycles = __rdtsc() - begin;
+        __asm__ volatile("" : : "x"(sum));
+        least = cycles < least ? cycles : least;
+    }
+    return least;
+}
+
+static bool subnormals_supported(void)
+{
+    // A thread that was told to take subnormals for zero would get wrong numbers.
+    const unsigned denormals_are_zero = 1u << 6;
+    if (!supported() || (_mm_getcsr() & denormals_are_zero) != 0)
+        return false;
+    // A trap costs thirty times an FMA; twice leaves room for noise.
+    return multiply_cycles(0x1p-128f) < 2 * multiply_cycles(0x1p-60f);
+}
+
+// What a decoded weight, and a folded activation, is to be multiplied with.
+INLINE float weight_bias(const enum decoder decoder, const bool bf16)
+{
+    if (bf16)
+        return decoder == BY_F16C ? 1 : 0x1p-64f;
+    return decoder == BY_F16C ? 0x1p8f : 0x1p56f; // 2^120 of 2^-64
+}
+
+INLINE float activation_bias(const enum decoder decoder)
+{
+    return decoder == BY_F16C ? 1 : 0x1p64f;
+}
+
 // Sixteen codes, each in the upper byte of its lane, to FP16 of value * 2^-8.
 INLINE __m256i half_from_e4m3(__m256i upper_bytes)
 {
     return _mm256_and_si256(_mm256_srai_epi16(upper_bytes, 1), _mm256_set1_epi16((short)0xBF80));
 }
 
-// Two rows of sixteen weights: out[0..1] the first, out[2..3] the second. Returns 2 * 16 elements'
-// bytes further on. E4M3 values come times 2^-8.
-INLINE const uint8_t *load_rows(const uint8_t *at, const bool bf16, __m256 out[4])
+// The same to BF16 of value * 2^-120.
+INLINE __m256i bf16_from_e4m3(__m256i upper_bytes)
 {
-    if (bf16) {
-        for (int i = 0; i < 4; i++) {
-            __m128i codes = _mm_loadu_si128((const __m128i *)(const void *)(at + 16 * i));
-            out[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(codes), 16));
-        }
-        return at + 64;
-    }
-    __m256i codes = _mm256_loadu_si256((const __m256i *)(const void *)at);
-    __m256i zero = _mm256_setzero_si256();
-    __m256i left = half_from_e4m3(_mm256_unpacklo_epi8(zero, codes));
-    __m256i right = half_from_e4m3(_mm256_unpackhi_epi8(zero, codes));
-    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(left));
-    out[1] = _mm256_cvtph_ps(_mm256_castsi256_si128(right));
-    out[2] = _mm256_cvtph_ps(_mm256_extracti128_si256(left, 1));
-    out[3] = _mm256_cvtph_ps(_mm256_extracti128_si256(right, 1));
-    return at + 32;
+    return _mm256_and_si256(_mm256_srai_epi16(upper_bytes, 4), _mm256_set1_epi16((short)0x87F0));
 }
 
-// The scales of block k, with the 2^8 that load_rows leaves out.
-INLINE void load_scales(const struct cpu_panel *panel, uint64_t k, __m256 scales[2])
+// Sixteen BF16 to FP32, even and odd lanes apart.
+INLINE void widen_bf16(__m256i codes, __m256 out[2])
 {
-    const __m256 unbias = _mm256_set1_ps(0x1p8f);
-    if (panel->type == EINSUM_WEIGHT_BF16) {
-        scales[0] = scales[1] = _mm256_set1_ps(1);
+    out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 16));
+    out[1] = _mm256_castsi256_ps(_mm256_and_si256(codes, _mm256_set1_epi32((int)0xFFFF0000)));
+}
+
+// Two rows of weights: out[0..1] the first, out[2..3] the second; for BY_SUBNORMALS the even outputs
+// and then the odd ones. Returns where the next two are.
+INLINE const uint8_t *load_rows(const uint8_t *at, const enum decoder decoder, const bool bf16,
+                                __m256 out[4])
+{
+    const __m256i *from = (const __m256i *)(const void *)at;
+    __m256i codes = _mm256_loadu_si256(from);
+    if (bf16 && decoder == BY_SUBNORMALS) {
+        widen_bf16(codes, out);
+        widen_bf16(_mm256_loadu_si256(from + 1), out + 2);
+    } else if (bf16) {
+        for (int i = 0; i < 4; i++) {
+            __m128i eight = _mm_loadu_si128((const __m128i *)from + i);
+            out[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
+        }
+    } else if (decoder == BY_SUBNORMALS) {
+        widen_bf16(bf16_from_e4m3(_mm256_slli_epi16(codes, 8)), out);
+        widen_bf16(bf16_from_e4m3(codes), out + 2);
+    } else {
+        __m256i first = half_from_e4m3(_mm256_slli_epi16(codes, 8));
+        __m256i second = half_from_e4m3(codes);
+        out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(first));
+        out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(first, 1));
+        out[2] = _mm256_cvtph_ps(_mm256_castsi256_si128(second));
+        out[3] = _mm256_cvtph_ps(_mm256_extracti128_si256(second, 1));
+    }
+    return at + (bf16 ? 64 : 32);
+}
+
+// Between outputs 0..7, 8..15 and the order in which load_rows gives them.
+INLINE void to_decoded_order(const enum decoder decoder, __m256 v[2])
+{
+    if (decoder == BY_F16C)
+        return;
+    __m256 even = _mm256_shuffle_ps(v[0], v[1], 0x88); // 0 2 8 10 | 4 6 12 14
+    __m256 odd = _mm256_shuffle_ps(v[0], v[1], 0xDD);
+    v[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xD8));
+    v[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xD8));
+}
+
+INLINE void to_output_order(const enum decoder decoder, __m256 v[2])
+{
+    if (decoder == BY_F16C)
+        return;
+    __m256 low = _mm256_unpacklo_ps(v[0], v[1]); // 0 1 2 3 | 8 9 10 11
+    __m256 high = _mm256_unpackhi_ps(v[0], v[1]);
+    v[0] = _mm256_permute2f128_ps(low, high, 0x20);
+    v[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
+
+// The scales of block k, in decoded order, times the bias.
+INLINE void load_scales(const struct cpu_panel *panel, uint64_t k, const enum decoder decoder,
+                        const bool bf16, __m256 scales[2])
+{
+    const __m256 bias = _mm256_set1_ps(weight_bias(decoder, bf16));
+    if (bf16) {
+        scales[0] = scales[1] = bias;
     } else if (panel->scale_lanes == 1) {
-        scales[0] = scales[1] = _mm256_mul_ps(_mm256_set1_ps(panel->scales[k]), unbias);
+        scales[0] = scales[1] = _mm256_mul_ps(_mm256_set1_ps(panel->scales[k]), bias);
     } else {
         const float *at = panel->scales + k * CPU_PANEL;
-        scales[0] = _mm256_mul_ps(_mm256_loadu_ps(at), unbias);
-        scales[1] = _mm256_mul_ps(_mm256_loadu_ps(at + 8), unbias);
+        scales[0] = _mm256_mul_ps(_mm256_loadu_ps(at), bias);
+        scales[1] = _mm256_mul_ps(_mm256_loadu_ps(at + 8), bias);
+        to_decoded_order(decoder, scales);
     }
 }
 
-static void fold(const uint8_t *codes, const float *scales, uint32_t n, uint32_t block_r,
-                 float *out)
+INLINE void fold_any(const uint8_t *codes, const float *scales, uint32_t n, uint32_t block_r,
+                     const enum decoder decoder, float *out)
 {
     const __m128i nan = _mm_set1_epi8(E4M3_NAN);
     for (uint32_t i = 0; i < n; i += 16) {
-        float scale = scales[i / block_r];
-        __m256 factor = _mm256_set1_ps(scale * 0x1p8f);
+        // 2^8 as fold() always decodes by F16C, which keeps the elements in order.
+        __m256 factor = _mm256_set1_ps(scales[i / block_r] * (0x1p8f * activation_bias(decoder)));
         __m128i sixteen = _mm_loadu_si128((const __m128i *)(const void *)(codes + i));
         __m256i half = half_from_e4m3(_mm256_slli_epi16(_mm256_cvtepu8_epi16(sixteen), 8));
         __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
@@ -96,107 +193,98 @@ static void fold(const uint8_t *codes, const float *scales, uint32_t n, uint32_t
 // One pass over a panel for a constant number of tokens. Each block of R has sums of its own, which
 // its scale multiplies; `chains` of them per output hide the latency of FMA where tokens are few.
 INLINE void stream_tokens(const struct cpu_panel *panel, const float *a, const int tokens,
-                          const int chains, const bool bf16, float *sums)
+                          const int chains, const enum decoder decoder, const bool bf16,
+                          float *sums)
 {
+    enum { STEP = 4 }; // rows at a time
     const uint64_t stride = panel->reduced_dim;
     const uint8_t *at = panel->elements;
     for (int i = 0; i < tokens * CPU_PANEL; i++)
         sums[i] = 0;
 
     for (uint64_t r = 0; r < stride;) {
-        __m256 partial[CPU_STREAM_TOKENS][2][2]; // [token][chain][half of the panel]
+        __m256 partial[CPU_STREAM_TOKENS][STEP][2]; // [token][chain][half of the panel]
         for (int t = 0; t < tokens; t++)
             for (int chain = 0; chain < chains; chain++)
                 partial[t][chain][0] = partial[t][chain][1] = _mm256_setzero_ps();
 
-        uint64_t end = r + panel->block_r;
         uint64_t k = r / panel->block_r;
-        for (; r < end; r += 2) {
-            __m256 b[4];
+        for (uint64_t end = r + panel->block_r; r < end; r += STEP) {
             _mm_prefetch((const char *)at + PREFETCH_BYTES, _MM_HINT_T0);
-            at = load_rows(at, bf16, b);
-            for (int row = 0; row < 2; row++)
-                for (int t = 0; t < tokens; t++) {
-                    __m256 *to = partial[t][row % chains];
-                    __m256 element =
-                        _mm256_broadcast_ss(a + (uint64_t)t * stride + r + (unsigned)row);
-                    to[0] = _mm256_fmadd_ps(element, b[2 * row], to[0]);
-                    to[1] = _mm256_fmadd_ps(element, b[2 * row + 1], to[1]);
-                }
+            if (bf16)
+                _mm_prefetch((const char *)at + PREFETCH_BYTES + 64, _MM_HINT_T0);
+            for (int pair = 0; pair < STEP; pair += 2) {
+                __m256 b[4];
+                at = load_rows(at, decoder, bf16, b);
+                for (int row = pair; row < pair + 2; row++)
+                    for (int t = 0; t < tokens; t++) {
+                        __m256 *to = partial[t][row % chains];
+                        __m256 all =
+                            _mm256_broadcast_ss(a + (uint64_t)t * stride + r + (unsigned)row);
+                        to[0] = _mm256_fmadd_ps(all, b[2 * (row - pair)], to[0]);
+                        to[1] = _mm256_fmadd_ps(all, b[2 * (row - pair) + 1], to[1]);
+                    }
+            }
         }
 
         __m256 scales[2];
-        load_scales(panel, k, scales);
+        load_scales(panel, k, decoder, bf16, scales);
         for (int t = 0; t < tokens; t++)
             for (int half = 0; half < 2; half++) {
                 float *sum = sums + t * CPU_PANEL + half * 8;
                 __m256 block = partial[t][0][half];
-                if (chains == 2)
-                    block = _mm256_add_ps(block, partial[t][1][half]);
+                for (int chain = 1; chain < chains; chain++)
+                    block = _mm256_add_ps(block, partial[t][chain][half]);
                 _mm256_storeu_ps(sum, _mm256_fmadd_ps(block, scales[half], _mm256_loadu_ps(sum)));
             }
+    }
+
+    for (int t = 0; t < tokens; t++) {
+        float *sum = sums + t * CPU_PANEL;
+        __m256 both[2] = {_mm256_loadu_ps(sum), _mm256_loadu_ps(sum + 8)};
+        to_output_order(decoder, both);
+        _mm256_storeu_ps(sum, both[0]);
+        _mm256_storeu_ps(sum + 8, both[1]);
     }
 }
 
 INLINE void stream_any(const struct cpu_panel *panel, const float *a, uint32_t tokens,
-                       const bool bf16, float *sums)
+                       const enum decoder decoder, const bool bf16, float *sums)
 {
     switch (tokens) {
     case 1:
-        stream_tokens(panel, a, 1, 2, bf16, sums);
+        stream_tokens(panel, a, 1, 4, decoder, bf16, sums);
         break;
     case 2:
-        stream_tokens(panel, a, 2, 2, bf16, sums);
+        stream_tokens(panel, a, 2, 2, decoder, bf16, sums);
         break;
     case 3:
-        stream_tokens(panel, a, 3, 1, bf16, sums);
-        break;
-    case 4:
-        stream_tokens(panel, a, 4, 1, bf16, sums);
-        break;
-    case 5:
-        stream_tokens(panel, a, 5, 1, bf16, sums);
+        stream_tokens(panel, a, 3, 1, decoder, bf16, sums);
         break;
     default:
-        stream_tokens(panel, a, 6, 1, bf16, sums);
+        stream_tokens(panel, a, 4, 1, decoder, bf16, sums);
         break;
     }
 }
 
-static void stream(const struct cpu_panel *panel, const float *a, uint32_t tokens, float *sums)
-{
-    if (panel->type == EINSUM_WEIGHT_BF16)
-        stream_any(panel, a, tokens, true, sums);
-    else
-        stream_any(panel, a, tokens, false, sums);
-}
-
 INLINE void expand_any(const struct cpu_panel *panel, uint32_t r_begin, uint32_t rows,
-                       const bool bf16, float *out)
+                       const enum decoder decoder, const bool bf16, float *out)
 {
     const uint8_t *at = panel->elements + (uint64_t)r_begin * CPU_PANEL * (bf16 ? 2 : 1);
     for (uint32_t done = 0; done < rows; done += panel->block_r) {
         __m256 scales[2];
-        load_scales(panel, (r_begin + done) / panel->block_r, scales);
+        load_scales(panel, (r_begin + done) / panel->block_r, decoder, bf16, scales);
         for (uint32_t r = 0; r < panel->block_r; r += 2, out += 2 * CPU_PANEL) {
             __m256 b[4];
-            at = load_rows(at, bf16, b);
+            at = load_rows(at, decoder, bf16, b);
             for (int i = 0; i < 4; i++)
-                _mm256_store_ps(out + 8 * i, bf16 ? b[i] : _mm256_mul_ps(b[i], scales[i % 2]));
+                _mm256_store_ps(out + 8 * i, _mm256_mul_ps(b[i], scales[i % 2]));
         }
     }
 }
 
-static void expand(const struct cpu_panel *panel, uint32_t r_begin, uint32_t rows, float *out)
-{
-    if (panel->type == EINSUM_WEIGHT_BF16)
-        expand_any(panel, r_begin, rows, true, out);
-    else
-        expand_any(panel, r_begin, rows, false, out);
-}
-
 INLINE void multiply_rows(const float *a, const int rows, const float *b, uint32_t depth,
-                          float *sums)
+                          const enum decoder decoder, float *sums)
 {
     __m256 partial[ROWS][2];
     for (int i = 0; i < rows; i++)
@@ -210,36 +298,37 @@ INLINE void multiply_rows(const float *a, const int rows, const float *b, uint32
             partial[i][1] = _mm256_fmadd_ps(element, right, partial[i][1]);
         }
     }
-    for (int i = 0; i < rows; i++)
-        for (int half = 0; half < 2; half++) {
-            float *sum = sums + i * CPU_PANEL + half * 8;
-            _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), partial[i][half]));
-        }
+    for (int i = 0; i < rows; i++, sums += CPU_PANEL) {
+        to_output_order(decoder, partial[i]);
+        _mm256_store_ps(sums, _mm256_add_ps(_mm256_load_ps(sums), partial[i][0]));
+        _mm256_store_ps(sums + 8, _mm256_add_ps(_mm256_load_ps(sums + 8), partial[i][1]));
+    }
 }
 
-static void multiply(const float *a, uint32_t tokens, const float *b, uint32_t depth, float *sums)
+INLINE void multiply_any(const float *a, uint32_t tokens, const float *b, uint32_t depth,
+                         const enum decoder decoder, float *sums)
 {
     // As even as possible: a last tile of one or two rows would leave the FMA units waiting.
     for (uint32_t tiles = (tokens + ROWS - 1) / ROWS; tiles > 0; tiles--) {
         uint32_t rows = (tokens + tiles - 1) / tiles;
         switch (rows) {
         case 1:
-            multiply_rows(a, 1, b, depth, sums);
+            multiply_rows(a, 1, b, depth, decoder, sums);
             break;
         case 2:
-            multiply_rows(a, 2, b, depth, sums);
+            multiply_rows(a, 2, b, depth, decoder, sums);
             break;
         case 3:
-            multiply_rows(a, 3, b, depth, sums);
+            multiply_rows(a, 3, b, depth, decoder, sums);
             break;
         case 4:
-            multiply_rows(a, 4, b, depth, sums);
+            multiply_rows(a, 4, b, depth, decoder, sums);
             break;
         case 5:
-            multiply_rows(a, 5, b, depth, sums);
+            multiply_rows(a, 5, b, depth, decoder, sums);
             break;
         default:
-            multiply_rows(a, 6, b, depth, sums);
+            multiply_rows(a, 6, b, depth, decoder, sums);
             break;
         }
         a += rows * CPU_A_STRIDE;
@@ -269,15 +358,46 @@ static void round_bf16(const float *from, uint32_t n, uint16_t *to)
     }
 }
 
-const struct cpu_kernel cpu_kernel_avx2 = {
-    .name = "avx2",
-    .supported = supported,
-    .fold = fold,
-    .stream = stream,
-    .expand = expand,
-    .multiply = multiply,
-    .wide_multiply = wide_multiply,
-    .round_bf16 = round_bf16,
-};
+// The two kernels: the loops above, each with a decoder built in.
+#define KERNEL(suffix, text, is_supported, decoder)                                                \
+    static void fold_##suffix(const uint8_t *codes, const float *scales, uint32_t n,               \
+                              uint32_t block_r, float *out)                                        \
+    {                                                                                              \
+        fold_any(codes, scales, n, block_r, decoder, out);                                         \
+    }                                                                                              \
+    static void stream_##suffix(const struct cpu_panel *panel, const float *a, uint32_t tokens,    \
+                                float *sums)                                                       \
+    {                                                                                              \
+        if (panel->type == EINSUM_WEIGHT_BF16)                                                     \
+            stream_any(panel, a, tokens, decoder, true, sums);                                     \
+        else                                                                                       \
+            stream_any(panel, a, tokens, decoder, false, sums);                                    \
+    }                                                                                              \
+    static void expand_##suffix(const struct cpu_panel *panel, uint32_t r_begin, uint32_t rows,    \
+                                float *out)                                                        \
+    {                                                                                              \
+        if (panel->type == EINSUM_WEIGHT_BF16)                                                     \
+            expand_any(panel, r_begin, rows, decoder, true, out);                                  \
+        else                                                                                       \
+            expand_any(panel, r_begin, rows, decoder, false, out);                                 \
+    }                                                                                              \
+    static void multiply_##suffix(const float *a, uint32_t tokens, const float *b, uint32_t depth, \
+                                  float *sums)                                                     \
+    {                                                                                              \
+        multiply_any(a, tokens, b, depth, decoder, sums);                                          \
+    }                                                                                              \
+    const struct cpu_kernel cpu_kernel_##suffix = {                                                \
+        .name = text,                                                                              \
+        .supported = is_supported,                                                                 \
+        .fold = fold_##suffix,                                                                     \
+        .stream = stream_##suffix,                                                                 \
+        .expand = expand_##suffix,                                                                 \
+        .multiply = multiply_##suffix,                                                             \
+        .wide_multiply = wide_multiply,                                                            \
+        .round_bf16 = round_bf16,                                                                  \
+    }
+
+KERNEL(avx2, "avx2", supported, BY_F16C);
+KERNEL(avx2_subnormal, "avx2-subnormal", subnormals_supported, BY_SUBNORMALS);
 
 #endif

@@ -1,8 +1,8 @@
 // The CPU kernels: AVX2 and portable, chosen at run time. Called by server/engine_cpu.c from its
 // worker threads.
 //
-// A weight is re-laid once, at load, so that every kernel reads it in one forward pass:
-// [G][D/16][R][16], sixteen outputs beside each other. Work is cut into items (a group and a range
+// A weight is re-laid once, at load, so that every kernel reads it in one forward pass: sixteen
+// outputs beside each other, a panel, and E4M3 in pairs of rows, [G][D/16][R/2][16][2]. Work is cut into items (a group and a range
 // of D), which threads take in any order; an item handles every token of every operand that uses
 // its group, so that a weight is read once however many requests share it.
 #pragma once
@@ -11,7 +11,8 @@
 
 struct cpu_kernel; // one implementation; static, never freed
 
-// All compiled in, best first, NULL-terminated: "avx2", "portable".
+// All compiled in, best first, NULL-terminated: "avx2-subnormal", "avx2", "portable". The first is
+// for CPUs that multiply subnormal numbers at full speed (AMD since Zen), which it tries out.
 const struct cpu_kernel *const *cpu_kernels(void);
 bool cpu_kernel_supported(const struct cpu_kernel *kernel); // by the CPU that runs this
 const char *cpu_kernel_name(const struct cpu_kernel *kernel);
@@ -20,11 +21,11 @@ const char *cpu_kernel_name(const struct cpu_kernel *kernel);
 const struct cpu_kernel *cpu_kernel_find(const char *name);
 
 // A resident weight. `memory` has cpu_weight_bytes() bytes, aligned to 64, and belongs to the
-// caller. A panel is sixteen outputs of one group.
+// caller.
 struct cpu_weight {
     struct einsum_weight_format format;
     void *memory;
-    uint8_t *elements; // [G][D/16][R][16] E4M3 or BF16
+    uint8_t *elements; // [G][D/16][R/2][16][2] E4M3, or [G][D/16][R][16] BF16
     float
         *scales; // exact as FP32 (2^-127 is a subnormal one); NULL for BF16. [G][D/block_d][K], and
                  // [G][D/16][K][16] where every output has its own

@@ -5,6 +5,7 @@
 
 static const struct cpu_kernel *const kernels[] = {
 #if defined(__x86_64__)
+    &cpu_kernel_avx2_subnormal,
     &cpu_kernel_avx2,
 #endif
     &cpu_kernel_portable,

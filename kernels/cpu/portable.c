@@ -29,18 +29,23 @@ static void load_scales(const struct cpu_panel *panel, uint32_t r, float scales[
                                               : panel->scales[r / panel->block_r * CPU_PANEL + j];
 }
 
-static inline void load_row(const struct cpu_panel *panel, uint32_t r, float row[CPU_PANEL])
+// Rows r and r + 1, r even.
+static inline void load_rows(const struct cpu_panel *panel, uint32_t r, float rows[2][CPU_PANEL])
 {
-    const uint8_t *at = panel->elements + (uint64_t)r * CPU_PANEL;
+    uint16_t codes[2 * CPU_PANEL];
     if (panel->type == EINSUM_WEIGHT_E4M3) {
-        for (int j = 0; j < CPU_PANEL; j++)
-            row[j] = e4m3_to_float(at[j]);
+        const uint8_t *at = panel->elements + (uint64_t)r * CPU_PANEL;
+        for (int j = 0; j < CPU_PANEL; j++) {
+            rows[0][j] = e4m3_to_float(at[2 * j]);
+            rows[1][j] = e4m3_to_float(at[2 * j + 1]);
+        }
         return;
     }
-    uint16_t codes[CPU_PANEL];
-    memcpy(codes, panel->elements + (uint64_t)r * sizeof(codes), sizeof(codes));
-    for (int j = 0; j < CPU_PANEL; j++)
-        row[j] = bf16_to_float(codes[j]);
+    memcpy(codes, panel->elements + (uint64_t)r * CPU_PANEL * 2, sizeof(codes));
+    for (int j = 0; j < CPU_PANEL; j++) {
+        rows[0][j] = bf16_to_float(codes[j]);
+        rows[1][j] = bf16_to_float(codes[CPU_PANEL + j]);
+    }
 }
 
 static void stream(const struct cpu_panel *panel, const float *a, uint32_t tokens, float *sums)
@@ -51,13 +56,13 @@ static void stream(const struct cpu_panel *panel, const float *a, uint32_t token
         float scales[CPU_PANEL];
         float partial[CPU_STREAM_TOKENS][CPU_PANEL] = {{0}};
         load_scales(panel, begin, scales);
-        for (uint32_t r = begin; r < begin + panel->block_r; r++) {
-            float row[CPU_PANEL];
-            load_row(panel, r, row);
+        for (uint32_t r = begin; r < begin + panel->block_r; r += 2) {
+            float rows[2][CPU_PANEL];
+            load_rows(panel, r, rows);
             for (uint32_t t = 0; t < tokens; t++) {
-                float element = a[(uint64_t)t * panel->reduced_dim + r];
+                const float *element = a + (uint64_t)t * panel->reduced_dim + r;
                 for (int j = 0; j < CPU_PANEL; j++)
-                    partial[t][j] += element * row[j];
+                    partial[t][j] += element[0] * rows[0][j] + element[1] * rows[1][j];
             }
         }
         for (uint32_t t = 0; t < tokens; t++)
@@ -71,10 +76,13 @@ static void expand(const struct cpu_panel *panel, uint32_t r_begin, uint32_t row
     for (uint32_t begin = r_begin; begin < r_begin + rows; begin += panel->block_r) {
         float scales[CPU_PANEL];
         load_scales(panel, begin, scales);
-        for (uint32_t r = begin; r < begin + panel->block_r; r++, out += CPU_PANEL) {
-            load_row(panel, r, out);
-            for (int j = 0; j < CPU_PANEL; j++)
-                out[j] *= scales[j];
+        for (uint32_t r = begin; r < begin + panel->block_r; r += 2, out += 2 * CPU_PANEL) {
+            float rows_at[2][CPU_PANEL];
+            load_rows(panel, r, rows_at);
+            for (int j = 0; j < CPU_PANEL; j++) {
+                out[j] = rows_at[0][j] * scales[j];
+                out[CPU_PANEL + j] = rows_at[1][j] * scales[j];
+            }
         }
     }
 }

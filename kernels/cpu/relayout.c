@@ -1,8 +1,9 @@
 // The resident form of a weight: where its parts lie in memory, and how a checkpoint's rows get
 // there. Runs on the loading threads, each on ranges of its own.
 //
-//     checkpoint  [G*D][R]              16 rows d..d+15 of one r lie R elements apart
-//     resident    [G*D/16][R][16]       ... and here beside each other: 16x16 transposes of bytes
+//     checkpoint  [G*D][R]                   one column of sixteen rows lies R elements apart
+//     resident    [G*D/16][R/2][16][2] E4M3  ... and here beside each other. In units of 16 bits, two
+//                 [G*D/16][R][16] BF16       E4M3 or one BF16, both are plain transposes
 //
 // Elements keep their bits. What FP32 cannot carry safely is found on the way and flagged.
 #include "kernel.h"
@@ -64,68 +65,65 @@ void cpu_weight_init(struct cpu_weight *weight, const struct einsum_weight_forma
     memset(weight->scales_wide, 0, panels);
 }
 
-// Transposes `columns` (a multiple of 16) of sixteen staged rows. Returns whether one is wide.
+// Transposes `units` (a multiple of 8) 16-bit columns of the sixteen staged rows.
 
 #if defined(__SSE2__)
 
-// One of four equal rounds: afterwards the index bits of row and column have moved by one.
-static inline void interleave_round(const __m128i in[16], __m128i out[16])
+// One of three equal rounds over eight rows: each moves one bit of the row's index into the lane's.
+static inline void interleave_round(const __m128i in[8], __m128i out[8])
 {
-    for (int i = 0; i < 8; i++) {
-        out[2 * i] = _mm_unpacklo_epi8(in[i], in[i + 8]);
-        out[2 * i + 1] = _mm_unpackhi_epi8(in[i], in[i + 8]);
+    for (int i = 0; i < 4; i++) {
+        out[2 * i] = _mm_unpacklo_epi16(in[i], in[i + 4]);
+        out[2 * i + 1] = _mm_unpackhi_epi16(in[i], in[i + 4]);
     }
 }
 
-static bool transpose_e4m3(const uint8_t *stage, uint32_t columns, uint8_t *to)
+static void transpose(const uint8_t *stage, uint32_t units, uint8_t *to)
 {
-    const __m128i nan = _mm_set1_epi8(E4M3_NAN);
-    __m128i found = _mm_setzero_si128();
-    for (uint32_t c = 0; c < columns; c += 16) {
-        __m128i a[16], b[16];
-        for (int i = 0; i < 16; i++) {
-            a[i] = _mm_loadu_si128((const __m128i *)(const void *)(stage + i * STAGE_STRIDE + c));
-            found = _mm_or_si128(found, _mm_cmpeq_epi8(_mm_and_si128(a[i], nan), nan));
+    for (uint32_t c = 0; c < units; c += 8)
+        for (uint32_t half = 0; half < 2; half++) {
+            __m128i a[8], b[8];
+            for (uint32_t i = 0; i < 8; i++)
+                a[i] = _mm_load_si128(
+                    (const __m128i *)(const void *)(stage + (half * 8 + i) * STAGE_STRIDE + 2 * c));
+            interleave_round(a, b);
+            interleave_round(b, a);
+            interleave_round(a, b);
+            for (uint32_t i = 0; i < 8; i++)
+                _mm_storeu_si128((__m128i *)(void *)(to + (c + i) * 2 * CPU_PANEL + half * 16),
+                                 b[i]);
         }
-        interleave_round(a, b);
-        interleave_round(b, a);
-        interleave_round(a, b);
-        interleave_round(b, a);
-        for (int i = 0; i < 16; i++)
-            _mm_storeu_si128((__m128i *)(void *)(to + (c + (uint32_t)i) * CPU_PANEL), a[i]);
-    }
-    return _mm_movemask_epi8(found) != 0;
 }
 
 #else
 
-static bool transpose_e4m3(const uint8_t *stage, uint32_t columns, uint8_t *to)
+static void transpose(const uint8_t *stage, uint32_t units, uint8_t *to)
 {
-    bool found = false;
-    for (uint32_t c = 0; c < columns; c++)
-        for (uint32_t i = 0; i < CPU_PANEL; i++) {
-            uint8_t code = stage[i * STAGE_STRIDE + c];
-            found |= (code & 0x7F) == E4M3_NAN;
-            to[c * CPU_PANEL + i] = code;
-        }
-    return found;
+    for (uint32_t c = 0; c < units; c++)
+        for (uint32_t i = 0; i < CPU_PANEL; i++)
+            memcpy(to + (c * CPU_PANEL + i) * 2, stage + i * STAGE_STRIDE + 2 * c, 2);
 }
 
 #endif
 
-static bool transpose_bf16(const uint8_t *stage, uint32_t columns, uint8_t *to)
+static bool has_nan(const uint8_t *codes, uint32_t n)
 {
-    const uint32_t least = (127 + CPU_NARROW_EXPONENT_MIN) << 7;
-    const uint32_t beyond = (127 + CPU_NARROW_EXPONENT_MAX + 1) << 7;
-    uint32_t found = 0;
-    for (uint32_t c = 0; c < columns; c++) {
-        uint16_t codes[CPU_PANEL];
-        for (uint32_t i = 0; i < CPU_PANEL; i++) {
-            memcpy(&codes[i], stage + i * STAGE_STRIDE + 2 * c, 2);
-            uint32_t magnitude = codes[i] & 0x7FFF;
-            found |= (magnitude != 0) & ((magnitude < least) | (magnitude >= beyond));
-        }
-        memcpy(to + c * sizeof(codes), codes, sizeof(codes));
+    uint8_t found = 0;
+    for (uint32_t i = 0; i < n; i++)
+        found |= (codes[i] & 0x7F) == E4M3_NAN;
+    return found != 0;
+}
+
+static bool has_wide_bf16(const uint8_t *codes, uint32_t n)
+{
+    const uint16_t least = (127 + CPU_NARROW_EXPONENT_MIN) << 7;
+    const uint16_t beyond = (127 + CPU_NARROW_EXPONENT_MAX + 1) << 7;
+    uint16_t found = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint16_t code;
+        memcpy(&code, codes + 2 * i, sizeof(code));
+        uint16_t magnitude = code & 0x7FFF;
+        found |= (magnitude != 0) & ((magnitude < least) | (magnitude >= beyond));
     }
     return found != 0;
 }
@@ -144,11 +142,13 @@ void cpu_relayout(struct cpu_weight *weight, const void *source, uint64_t row_be
         for (uint64_t at = 0; at < row_bytes; at += STAGE_BYTES) {
             uint64_t left = row_bytes - at;
             uint32_t bytes = left < STAGE_BYTES ? (uint32_t)left : STAGE_BYTES;
-            for (uint32_t i = 0; i < CPU_PANEL; i++)
-                memcpy(stage + i * STAGE_STRIDE, from + i * row_bytes + at, bytes);
-            uint8_t *tile = to + at * CPU_PANEL;
-            wide |= type == EINSUM_WEIGHT_E4M3 ? transpose_e4m3(stage, bytes, tile)
-                                               : transpose_bf16(stage, bytes / 2, tile);
+            for (uint32_t i = 0; i < CPU_PANEL; i++) {
+                uint8_t *staged = stage + i * STAGE_STRIDE;
+                memcpy(staged, from + i * row_bytes + at, bytes);
+                wide |= type == EINSUM_WEIGHT_E4M3 ? has_nan(staged, bytes)
+                                                   : has_wide_bf16(staged, bytes / 2);
+            }
+            transpose(stage, bytes / 2, to + at * CPU_PANEL);
         }
         weight->elements_wide[row / CPU_PANEL] = wide;
         from += CPU_PANEL * row_bytes;

@@ -4,7 +4,7 @@
 //
 //     task --> items {group, run of panels} --> tiles of tokens, gathered over all operands
 //                                                |
-//              up to 6 tokens   each panel once: stream
+//              up to 8 tokens   each panel: stream, twice at most, from L2 the second time
 //              more             slices of R:  fold A's slice (L2), each panel: expand B's slice (L1),
 //                                             multiply
 //              extreme          the same in FP64
@@ -14,9 +14,10 @@
 #include "wide.h"
 
 enum {
-    TILE_TOKENS = 192,    // share one expansion of a slice of weights
-    PANELS_MAX = 16,      // share one folding of a slice of activations
-    ITEMS_PER_THREAD = 4, // so that the last to finish is not far behind
+    STREAM_TOKENS_MAX = 2 * CPU_STREAM_TOKENS, // beyond, expanding slices is faster
+    TILE_TOKENS = 192,                         // share one expansion of a slice of weights
+    PANELS_MAX = 16,                           // share one folding of a slice of activations
+    ITEMS_PER_THREAD = 4,                      // so that the last to finish is not far behind
     ALIGNMENT = 64,
     BLOCK_R_MIN = 32,
 };
@@ -36,7 +37,7 @@ struct scratch {
     struct token *narrow; // [TILE_TOKENS]
     struct token *wide;   // [TILE_TOKENS]
     float *scales;        // [TILE_TOKENS][K], of the narrow tokens
-    float *a;             // [TILE_TOKENS][CPU_A_STRIDE], or [CPU_STREAM_TOKENS][R]
+    float *a;             // [TILE_TOKENS][CPU_A_STRIDE], or [STREAM_TOKENS_MAX][R]
     float *b;             // [CPU_DEPTH][16]
     float *sums;          // [PANELS_MAX][TILE_TOKENS][16]
     double *wide_a;       // [CPU_WIDE_ROWS][CPU_DEPTH]
@@ -69,7 +70,7 @@ static void *carve(uint8_t *base, uint64_t *at, uint64_t bytes)
 
 static uint64_t scratch_carve(struct scratch *scratch, uint8_t *base, uint64_t reduced_dim)
 {
-    uint64_t a = max_u64(TILE_TOKENS * CPU_A_STRIDE, CPU_STREAM_TOKENS * reduced_dim);
+    uint64_t a = max_u64(TILE_TOKENS * CPU_A_STRIDE, STREAM_TOKENS_MAX * reduced_dim);
     uint64_t at = 0;
     scratch->narrow = carve(base, &at, TILE_TOKENS * sizeof(struct token));
     scratch->wide = carve(base, &at, TILE_TOKENS * sizeof(struct token));
@@ -230,11 +231,17 @@ static void stream_panels(const struct walk *walk)
                            format->reduced_dim, format->block_r,
                            scratch->a + (uint64_t)t * format->reduced_dim);
 
+    uint32_t passes = (walk->narrow_n + CPU_STREAM_TOKENS - 1) / CPU_STREAM_TOKENS;
+    uint32_t pass = (walk->narrow_n + passes - 1) / passes; // as even as possible
     for (uint32_t index = walk->panel_begin; index < walk->panel_end; index++) {
         if (panel_is_wide(walk, index))
             continue;
         struct cpu_panel panel = panel_at(walk, index);
-        walk->kernel->stream(&panel, scratch->a, walk->narrow_n, scratch->sums);
+        for (uint32_t t = 0; t < walk->narrow_n; t += pass) {
+            uint32_t left = walk->narrow_n - t;
+            walk->kernel->stream(&panel, scratch->a + (uint64_t)t * format->reduced_dim,
+                                 left < pass ? left : pass, scratch->sums + t * CPU_PANEL);
+        }
         for (uint32_t t = 0; t < walk->narrow_n; t++)
             store_narrow(walk, &scratch->narrow[t], index, scratch->sums + t * CPU_PANEL);
     }
@@ -277,7 +284,7 @@ static void flush_narrow(struct walk *walk)
 {
     if (walk->narrow_n == 0)
         return;
-    if (walk->narrow_n <= CPU_STREAM_TOKENS)
+    if (walk->narrow_n <= STREAM_TOKENS_MAX)
         stream_panels(walk);
     else
         multiply_panels(walk);

@@ -21,15 +21,14 @@ static inline void wide_expand(const struct cpu_panel *panel, uint32_t r_begin, 
     for (uint32_t r = r_begin; r < r_begin + rows; r++) {
         uint64_t k = r / panel->block_r;
         for (uint32_t j = 0; j < CPU_PANEL; j++) {
-            uint64_t index = (uint64_t)r * CPU_PANEL + j;
             if (panel->type == EINSUM_WEIGHT_BF16) {
                 uint16_t code;
-                memcpy(&code, panel->elements + 2 * index, sizeof(code));
+                memcpy(&code, panel->elements + 2 * ((uint64_t)r * CPU_PANEL + j), sizeof(code));
                 *out++ = (double)bf16_to_float(code);
             } else {
                 uint64_t lane = panel->scale_lanes == 1 ? 0 : j;
                 double scale = (double)panel->scales[k * panel->scale_lanes + lane];
-                *out++ = (double)e4m3_to_float(panel->elements[index]) * scale;
+                *out++ = (double)e4m3_to_float(cpu_panel_e4m3(panel, r, j)) * scale;
             }
         }
     }
