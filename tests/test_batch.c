@@ -4,6 +4,7 @@
 // reservation to the answer.
 #include <check.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -306,6 +307,7 @@ START_TEST(one_job_from_end_to_end)
     ck_assert_uint_eq((uintptr_t)job->operand.output % 64, 0);
     ck_assert_ptr_eq(job->operand.scales, (const char *)job->operand.activations + 3 * REDUCED_DIM);
     stays_submitted(0);
+    error_field(&job->error, STATUS_INTERNAL, "stale", "of an earlier use");
     batcher_commit(batcher, job);
 
     const struct engine_batch *batch = wait_submitted(1);
@@ -327,6 +329,7 @@ START_TEST(one_job_from_end_to_end)
     fake_complete(&engine, 0, STATUS_OK);
     wait_done(0, STATUS_OK);
     ck_assert_str_eq(job->error.text, "");
+    ck_assert_str_eq(job->error.field, "");
     ck_assert_uint_eq(job->batch_tokens, 3);
     ck_assert_uint_eq(job->batch_bucket, 4);
     ck_assert_uint_eq(job->batch_requests, 1);
@@ -338,6 +341,7 @@ START_TEST(one_job_from_end_to_end)
     ck_assert_uint_eq(end.requests, 1);
     ck_assert_uint_eq(end.tokens, 3);
     ck_assert_uint_eq(end.padding_tokens, 1);
+    ck_assert_uint_ge(end.busy_ns, 2000000);
     ck_assert_uint_eq(end.buffer_bytes, 3 * (base.batch_input_bytes + base.batch_output_bytes));
     sleep_ms(2);
     ck_assert_uint_eq(stats().busy_ns, end.busy_ns);
@@ -827,6 +831,30 @@ START_TEST(destroy_aborts_on_a_live_job)
 }
 END_TEST
 
+// One job at a time, so that no second wake makes up for a lost one, at delays that sweep over the
+// moment in which the scheduler falls asleep.
+START_TEST(no_wake_is_lost)
+{
+    enum { ROUNDS = 20000, DELAY_NS_MAX = 8000 };
+    start(&base);
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        uint64_t until = now_ns() + round * 7 % DELAY_NS_MAX;
+        while (now_ns() < until)
+            ;
+        commit(0, 1);
+        uint64_t give_up_ns = now_ns() + PATIENCE_MS * 1000000ull;
+        while (submitted() != round + 1 && now_ns() < give_up_ns)
+            sched_yield();
+        ck_assert_msg(submitted() == round + 1, "round %u: not launched", round);
+        fake_complete(&engine, round % JOBS_MAX, STATUS_OK);
+        while (!atomic_load(&jobs[0].done) && now_ns() < give_up_ns)
+            sched_yield();
+        ck_assert_msg(atomic_load(&jobs[0].done) == 1, "round %u: not answered", round);
+        batcher_release(batcher, &jobs[0].job);
+    }
+}
+END_TEST
+
 // --- stress
 //
 // Each job writes its number over its input; the engine's thread checks that all of it arrived, and
@@ -1097,6 +1125,7 @@ int main(void)
     tcase_add_test(rules, a_buffer_is_held_by_its_slowest_job);
     tcase_add_test(rules, what_fits_no_batch_is_invalid);
     tcase_add_loop_test(rules, create_fails_without_leaking, 1, 7);
+    tcase_add_test(rules, no_wake_is_lost);
     if (srunner_fork_status(runner) == CK_FORK) // an abort ends the process
         tcase_add_test_raise_signal(rules, destroy_aborts_on_a_live_job, SIGABRT);
     suite_add_tcase(suite, rules);
