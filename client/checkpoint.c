@@ -311,16 +311,22 @@ static enum status output_begin(struct output *output, const char *directory, co
                                 struct error *err)
 {
     *output = (struct output){.fd = -1};
-    if (asprintf(&output->path, "%s/%s", directory, name) < 0)
-        output->path = NULL;
-    if (asprintf(&output->temporary_path, "%s/.%s.%ld", directory, name, (long)getpid()) < 0)
-        output->temporary_path = NULL;
-    if (output->path && output->temporary_path) {
-        output->fd = open(output->temporary_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-        if (output->fd >= 0)
-            return STATUS_OK;
+    enum status status;
+    if (asprintf(&output->path, "%s/%s", directory, name) < 0) {
+        *output = (struct output){.fd = -1}; // asprintf leaves anything there
+        return system_error(err, directory, ENOMEM);
     }
-    enum status status = system_error(err, output->path ? output->path : directory, errno);
+    if (asprintf(&output->temporary_path, "%s/.%s.%ld", directory, name, (long)getpid()) < 0) {
+        output->temporary_path = NULL;
+        status = system_error(err, directory, ENOMEM);
+        goto discard;
+    }
+    output->fd = open(output->temporary_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (output->fd >= 0)
+        return STATUS_OK;
+    status = system_error(err, output->path, errno);
+
+discard:
     output_discard(output);
     return status;
 }

@@ -7,39 +7,30 @@
 // One control thread makes a catalog; after that any thread may read it.
 #pragma once
 
-#include "roots.h"
-#include "safetensors.h"
+#include "shards.h"
 #include "weights.h"
 
 enum {
-    CATALOG_FILES_MAX = 1024, // of one folder
     CATALOG_ENTRIES_MAX = 1 << 16,
     CATALOG_PATTERNS_MAX = 64,
-};
-
-struct catalog_slice { // of one tensor: this rank's groups
-    const struct safetensors *file;
-    const struct safetensors_tensor *tensor;
-    uint64_t offset, bytes; // in the tensor
 };
 
 struct catalog_entry {
     char name[WEIGHT_NAME_BYTES];       // canonical, with the load's prefix
     char source[WEIGHT_SOURCE_BYTES];   // file of the weight, below its root
     struct einsum_weight_format format; // of this rank's groups
-    struct catalog_slice weight;
-    struct catalog_slice scales; // empty for BF16
+    struct tensor_slice weight;
+    struct tensor_slice scales; // empty for BF16
 };
 
 struct catalog {
     struct catalog_entry *entries; // in order of name, each name once
     uint32_t entries_n;
-    struct catalog_contents *contents; // private: open files and the list of tensors
+    struct shards *shards; // what the entries point into
 };
 
-// Of `load`, `replace`, `threads` and `progress` do not
-// matter here. PERMISSION_DENIED: outside the roots. NOT_FOUND: no such path, or a pattern that
-// matches nothing. FAILED_PRECONDITION or UNIMPLEMENTED: what was found cannot be used.
+// Of `load`, `replace`, `threads` and `progress` do not matter here. PERMISSION_DENIED: outside the
+// roots. NOT_FOUND: no such path, or a pattern that matches nothing. FAILED_PRECONDITION or UNIMPLEMENTED: what was found cannot be used.
 NODISCARD enum status catalog_init(struct catalog *catalog, const struct roots *roots,
                                    uint32_t reduced_dim_max, const struct weights_load *load,
                                    struct error *err);

@@ -326,7 +326,7 @@ static enum status source_read_weight(const struct engine_weight_source *base, u
                                       void *to, uint64_t bytes, struct error *err)
 {
     struct entry_source *source = source_of(base);
-    const struct catalog_slice *slice = &source->entry->weight;
+    const struct tensor_slice *slice = &source->entry->weight;
     ASSERT(offset <= slice->bytes && bytes <= slice->bytes - offset);
     enum status status = check_going(source, err);
     if (status != STATUS_OK)
@@ -338,7 +338,7 @@ static enum status source_read_scales(const struct engine_weight_source *base, v
                                       struct error *err)
 {
     struct entry_source *source = source_of(base);
-    const struct catalog_slice *slice = &source->entry->scales;
+    const struct tensor_slice *slice = &source->entry->scales;
     enum status status = check_going(source, err);
     if (status != STATUS_OK || slice->bytes == 0)
         return status;

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "client/checkpoint.h"
+#include "folder.h"
 #include "server/catalog.h"
 
 static char base[64];
@@ -20,8 +21,7 @@ static struct roots roots;
 
 static void set_up(void)
 {
-    snprintf(base, sizeof base, "/tmp/test_checkpoint.XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(base));
+    folder_make(base, sizeof base, "test_checkpoint");
     const char *paths[] = {base};
     ck_assert_int_eq(roots_init(&roots, paths, 1, NULL), STATUS_OK);
 }
@@ -29,9 +29,7 @@ static void set_up(void)
 static void tear_down(void)
 {
     roots_deinit(&roots);
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", base);
-    ck_assert_int_eq(system(command), 0);
+    folder_remove(base);
 }
 
 // A small model: 5 layers of 2 groups.
@@ -72,9 +70,9 @@ static void open_catalog(const struct checkpoint_options *options, struct catalo
     ck_assert_uint_eq(catalog->entries_n, options->layers);
 }
 
-static uint8_t *read_slice(const struct catalog_slice *slice)
+static uint8_t *read_slice(const struct tensor_slice *slice)
 {
-    uint8_t *bytes = malloc(slice->bytes + 1);
+    uint8_t *bytes = calloc(1, slice->bytes + 1);
     if (slice->bytes)
         ck_assert_int_eq(
             safetensors_read(slice->file, slice->tensor, slice->offset, bytes, slice->bytes, NULL),

@@ -11,21 +11,19 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "folder.h"
 #include "server/safetensors.h"
 
 static char folder[64];
 
 static void make_folder(void)
 {
-    snprintf(folder, sizeof folder, "/tmp/test_safetensors.XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(folder));
+    folder_make(folder, sizeof folder, "test_safetensors");
 }
 
 static void remove_folder(void)
 {
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", folder);
-    ck_assert_int_eq(system(command), 0);
+    folder_remove(folder);
 }
 
 // A file of a length field that claims `claimed_bytes`, a header and bytes 0, 1, 2, ... 250, 0, ...

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "folder.h"
 #include "server/weights.h"
 
 enum { REDUCED_DIM_MAX = 4096, SPECS_MAX = 6 };
@@ -109,8 +110,7 @@ PRINTF_LIKE(1, 2) static const char *in_base(const char *format, ...)
 
 static void set_up(void)
 {
-    snprintf(base, sizeof base, "/tmp/test_weights.XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(base));
+    folder_make(base, sizeof base, "test_weights");
     snprintf(root, sizeof root, "%s/root", base);
     ck_assert_int_eq(mkdir(root, 0777), 0);
     ck_assert_int_eq(mkdir(in_base("second"), 0777), 0);
@@ -127,9 +127,7 @@ static void tear_down(void)
 {
     weights_destroy(weights);
     ck_assert_int_eq(atomic_load(&engine.live), 0);
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", base);
-    ck_assert_int_eq(system(command), 0);
+    folder_remove(base);
 }
 
 struct spec {
