@@ -28,8 +28,10 @@
 //
 // Memory. The tensors of a request are sent from where they lie and are never copied here: they are
 // borrowed until the callback (or the blocking call's return), also when the call was cancelled or
-// late. The rest of a request struct, its strings included, is needed during the function alone.
-// The output is copied once, from the socket's buffers to where the request says.
+// late. So either may come after the deadline if a peer froze while it was receiving: over TCP by
+// up to stall_ms, over a unix socket until it reads on or dies. The rest of a request struct, its
+// strings included, is needed during the function alone. The output is copied once, from the
+// socket's buffers to where the request says.
 //
 // Retries. An answer of RESOURCE_EXHAUSTED or UNAVAILABLE is tried again, after the pause that the
 // server advises (trailer grpc-retry-pushback-ms or google.rpc.RetryInfo) or else an exponential
@@ -119,7 +121,8 @@ struct einsum_client_options {
     uint32_t attempts_max;       // of one call, the first included; default 4; 1: never again
     uint32_t retry_pause_ms;     // before the second attempt without advice; default 20, doubles
     uint32_t retry_pause_ms_max; // and no longer than this; default 2000
-    const char *user_agent;      // put before gRPC's own; default NULL
+    uint32_t stall_ms;      // a TCP peer that takes no byte for so long is cut off; default 10000
+    const char *user_agent; // put before gRPC's own; default NULL
 };
 EINSUM_CLIENT_API void einsum_client_options_init(struct einsum_client_options *options);
 

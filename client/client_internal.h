@@ -1,0 +1,174 @@
+// What the files of the client library share. Not for callers.
+//
+//     einsum_client.c    a client's life, its thread, what waits, errors
+//     client_message.c   requests as slices over the caller's memory; replies from gRPC's buffers
+//     client_call.c      one call: attempts, retries, cancel, deadline; blocking and asynchronous
+//     client_stream.c    many requests on one stream
+//     client_control.c   the rest of the service, and health
+//     client_wire.c      the two hot messages and error details, byte by byte
+//
+// The client's thread is the only one that takes tags from the completion queue. Everything that a
+// tag carries belongs to that thread from the start of its batch until the tag is handled.
+#pragma once
+
+#include <grpc/byte_buffer.h>
+#include <grpc/grpc.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "client_wire.h"
+
+#define PRINTF_LIKE(format_index, args_index)                                                      \
+    __attribute__((format(printf, format_index, args_index)))
+
+// What the completion queue hands back; lives in what it completes. The release of arming and the
+// acquire of taking hand over what the starting thread wrote, which is also gRPC's promise, but one
+// that a thread sanitizer cannot see.
+struct einsum_client_tag {
+    void (*on_complete)(struct einsum_client_tag *tag, bool ok);
+    _Atomic bool armed;
+};
+
+// Starts a batch; aborts if gRPC refuses it, which only a broken use of gRPC brings about.
+void einsum_client_start_batch(grpc_call *call, const grpc_op *ops, size_t ops_n,
+                               struct einsum_client_tag *tag);
+
+// Something that waits for a time or for memory to be let go, asked again and again by the client's
+// thread. poll returns true when it is done and off the list, or sets due_ns anew.
+struct einsum_client_later {
+    struct einsum_client_later *next;
+    uint64_t due_ns;
+    bool (*poll)(struct einsum_client_later *later, uint64_t now_ns);
+};
+
+struct einsum_client_call;
+
+struct einsum_client {
+    struct einsum_client_options options;
+    char *endpoint; // as the caller wrote it
+    char *target;   // as gRPC wants it
+    grpc_completion_queue *queue;
+    grpc_channel **channels; // options.connections of them
+    _Atomic uint32_t next_channel;
+    pthread_t thread;
+
+    pthread_mutex_t lock; // guards what follows, down to next_ticket
+    pthread_cond_t idle;  // active went to 0
+    uint32_t active;      // calls started and not yet called back
+    bool stopping;
+    struct einsum_client_call *calls; // the active ones
+    uint64_t next_ticket;
+
+    // Of the client's thread alone.
+    struct einsum_client_later *later;
+    uint64_t random;
+};
+
+// ---- einsum_client.c ----------------------------------------------------------------------------
+
+uint64_t einsum_client_now_ns(void);
+static inline struct einsum_client_error *einsum_client_error_or(struct einsum_client_error *error,
+                                                                 struct einsum_client_error *own)
+{
+    return error ? error : own;
+}
+
+enum einsum_client_status einsum_client_error_set(struct einsum_client_error *error,
+                                                  enum einsum_client_status status,
+                                                  const char *format, ...) PRINTF_LIKE(3, 4);
+
+// True on the thread of any client: whoever would block there must not.
+bool einsum_client_on_own_thread(void);
+enum einsum_client_status einsum_client_refuse_to_block(struct einsum_client_error *error);
+
+// Makes a gRPC call on the next connection.
+grpc_call *einsum_client_open_call(struct einsum_client *client, const char *method,
+                                   gpr_timespec deadline);
+
+gpr_timespec einsum_client_deadline(uint64_t deadline_ns); // UINT64_MAX: none
+uint64_t einsum_client_deadline_after(uint32_t ms);        // 0: UINT64_MAX
+
+// Client's thread: puts `later` on the list.
+void einsum_client_wait(struct einsum_client *client, struct einsum_client_later *later);
+uint64_t einsum_client_random(struct einsum_client *client);
+
+// How a call ended, as gRPC hands it over.
+struct einsum_client_ending {
+    grpc_status_code code;
+    grpc_slice details;
+    const char *debug_text;
+    grpc_metadata_array trailers;
+};
+void einsum_client_ending_init(struct einsum_client_ending *ending);
+void einsum_client_ending_deinit(struct einsum_client_ending *ending);
+grpc_op einsum_client_ending_op(struct einsum_client_ending *ending);
+// Fills `error` from an ending that is not OK, and returns its status.
+enum einsum_client_status einsum_client_ending_error(const struct einsum_client *client,
+                                                     const struct einsum_client_ending *ending,
+                                                     struct einsum_client_error *error);
+
+// ---- client_message.c ---------------------------------------------------------------------------
+
+enum { EINSUM_CLIENT_SLICES_MAX = 4 };
+
+// A message to send: slices, some of which lie in the caller's memory. `borrowed` counts those that
+// gRPC has not let go of; it may still read them after a call has ended.
+struct einsum_client_outgoing {
+    grpc_slice slices[EINSUM_CLIENT_SLICES_MAX];
+    size_t slices_n;
+    _Atomic uint32_t borrowed;
+};
+
+// Checks and frames a request. INVALID_ARGUMENT or RESOURCE_EXHAUSTED, with nothing to release.
+enum einsum_client_status einsum_client_outgoing_init(struct einsum_client_outgoing *outgoing,
+                                                      const struct einsum_client *client,
+                                                      const struct einsum_client_request *request,
+                                                      uint64_t request_id, bool streamed,
+                                                      struct einsum_client_error *error);
+grpc_byte_buffer *einsum_client_outgoing_buffer(const struct einsum_client_outgoing *outgoing);
+// Drops our own references; the memory is the caller's again when `borrowed` is 0.
+void einsum_client_outgoing_release(struct einsum_client_outgoing *outgoing);
+bool einsum_client_outgoing_free(const struct einsum_client_outgoing *outgoing);
+
+// What a reply must be, noted when the request was sent.
+struct einsum_client_expected {
+    uint64_t request_id; // the caller's
+    uint32_t tokens;
+    enum einsum_client_output_type output_type;
+    bool digest_only;
+    void *output; // NULL: chunks
+    uint64_t output_bytes;
+};
+struct einsum_client_expected
+einsum_client_expected_of(const struct einsum_client_request *request);
+
+// A received buffer as chunks.
+struct einsum_client_incoming {
+    struct einsum_client_chunk *chunks;
+    size_t chunks_n;
+};
+// false: no memory.
+bool einsum_client_incoming_init(struct einsum_client_incoming *incoming, grpc_byte_buffer *buffer);
+void einsum_client_incoming_deinit(struct einsum_client_incoming *incoming);
+
+// Checks a decoded reply against what was asked for, and puts the output where it belongs. With
+// chunks, narrows `incoming` to the output and lends it to `reply->response`.
+enum einsum_client_status einsum_client_accept(const struct einsum_client_expected *expected,
+                                               struct einsum_client_incoming *incoming,
+                                               struct einsum_client_reply *reply,
+                                               struct einsum_client_error *error);
+
+// ---- client_call.c ------------------------------------------------------------------------------
+
+struct einsum_client_effort {
+    uint32_t deadline_ms; // 0: none
+    uint32_t attempts_max;
+};
+
+// A blocking call of any method with one message each way, with retries. The reply is `*reply`, to
+// be destroyed by the caller. Takes `request`.
+enum einsum_client_status einsum_client_unary(struct einsum_client *client, const char *method,
+                                              grpc_slice request,
+                                              struct einsum_client_effort effort,
+                                              grpc_byte_buffer **reply,
+                                              struct einsum_client_error *error);
