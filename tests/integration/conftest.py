@@ -2,7 +2,8 @@
 
 Environment:
     EINSUMD_BUILD_DIR   where einsumd and einsumctl were built; default build/release
-    EINSUMD_TEST_SCALE  below 1 for slow builds: fewer cases, longer waits; default 1
+    EINSUMD_TEST_SCALE  below 1 for slow builds: fewer cases, longer waits; default 1, or 0.2 if
+                        the build has a sanitizer
     EINSUMD_TEST_ENGINE the daemon's "engine" key; default "cpu"
     EINSUM_SEED         of all random values; printed, so that a failure can be had again
     EINSUM_CASES        random cases of test_numbers.py, before scaling; default 40

@@ -17,8 +17,16 @@ BUILD_DIR = Path(os.environ.get("EINSUMD_BUILD_DIR", REPOSITORY / "build/release
 EINSUMD = BUILD_DIR / "einsumd"
 EINSUMCTL = BUILD_DIR / "einsumctl"
 
-# Below 1 for slow builds (sanitizers): fewer random cases, longer waits.
-SCALE = float(os.environ.get("EINSUMD_TEST_SCALE", "1"))
+
+def default_scale() -> float:
+    """Sanitizers make a build some 5 to 10 times slower."""
+    cache = BUILD_DIR / "CMakeCache.txt"
+    sanitized = cache.exists() and re.search(r"^EINSUMD_SANITIZE:\w+=.", cache.read_text(), re.M)
+    return 0.2 if sanitized else 1.0
+
+
+# Below 1 for slow builds: fewer random cases, longer waits.
+SCALE = float(os.environ.get("EINSUMD_TEST_SCALE") or default_scale())
 ENGINE = os.environ.get("EINSUMD_TEST_ENGINE", "cpu")
 
 SANITIZER_REPORT = re.compile(
@@ -75,6 +83,7 @@ class Daemon:
         self.events: list[dict] = []
         self._changed = threading.Condition()
         self._ended = False
+        self.told_to_stop = False
         self.process = subprocess.Popen(
             [EINSUMD, "--config", self.config_path],
             stdin=subprocess.DEVNULL,
@@ -135,6 +144,7 @@ class Daemon:
         return host, int(port)
 
     def terminate(self) -> None:
+        self.told_to_stop = True
         self.process.send_signal(signal.SIGTERM)
 
     def wait_exit(self, timeout: float = 45) -> int:
