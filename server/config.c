@@ -630,6 +630,13 @@ static enum status check_listen(const char *path, const char *address, struct er
     return STATUS_OK;
 }
 
+// Any free port may be asked for more than once.
+static bool is_port_0(const char *address)
+{
+    const char *port = strrchr(address, ':') + 1;
+    return port[strspn(port, "0")] == '\0';
+}
+
 static enum status check_listens(const struct config *config, struct error *err)
 {
     for (size_t i = 0; i < config->listen_n; i++) {
@@ -639,7 +646,7 @@ static enum status check_listens(const struct config *config, struct error *err)
         if (status)
             return status;
         for (size_t j = 0; j < i; j++)
-            if (strcmp(config->listen[j], config->listen[i]) == 0)
+            if (strcmp(config->listen[j], config->listen[i]) == 0 && !is_port_0(config->listen[i]))
                 return error_field(err, STATUS_INVALID_ARGUMENT, path,
                                    "the same as listen[%zu]: \"%.200s\"", j, config->listen[i]);
     }
@@ -686,6 +693,9 @@ static enum status check_together(const struct config *config, struct error *err
     if (config->batches && config->batches < config->lanes)
         return error_field(err, STATUS_INVALID_ARGUMENT, "batches",
                            "must be at least lanes (%u), got %u", config->lanes, config->batches);
+    if (config->weights_n && !config->weights_roots_n)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "weights_roots",
+                           "must name the directory that weights are read from");
     for (size_t i = 0; i < config->weights_n; i++) {
         const struct config_weights *weights = &config->weights[i];
         if (weights->tensor_parallel_rank < weights->tensor_parallel_size)
