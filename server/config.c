@@ -634,7 +634,7 @@ static enum status check_listen(const char *path, const char *address, struct er
 static bool is_port_0(const char *address)
 {
     const char *port = strrchr(address, ':') + 1;
-    return port[strspn(port, "0")] == '\0';
+    return strncmp(address, "unix:", strlen("unix:")) != 0 && port[strspn(port, "0")] == '\0';
 }
 
 static enum status check_listens(const struct config *config, struct error *err)

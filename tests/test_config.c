@@ -372,6 +372,7 @@ static const struct {
     {"{\"buckets\": [1.5, 512]}", "buckets[0]", "got 1.5"},
     {"{\"lanes\": 4, \"batches\": 3}", "batches", "at least lanes (4), got 3"},
     {"{\"listen\": [\"a:1\", \"b:1\", \"a:1\"]}", "listen[2]", "the same as listen[0]"},
+    {"{\"listen\": [\"unix:/a:0\", \"unix:/a:0\"]}", "listen[1]", "the same as listen[0]"},
 };
 
 START_TEST(what_is_wrong_is_named)
