@@ -103,7 +103,7 @@ static enum einsum_client_status call_control(struct einsum_client *client, cons
                                               const ProtobufCMessage *request,
                                               struct einsum_client_effort effort,
                                               const ProtobufCMessageDescriptor *reply_descriptor,
-                                              void *reply, struct einsum_client_error *error)
+                                              void **reply, struct einsum_client_error *error)
 {
     if (einsum_client_on_own_thread())
         return einsum_client_refuse_to_block(error);
@@ -112,9 +112,8 @@ static enum einsum_client_status call_control(struct einsum_client *client, cons
         einsum_client_unary(client, method, pack(request), effort, &buffer, error);
     if (status != EINSUM_CLIENT_OK)
         return status;
-    void *message = unpack(buffer, reply_descriptor, error);
-    *(void **)reply = message;
-    return message ? EINSUM_CLIENT_OK : EINSUM_CLIENT_INTERNAL;
+    *reply = unpack(buffer, reply_descriptor, error);
+    return *reply ? EINSUM_CLIENT_OK : EINSUM_CLIENT_INTERNAL;
 }
 
 #define COPY_TEXT(to, from) einsum_client_clean_text(to, sizeof(to), from, strlen(from))
@@ -170,12 +169,13 @@ enum einsum_client_status einsum_client_list_weights(struct einsum_client *clien
 {
     *weights = (struct einsum_client_weights){0};
     Einsum__V1__ListWeightsRequest request = EINSUM__V1__LIST_WEIGHTS_REQUEST__INIT;
-    Einsum__V1__ListWeightsResponse *reply;
+    void *message = NULL;
     enum einsum_client_status status =
         call_control(client, "/einsum.v1.Einsum/ListWeights", &request.base, usual_effort(client),
-                     &einsum__v1__list_weights_response__descriptor, &reply, error);
+                     &einsum__v1__list_weights_response__descriptor, &message, error);
     if (status != EINSUM_CLIENT_OK)
         return status;
+    Einsum__V1__ListWeightsResponse *reply = message;
     status = copy_weights(weights, reply->weights, reply->n_weights, error);
     free_message(reply);
     return status;
@@ -187,12 +187,13 @@ enum einsum_client_status einsum_client_get_weight(struct einsum_client *client,
 {
     Einsum__V1__GetWeightRequest request = EINSUM__V1__GET_WEIGHT_REQUEST__INIT;
     request.name = (char *)name;
-    Einsum__V1__GetWeightResponse *reply;
+    void *message = NULL;
     enum einsum_client_status status =
         call_control(client, "/einsum.v1.Einsum/GetWeight", &request.base, usual_effort(client),
-                     &einsum__v1__get_weight_response__descriptor, &reply, error);
+                     &einsum__v1__get_weight_response__descriptor, &message, error);
     if (status != EINSUM_CLIENT_OK)
         return status;
+    Einsum__V1__GetWeightResponse *reply = message;
     if (reply->weight)
         copy_weight(weight, reply->weight);
     else
@@ -210,12 +211,13 @@ enum einsum_client_status einsum_client_unload(struct einsum_client *client,
     Einsum__V1__UnloadWeightsRequest request = EINSUM__V1__UNLOAD_WEIGHTS_REQUEST__INIT;
     request.names = (char **)names;
     request.n_names = names_n;
-    Einsum__V1__UnloadWeightsResponse *reply;
+    void *message = NULL;
     enum einsum_client_status status =
         call_control(client, "/einsum.v1.Einsum/UnloadWeights", &request.base, once_effort(client),
-                     &einsum__v1__unload_weights_response__descriptor, &reply, error);
+                     &einsum__v1__unload_weights_response__descriptor, &message, error);
     if (status != EINSUM_CLIENT_OK)
         return status;
+    Einsum__V1__UnloadWeightsResponse *reply = message;
     for (size_t i = 0; i < reply->n_names && on_name; i++) {
         char name[EINSUM_CLIENT_NAME_BYTES];
         COPY_TEXT(name, reply->names[i]);
@@ -418,12 +420,13 @@ enum einsum_client_status einsum_client_self_test(
     *passed = false;
     Einsum__V1__SelfTestRequest request = EINSUM__V1__SELF_TEST_REQUEST__INIT;
     request.weight = (char *)(weight ? weight : "");
-    Einsum__V1__SelfTestResponse *reply;
+    void *message = NULL;
     enum einsum_client_status status =
         call_control(client, "/einsum.v1.Einsum/SelfTest", &request.base, long_effort(client),
-                     &einsum__v1__self_test_response__descriptor, &reply, error);
+                     &einsum__v1__self_test_response__descriptor, &message, error);
     if (status != EINSUM_CLIENT_OK)
         return status;
+    Einsum__V1__SelfTestResponse *reply = message;
     *passed = reply->passed;
     for (size_t i = 0; i < reply->n_results && on_result; i++)
         report_result(reply->results[i], on_result, context);
@@ -497,12 +500,13 @@ enum einsum_client_status einsum_client_server_info(struct einsum_client *client
                                                     struct einsum_client_error *error)
 {
     Einsum__V1__ServerInfoRequest request = EINSUM__V1__SERVER_INFO_REQUEST__INIT;
-    Einsum__V1__ServerInfoResponse *reply;
+    void *message = NULL;
     enum einsum_client_status status =
         call_control(client, "/einsum.v1.Einsum/ServerInfo", &request.base, usual_effort(client),
-                     &einsum__v1__server_info_response__descriptor, &reply, error);
+                     &einsum__v1__server_info_response__descriptor, &message, error);
     if (status != EINSUM_CLIENT_OK)
         return status;
+    Einsum__V1__ServerInfoResponse *reply = message;
     copy_info(info, reply);
     free_message(reply);
     return EINSUM_CLIENT_OK;
@@ -516,12 +520,13 @@ enum einsum_client_status einsum_client_check_health(struct einsum_client *clien
     *health = EINSUM_CLIENT_HEALTH_UNKNOWN;
     Grpc__Health__V1__HealthCheckRequest request = GRPC__HEALTH__V1__HEALTH_CHECK_REQUEST__INIT;
     request.service = (char *)(service ? service : "");
-    Grpc__Health__V1__HealthCheckResponse *reply;
+    void *message = NULL;
     enum einsum_client_status status =
         call_control(client, "/grpc.health.v1.Health/Check", &request.base, usual_effort(client),
-                     &grpc__health__v1__health_check_response__descriptor, &reply, error);
+                     &grpc__health__v1__health_check_response__descriptor, &message, error);
     if (status != EINSUM_CLIENT_OK)
         return status;
+    Grpc__Health__V1__HealthCheckResponse *reply = message;
     *health = (enum einsum_client_health)(int)reply->status;
     free_message(reply);
     return EINSUM_CLIENT_OK;
