@@ -310,24 +310,26 @@ static void output_discard(struct output *output)
 static enum status output_begin(struct output *output, const char *directory, const char *name,
                                 struct error *err)
 {
-    *output = (struct output){.fd = -1};
-    enum status status;
-    if (asprintf(&output->path, "%s/%s", directory, name) < 0) {
-        *output = (struct output){.fd = -1}; // asprintf leaves anything there
+    char *path, *temporary_path;
+    if (asprintf(&path, "%s/%s", directory, name) < 0)
         return system_error(err, directory, ENOMEM);
-    }
-    if (asprintf(&output->temporary_path, "%s/.%s.%ld", directory, name, (long)getpid()) < 0) {
-        output->temporary_path = NULL;
+    enum status status;
+    if (asprintf(&temporary_path, "%s/.%s.%ld", directory, name, (long)getpid()) < 0) {
         status = system_error(err, directory, ENOMEM);
-        goto discard;
+        goto free_path;
     }
-    output->fd = open(output->temporary_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (output->fd >= 0)
-        return STATUS_OK;
-    status = system_error(err, output->path, errno);
+    int fd = open(temporary_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0) {
+        status = system_error(err, path, errno);
+        goto free_temporary_path;
+    }
+    *output = (struct output){.fd = fd, .path = path, .temporary_path = temporary_path};
+    return STATUS_OK;
 
-discard:
-    output_discard(output);
+free_temporary_path:
+    free(temporary_path);
+free_path:
+    free(path);
     return status;
 }
 
