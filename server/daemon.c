@@ -481,6 +481,8 @@ enum daemon_exit daemon_run(struct config *config)
     if (start(daemon, &err) == STATUS_OK) {
         announce(daemon);
         run_loop(daemon);
+    } else if (err.status == STATUS_CANCELLED && stop_requested()) {
+        LOG(INFO, "told to stop while starting");
     } else {
         log_failure(&err);
         daemon->exit = DAEMON_EXIT_FAILED;

@@ -582,9 +582,12 @@ def test_deadline_of_a_millisecond(small: Site, rng: np.random.Generator) -> Non
             reply = small.client.einsum(request, timeout=0.001 * (1 + index % 5))
             assert reply.output == expected
         except grpc.RpcError as error:
-            assert error.code() == StatusCode.DEADLINE_EXCEEDED
-            late += 1
+            # The batches of those who gave up still run, and may hold all buffers.
+            if error.code() != StatusCode.RESOURCE_EXHAUSTED:
+                assert error.code() == StatusCode.DEADLINE_EXCEEDED
+                late += 1
     assert late
+    wait_until(lambda: answers(small, rng))
 
 
 def test_deadline_cap(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -602,7 +602,7 @@ def test_sigterm_under_load(tmp_path: Path, rng: np.random.Generator) -> None:
             assert sum(caller.result() for caller in callers) > 0
 
 
-@pytest.mark.parametrize("delay", [0, 0.01, 0.05])
+@pytest.mark.parametrize("delay", [0, 0.005, 0.01, 0.02, 0.05])
 def test_sigterm_while_starting(tmp_path: Path, delay: float) -> None:
     """However early it comes, there is an orderly end: 0, or by the signal before it was caught."""
     root = tmp_path / "root"
