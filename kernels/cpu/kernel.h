@@ -20,7 +20,7 @@
 
 enum {
     CPU_PANEL = 16,
-    CPU_STREAM_TOKENS = 6,         // the most that stream() takes: their sums fill the registers
+    CPU_STREAM_TOKENS = 4,         // the most that stream() takes: their sums fill the registers
     CPU_DEPTH = 256,               // rows of R in a slice: B's slice is 16 KiB, half of L1
     CPU_A_STRIDE = CPU_DEPTH + 16, // so that rows of A do not share cache sets
     CPU_WIDE_ROWS = 3,
