@@ -666,7 +666,9 @@ def test_stream_flow_control(tmp_path: Path, rng: np.random.Generator) -> None:
         total = count(300)
         replies = list(site.client.stream([request] * total, seconds(60)))
         assert len(replies) == total
-        assert all(reply.response.output == expected for reply in replies)
+        for reply in replies:
+            assert not reply.HasField("error"), reply.error
+            assert reply.response.output == expected
 
 
 def test_reader_that_does_not_read(tmp_path: Path, rng: np.random.Generator) -> None:
