@@ -115,7 +115,7 @@ say "start: $bin/einsumd --config $config"
 "$bin/einsumd" --config "$config" 2>"$work/einsumd.log" &
 daemon=$!
 deadline=$((SECONDS + 120))
-until "$bin/einsumctl" --server "127.0.0.1:$port" health >"$work/health.log" 2>&1; do
+until "$bin/einsumctl" --endpoint "127.0.0.1:$port" health >"$work/health.log" 2>&1; do
     if ! kill -0 "$daemon" 2>/dev/null || [ $SECONDS -ge $deadline ]; then
         echo "einsumd did not become ready; the end of $work/einsumd.log:" >&2
         tail -40 "$work/einsumd.log" >&2
@@ -127,8 +127,8 @@ cat "$work/health.log"
 echo "listening on 127.0.0.1:$port and unix:$socket; log in $work/einsumd.log"
 
 say "check: every number of the replies, over TCP and over the unix socket"
-"$bin/einsumctl" --server "127.0.0.1:$port" check --checkpoint "$checkpoint" --tokens 1,8,64
-"$bin/einsumctl" --server "unix:$socket" check --checkpoint "$checkpoint" --tokens 1,8,64
+"$bin/einsumctl" --endpoint "127.0.0.1:$port" check --checkpoint "$checkpoint" --tokens 1,8,64
+"$bin/einsumctl" --endpoint "unix:$socket" check --checkpoint "$checkpoint" --tokens 1,8,64
 
 say "the same service with grpcurl"
 write_request >"$work/request.json"
