@@ -25,7 +25,6 @@ enum {
     ADDRESSES_BYTES = 2048,
     DEVICE_CHECK_MS = 200,
     LOAD_LOG_SECONDS = 2,
-    LANES_DEFAULT = 2,                 // one computes while the next is at hand
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
     MESSAGE_OVERHEAD_BYTES = 64 << 10, // of a request beyond its tensors
     TRANSPORT_REQUESTS = 64,
@@ -62,10 +61,6 @@ static void resolve_threads(struct config *config)
         config->rpc_threads = (cores + 3) / 4;
     if (config->load_threads == 0)
         config->load_threads = cores;
-    if (config->lanes == 0)
-        config->lanes = LANES_DEFAULT;
-    if (config->batches == 0)
-        config->batches = config->lanes + BATCHES_BEYOND_LANES;
 }
 
 // What a batch of the largest weight needs at most: GKT pads tokens to 4 for each request, and each tensor starts at a
@@ -98,6 +93,10 @@ NODISCARD static enum status open_engine(struct daemon *daemon, struct error *er
         return error_field(err, STATUS_UNIMPLEMENTED, "engine",
                            "\"%s\" is not part of this build, which has \"cpu\" and \"null\"",
                            config->engine);
+    if (config->lanes == 0)
+        config->lanes = ops->lanes_default;
+    if (config->batches == 0)
+        config->batches = config->lanes + BATCHES_BEYOND_LANES;
     const struct engine_options options = {
         .kernel = strcmp(config->kernel, "auto") == 0 ? NULL : config->kernel,
         .threads = config->compute_threads,
