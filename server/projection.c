@@ -113,8 +113,11 @@ void projection_release(struct projection *projection)
     call_unhold(call);
 }
 
-static void on_output_sent(void *projection)
+static void on_output_sent(void *argument)
 {
+    struct projection *projection = argument;
+    // On one of gRPC's threads: pairs with job_advance where the output was lent.
+    ASSERT(atomic_load_explicit(&projection->job.state, memory_order_acquire) == JOB_REPLYING);
     projection_release(projection);
 }
 
@@ -181,7 +184,7 @@ static grpc_byte_buffer *respond_with_digest(const struct projection *projection
 
 // An output of its own, for when batches run short: callers that read slowly must not hold the buffers that everybody needs.
 struct copy {
-    struct service_context *context;
+    _Atomic(struct service_context *) context; // stored last: hands the copy to gRPC's threads
     uint64_t bytes;
     unsigned char output[];
 };
@@ -189,7 +192,8 @@ struct copy {
 static void on_copy_sent(void *argument)
 {
     struct copy *copy = argument;
-    atomic_fetch_sub_explicit(&copy->context->copied_bytes, copy->bytes, memory_order_relaxed);
+    struct service_context *context = atomic_load_explicit(&copy->context, memory_order_acquire);
+    atomic_fetch_sub_explicit(&context->copied_bytes, copy->bytes, memory_order_relaxed);
     free(copy);
 }
 
@@ -210,9 +214,9 @@ static struct copy *copy_if_scarce(const struct projection *projection)
         atomic_fetch_sub_explicit(&context->copied_bytes, bytes, memory_order_relaxed);
         return NULL;
     }
-    copy->context = context;
     copy->bytes = bytes;
     memcpy(copy->output, projection->job.operand.output, bytes);
+    atomic_store_explicit(&copy->context, context, memory_order_release);
     return copy;
 }
 
