@@ -115,6 +115,15 @@ def small_weights(layers: int = 2) -> dict[str, oracle.Weight]:
     }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def daemons_alive(request: pytest.FixtureRequest) -> None:
+    """Once a module's daemon has died, its other tests say so, and no more."""
+    for name in request.fixturenames:
+        site = request.getfixturevalue(name) if name in ("small", "slow", "site") else None
+        if site and site.daemon.process.poll() is not None:
+            pytest.fail("the daemon of this module has died; see the first failure", pytrace=False)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Two layers of G 4, D 256, R 512, shared by a module's tests."""

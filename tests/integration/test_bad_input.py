@@ -56,6 +56,7 @@ def serves_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
     for fixture in ("small", "slow"):
         if fixture in request.fixturenames:
             site: Site = request.getfixturevalue(fixture)
+            assert site.daemon.process.poll() is None, f"the daemon died:\n{site.daemon.log}"
             site.check_serves(rng)
             with Client(site.daemon.address, site.client.schema) as client:
                 site.check_serves(rng, client)
