@@ -251,6 +251,7 @@ INLINE void stream_tokens(const struct cpu_panel *panel, const float *a, const i
 INLINE void stream_any(const struct cpu_panel *panel, const float *a, uint32_t tokens,
                        const enum decoder decoder, const bool bf16, float *sums)
 {
+    _Static_assert(CPU_STREAM_TOKENS == 4, "the cases below");
     switch (tokens) {
     case 1:
         stream_tokens(panel, a, 1, 4, decoder, bf16, sums);
