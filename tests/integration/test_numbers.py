@@ -410,7 +410,7 @@ def test_stream_matches_replies_by_id(site: Site, rng: np.random.Generator) -> N
     for request_id in range(1, count(120) + 1):
         name = str(rng.choice(list(FORMATS)))
         weight = site.weights[name]
-        tokens = 200 if request_id % 10 == 1 else int(rng.integers(1, 9))
+        tokens = 100 if request_id % 10 == 1 else int(rng.integers(1, 9))
         activations = oracle.random_activations(rng, weight, tokens, "FP32")
         if request_id % 7 == 3:
             request = site.request(name, activations, request_id=request_id, weight="none such")
