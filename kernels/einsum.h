@@ -1,14 +1,14 @@
 // The operation's contract: shapes, layouts, numerics. The one header of kernels/ that the rest of
 // the house sees.
 //
-//     out[t,g,d] = sum over r of  A[t,g,r] * sA(t,g,r/block) * B[g,d,r] * sB(g, d/block_d, r/block)
+//     out[t,g,d] = sum over r of  A[t,g,r] * sA(t,g,k) * B[g,d,r] * sB(g, d/block_d, k),  k = r / block_r
 //
-//     tensor          type              logical shape            dimension names
-//     A  activations  E4M3              [T, G, R]                T tokens, G groups, R the reduced
-//     dimension sA              FP32 or UE8M0     [T, G, K]                K = R / block, block =
-//     128 or 32 B  weight       E4M3 or BF16      [G, D, R]                D outputs of a group sB
-//     FP32 or UE8M0     [G, D/block_d, K]        block_d = 128, 32 or 1; none for BF16 weights out
-//     BF16 or FP32      [T, G, D] row-major
+//     tensor          type             logical shape
+//     A   activations E4M3             [T, G, R]            T tokens, G groups, R the reduced dim
+//     sA              FP32 or UE8M0    [T, G, K]            K = R / block_r, block_r 128 or 32
+//     B   weight      E4M3 or BF16     [G, D, R]            D outputs of a group
+//     sB              FP32 or UE8M0    [G, D/block_d, K]    block_d 128, 32 or 1; none for BF16
+//     out             BF16 or FP32     [T, G, D] row-major
 //
 // Numerics. Sums are in FP32 or better; the result is rounded once, to nearest even. E4M3 NaN
 // (0x7F, 0xFF), UE8M0 NaN (0xFF) and FP32 NaN give NaN in exactly the outputs that they touch.

@@ -1,8 +1,8 @@
-// The specification of the einsum in FP64, and the small facts about recipes and layouts. Everything
-// else in kernels/ is compared with this file, so it is written to be read, not to be fast. Any
-// thread.
+// The specification of the einsum in FP64, and the small facts about recipes and layouts.
+// Everything else in kernels/ is compared with this file, so it is written to be read, not to be
+// fast. Any thread.
 //
-//     out[t,g,d] = sum over r of  (A[t,g,r] * sA(t,g,r/block_r)) * (B[g,d,r] * sB(g, d/block_d, r/block_r))
+//     out[t,g,d] = sum over r of  (A[t,g,r] * sA(t,g,k)) * (B[g,d,r] * sB(g, d/block_d, k))
 //
 // Both products in parentheses are exact in FP64: 28 bits of significand at most, and no FP32
 // exponent leaves its range.

@@ -8,9 +8,9 @@
 //     on_message  a message has come whole; NULL: the client has half-closed and sends no more
 //     on_sent     the message given to call_send has left; the next may be sent
 //     on_wake     another thread has called call_wake
-//     on_cancel   the client, its deadline or a lost connection has ended the call; answering is
-//     pointless now on_drain    the daemon is draining: end the call soon. Only long-lived calls
-//     need it on_end      the call is over and no callback follows; drop what its state holds
+//     on_cancel   the client, its deadline or a lost connection has ended the call: no use answering
+//     on_drain    the daemon is draining: end the call soon. Only long-lived calls need it
+//     on_end      the call is over and no callback follows; drop what its state holds
 //
 // Any may be NULL. A method answers with call_finish, once; a unary method gives the response with
 // it.
@@ -71,7 +71,8 @@ void call_finish_draining(struct call *call);
 // Any thread: runs on_wake on the rpc thread, soon; several wakes may become one. Nothing happens
 // if the call is over.
 void call_wake(struct call *call);
-// Any thread may hold a call that is held already, the rpc thread any live one; and let go, as its last touch.
+// Any thread may hold a call that is held already, the rpc thread any live one; and let go, as its
+// last touch.
 void call_hold(struct call *call);
 void call_unhold(struct call *call);
 

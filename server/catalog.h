@@ -30,7 +30,8 @@ struct catalog {
 };
 
 // Of `load`, `replace`, `threads` and `progress` do not matter here. PERMISSION_DENIED: outside the
-// roots. NOT_FOUND: no such path, or a pattern that matches nothing. FAILED_PRECONDITION or UNIMPLEMENTED: what was found cannot be used.
+// roots. NOT_FOUND: no such path, or a pattern that matches nothing. FAILED_PRECONDITION or
+// UNIMPLEMENTED: what was found cannot be used.
 NODISCARD enum status catalog_init(struct catalog *catalog, const struct roots *roots,
                                    uint32_t reduced_dim_max, const struct weights_load *load,
                                    struct error *err);

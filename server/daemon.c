@@ -1,7 +1,8 @@
 // Start-up, the main loop, drain and shutdown. daemon_run is the table of contents.
 //
-// Nothing listens before everything is ready: weights resident, tested, batches allocated. So "connects" means "serves", and
-// a probe of the port is an honest one. Addresses are bound first, though: a taken one is found out before a long load.
+// Nothing listens before everything is ready: weights resident, tested, batches allocated. So
+// "connects" means "serves", and a probe of the port is an honest one. Addresses are bound first,
+// though: a taken one is found out before a long load.
 #include "daemon.h"
 
 #include <pthread.h>
@@ -63,8 +64,9 @@ static void resolve_threads(struct config *config)
         config->load_threads = cores;
 }
 
-// What a batch of the largest weight needs at most: GKT pads tokens to 4 for each request, and each tensor starts at a
-// cache line, which a little slack covers; FP32 scales of 32 are the widest, FP32 the widest output.
+// What a batch of the largest weight needs at most: GKT pads tokens to 4 for each request, and each
+// tensor starts at a cache line, which a little slack covers; FP32 scales of 32 are the widest,
+// FP32 the widest output.
 static void resolve_batch_bytes(struct config *config, const struct weights_totals *totals)
 {
     bool none = totals->weights == 0;

@@ -9,5 +9,6 @@ enum daemon_exit {
     DAEMON_EXIT_DEVICE_LOST = 3 // a supervisor should start it again
 };
 
-// Serves until it is told to stop. `config` is owned by the caller; every "automatic" in it is resolved here.
+// Serves until it is told to stop. `config` is owned by the caller; every "automatic" in it is
+// resolved here.
 enum daemon_exit daemon_run(struct config *config);

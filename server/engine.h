@@ -1,8 +1,7 @@
 // An engine computes batches on one device. engine_cpu.c, engine_cuda.c and engine_null.c each fill
 // in one engine_ops.
 //
-//     open -> weight_load ... -> { submit lane -> poll lane until done } ... -> weight_free ... ->
-//     close
+//     open -> weight_load ... -> { submit lane -> poll lane until done } ... -> weight_free -> close
 //
 // A batch is submitted on a lane and runs asynchronously; lanes may overlap. The engine calls
 // options.wake from any of its threads when a lane may be done; the scheduler then polls. An engine

@@ -243,7 +243,7 @@ NODISCARD static enum status bind_unix(struct endpoint *endpoint, const char *pa
 
 static void describe_tcp(struct endpoint *endpoint)
 {
-    struct sockaddr_storage address;
+    struct sockaddr_storage address = {0};
     socklen_t bytes = sizeof address;
     char host[80], port[16];
     if (getsockname(endpoint->fd, (struct sockaddr *)&address, &bytes) != 0 ||

@@ -4,8 +4,8 @@
 //     LOG(INFO, "weight loaded", LOG_STR("name", name), LOG_U64("bytes", bytes));
 //
 // plain: 2026-11-22T10:00:00.123Z info weight loaded name=layers.0.attn.wo_a bytes=33554432
-// json:  {"ts":"2026-11-22T10:00:00.123Z","level":"info","msg":"weight
-// loaded","name":"layers.0.attn.wo_a","bytes":33554432}
+// json:  {"ts":"2026-11-22T10:00:00.123Z","level":"info","msg":"weight loaded",
+//         "name":"layers.0.attn.wo_a","bytes":33554432}           on one line
 #pragma once
 
 #include "base.h"

@@ -91,7 +91,8 @@ static struct arguments parse_arguments(int argc, char **argv)
     return arguments;
 }
 
-// With glibc's defaults every large message is returned to the kernel and faulted in again, which halves the speed.
+// With glibc's defaults every large message is returned to the kernel and faulted in again, which
+// halves the speed.
 static void tune_malloc(void)
 {
     mallopt(M_TRIM_THRESHOLD, 1 << 30);
@@ -99,8 +100,8 @@ static void tune_malloc(void)
     mallopt(M_TOP_PAD, 64 << 20);
 }
 
-// Before the first thread: all inherit the mask, and the main loop alone lets them in again. What a thread raises by itself
-// stays open.
+// Before the first thread: all inherit the mask, and the main loop alone lets them in again. What a
+// thread raises by itself stays open.
 static void block_signals(void)
 {
     sigset_t blocked;

@@ -182,7 +182,8 @@ static grpc_byte_buffer *respond_with_digest(const struct projection *projection
     return message_pack(&streamed.base);
 }
 
-// An output of its own, for when batches run short: callers that read slowly must not hold the buffers that everybody needs.
+// An output of its own, for when batches run short: callers that read slowly must not hold the
+// buffers that everybody needs.
 struct copy {
     _Atomic(struct service_context *) context; // stored last: hands the copy to gRPC's threads
     uint64_t bytes;
@@ -197,7 +198,8 @@ static void on_copy_sent(void *argument)
     free(copy);
 }
 
-// NULL: lend the batch's memory, since there is no need to copy, or copies have taken all the memory that they may.
+// NULL: lend the batch's memory, since there is no need to copy, or copies have taken all the
+// memory that they may.
 static struct copy *copy_if_scarce(const struct projection *projection)
 {
     struct service_context *context = call_context(projection->call);

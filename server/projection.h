@@ -1,8 +1,9 @@
-// One projection on behalf of a call: how a request becomes a job, and how a finished job becomes a response.
+// One projection on behalf of a call: how a request becomes a job, and how a finished job becomes a
+// response.
 //
-// The tensors are copied once, from gRPC's slices into the batch. The output is not copied: the response's last slice points
-// into the batch's memory, on loan to gRPC until it has been sent. While the job is under way or its output on loan, the
-// projection holds its call.
+// The tensors are copied once, from gRPC's slices into the batch. The output is not copied: the
+// response's last slice points into the batch's memory, on loan to gRPC until it has been sent.
+// While the job is under way or its output on loan, the projection holds its call.
 #pragma once
 
 #include "call.h"
@@ -24,20 +25,21 @@ struct projection_bytes {
 };
 struct projection_bytes projection_bytes(const grpc_byte_buffer *message);
 
-// Checks the request, copies the tensors and commits the job. `*running`: on_done will come, perhaps before this returns.
-// OK without that: there are no tokens, and nothing to compute; answer with projection_respond_empty. After a failure
-// there is nothing to release.
+// Checks the request, copies the tensors and commits the job. `*running`: on_done will come,
+// perhaps before this returns. OK without that: there are no tokens, and nothing to compute; answer
+// with projection_respond_empty. After a failure there is nothing to release.
 NODISCARD enum status projection_start(struct projection *projection,
                                        const struct wire_request *request,
                                        struct projection_bytes bytes, bool *running,
                                        struct error *err);
 
-// The response of a job that is DONE and went well. Takes the projection: it is released when the message has been sent, or
-// destroyed unsent.
+// The response of a job that is DONE and went well. Takes the projection: it is released when the
+// message has been sent, or destroyed unsent.
 grpc_byte_buffer *projection_respond(struct projection *projection);
 grpc_byte_buffer *projection_respond_empty(struct projection *projection); // drops the weight alone
 grpc_byte_buffer *projection_respond_error(uint64_t request_id,
                                            const struct error *err); // of a stream
 
-// Of a job that is DONE or whose output was on loan: gives back memory, weight and call. Any thread.
+// Of a job that is DONE or whose output was on loan: gives back memory, weight and call. Any
+// thread.
 void projection_release(struct projection *projection);

@@ -205,8 +205,7 @@ static void on_stream_done(struct job *job)
     struct item *item = CONTAINER_OF(job, struct item, projection.job);
     struct stream *stream = item->stream;
     struct call *call = stream->call;
-    call_hold(
-        call); // once pushed, the item may be answered and freed at any moment, and its hold with it
+    call_hold(call); // once pushed, the item may be answered and freed, and its hold with it
     struct item *head = atomic_load_explicit(&stream->done, memory_order_relaxed);
     do
         item->next_done = head;

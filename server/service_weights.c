@@ -1,5 +1,6 @@
-// The methods of einsum.v1.Einsum that look at and change the registry. Loading and unloading may block, so they run as
-// control tasks; each holds its call and wakes it when there is something to tell.
+// The methods of einsum.v1.Einsum that look at and change the registry. Loading and unloading may
+// block, so they run as control tasks; each holds its call and wakes it when there is something to
+// tell.
 #include <einsum/v1/einsum.pb-c.h>
 #include <stdlib.h>
 #include <string.h>

@@ -9,7 +9,7 @@ struct verify_result {
     uint64_t duration_ns;
 };
 
-// Blocks; never on an rpc or scheduler thread. A full queue is waited out, for some seconds. An error means that no verdict could
-// be reached: the engine failed, or the daemon is too busy.
+// Blocks; never on an rpc or scheduler thread. A full queue is waited out, for some seconds. An
+// error means that no verdict could be reached: the engine failed, or the daemon is too busy.
 enum status verify_weight(struct batcher *batcher, struct weight *weight,
                           struct verify_result *result, struct error *err);

@@ -1,4 +1,5 @@
-// request.c: every way in which a request can be wrong, each told by code, field and text; and what a right one becomes.
+// request.c: every way in which a request can be wrong, each told by code, field and text; and what
+// a right one becomes.
 #include <check.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -2,9 +2,10 @@
 // worker threads.
 //
 // A weight is re-laid once, at load, so that every kernel reads it in one forward pass: sixteen
-// outputs beside each other, a panel, and E4M3 in pairs of rows, [G][D/16][R/2][16][2]. Work is cut into items (a group and a range
-// of D), which threads take in any order; an item handles every token of every operand that uses
-// its group, so that a weight is read once however many requests share it.
+// outputs beside each other, a panel, and E4M3 in pairs of rows, [G][D/16][R/2][16][2]. Work is cut
+// into items (a group and a range of D), which threads take in any order; an item handles every
+// token of every operand that uses its group, so that a weight is read once however many requests
+// share it.
 #pragma once
 
 #include "../einsum.h"
@@ -40,8 +41,8 @@ struct cpu_weight {
 // narrow values meet, no product and no partial sum leaves the range of normal FP32:
 //     below  2 * -50 - 18      = -118    two E4M3 of 2^-9
 //     above  2 * 46 + 18 + 16  =  126    two E4M3 under 2^9, 2^16 of them
-// NaN counts as narrow: it spreads by itself. Infinity does not, since 0 * infinity would have to be
-// met element by element.
+// NaN counts as narrow: it spreads by itself. Infinity does not, since 0 * infinity would have to
+// be met element by element.
 enum { CPU_NARROW_EXPONENT_MIN = -50, CPU_NARROW_EXPONENT_MAX = 45 };
 
 uint64_t cpu_weight_bytes(const struct einsum_weight_format *format);

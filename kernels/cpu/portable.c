@@ -1,6 +1,6 @@
-// The kernel for every CPU: plain C with loops of sixteen, which compilers turn into whatever vector
-// instructions the target's baseline has. Structure and contract are those of kernel.h; avx2.c is
-// the same by hand.
+// The kernel for every CPU: plain C with loops of sixteen, which compilers turn into whatever
+// vector instructions the target's baseline has. Structure and contract are those of kernel.h;
+// avx2.c is the same by hand.
 #include "wide.h"
 
 enum { ROWS = 3 }; // 3 x 16 sums fill twelve registers of four

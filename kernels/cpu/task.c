@@ -1,5 +1,5 @@
-// The walk over one batch's use of a weight: which work an item is, which tokens it concerns, and in
-// what order panels and slices of R are visited. Runs on the engine's worker threads; an item
+// The walk over one batch's use of a weight: which work an item is, which tokens it concerns, and
+// in what order panels and slices of R are visited. Runs on the engine's worker threads; an item
 // touches nothing shared but its own outputs.
 //
 //     task --> items {group, run of panels} --> tiles of tokens, gathered over all operands

@@ -1,5 +1,5 @@
-// Fuzzes the reader of the two hot messages. An input is one byte that says how to cut the rest into
-// slices, and the message.
+// Fuzzes the reader of the two hot messages. An input is one byte that says how to cut the rest
+// into slices, and the message.
 //
 // Besides not crashing: the cut must not matter, ranges must lie within the message, and what we
 // accept protobuf-c must accept and understand the same.
