@@ -14,7 +14,7 @@ struct rpc_options {
     uint32_t calls_max;               // open at once, of any kind; past it RESOURCE_EXHAUSTED
     uint32_t connection_requests_max; // HTTP/2 streams of one connection
     uint64_t message_bytes_max;       // received
-    uint64_t transport_bytes_max; // gRPC's own buffers: a last resort, well above admission
+    uint64_t transport_bytes_max;     // gRPC's own buffers: a last resort, well above admission
     uint32_t reply_timeout_ms;
     const struct method *const *methods; // tables that end with a NULL path; NULL-terminated
     struct service_context *context;

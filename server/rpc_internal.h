@@ -43,17 +43,16 @@ struct rpc_thread {
     struct call *free_list; // linked by next
     struct call *live;      // doubly linked by next, previous
     uint32_t live_n, live_max;
-    uint32_t armed[RPC_REGISTERED_MAX + 1]; // slots that wait, by registered method; the last used
-                                            // one is the generic slots'
-    bool draining;                          // on_drain has been run
+    // Slots that wait, by registered method; behind those in use, the generic slots.
+    uint32_t armed[RPC_REGISTERED_MAX + 1];
+    bool draining; // on_drain has been run
     uint64_t swept_ns;
 };
 
 struct call {
     struct rpc_thread *thread;
     const struct method *method; // NULL: unknown, or the generic slot before it is known
-    const struct method
-        *armed;      // the registered method that this slot waits for; NULL: the generic slot
+    const struct method *armed;  // the registered one that this slot waits for; NULL: any other
     grpc_call *grpc; // NULL once the call is over: only then does gRPC let go of what it was lent
     uint64_t deadline_ns;
     void *state;
