@@ -265,7 +265,11 @@ static bool on_tick(void *context, double share_done, uint64_t calls)
 static enum ctl_exit measure(struct bench_command *command)
 {
     static struct bench_result result; // large
+    struct einsum_client_info info;
     struct einsum_client_error error;
+    if (einsum_client_server_info(command->ctl->client, &info, &error) != EINSUM_CLIENT_OK)
+        return ctl_fail(command->ctl, &error);
+    command->bench.zeros_allowed = strcmp(info.engine, "null") == 0;
     ctl_progress_init(&command->progress, command->ctl, "measuring");
     command->bench.client = command->ctl->client;
     command->bench.on_tick = on_tick;

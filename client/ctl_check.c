@@ -277,7 +277,7 @@ static void report_case(struct check *check, const struct check_case *each)
         return;
     }
     ctl_progress_end(&check->progress);
-    printf("%-6s %-28s %6u  %-24s %10.3f %12.0f  %10.3g %8.3f\n", passed ? "ok" : "WRONG",
+    printf("%-6s %-28s %6u  %-24s %10.3f %12.0f  %10.3g %8.2g\n", passed ? "ok" : "WRONG",
            each->weight->name, each->tokens, layout, (double)each->latency_ns / 1e6, tokens_per_s,
            each->relative_error, each->worst_ratio);
     uint32_t dim = each->weight->output_dim, groups = each->weight->groups;
