@@ -41,12 +41,12 @@ struct check {
     struct ctl_progress progress;
     uint64_t done, total;
 
-    // The checkpoint as of one tensor-parallel rank, and one weight of it.
+    // The checkpoint as of one tensor-parallel rank and output_dim, and one weight of it.
     struct roots roots;
     bool has_roots;
     struct catalog catalog;
     bool has_catalog;
-    uint32_t rank, size;
+    uint32_t rank, size, output_dim;
     uint8_t *weight, *scales;
 };
 
@@ -75,10 +75,12 @@ static void close_checkpoint(struct check *check)
     check->has_catalog = check->has_roots = false;
 }
 
-static enum status open_catalog(struct check *check, uint32_t rank, uint32_t size,
+// The checkpoint as the server took it for this weight.
+static enum status open_catalog(struct check *check, const struct einsum_client_weight *weight,
                                 struct error *err)
 {
-    if (check->has_catalog && check->rank == rank && check->size == size)
+    if (check->has_catalog && check->rank == weight->tensor_parallel_rank &&
+        check->size == weight->tensor_parallel_size && check->output_dim == weight->output_dim)
         return STATUS_OK;
     if (check->has_catalog)
         catalog_deinit(&check->catalog);
@@ -94,13 +96,15 @@ static enum status open_catalog(struct check *check, uint32_t rank, uint32_t siz
         .tensors = &check->tensors,
         .tensors_n = check->tensors ? 1 : 0,
         .name_prefix = check->name_prefix,
-        .tensor_parallel_rank = rank,
-        .tensor_parallel_size = size,
+        .tensor_parallel_rank = weight->tensor_parallel_rank,
+        .tensor_parallel_size = weight->tensor_parallel_size,
+        .output_dim = weight->output_dim,
     };
     enum status status = catalog_init(&check->catalog, &check->roots, EINSUM_DIM_MAX, &load, err);
     check->has_catalog = status == STATUS_OK;
-    check->rank = rank;
-    check->size = size;
+    check->rank = weight->tensor_parallel_rank;
+    check->size = weight->tensor_parallel_size;
+    check->output_dim = weight->output_dim;
     return status;
 }
 
@@ -120,8 +124,7 @@ static enum status read_weight(struct check *check, const struct einsum_client_w
                                const struct catalog_entry **entry, struct error *err)
 {
     *entry = NULL;
-    enum status status =
-        open_catalog(check, weight->tensor_parallel_rank, weight->tensor_parallel_size, err);
+    enum status status = open_catalog(check, weight, err);
     for (uint32_t i = 0; status == STATUS_OK && i < check->catalog.entries_n; i++) {
         const struct catalog_entry *each = &check->catalog.entries[i];
         if (strcmp(each->name, weight->name) != 0)

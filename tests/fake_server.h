@@ -20,7 +20,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { FAKE_GROUPS = 2, FAKE_OUTPUT_DIM = 4, FAKE_REDUCED_DIM = 128, FAKE_BLOCKS = 1 };
+enum { FAKE_GROUPS = 2, FAKE_OUTPUT_DIM = 128, FAKE_REDUCED_DIM = 128, FAKE_BLOCKS = 1 };
 
 enum fake_kind {
     FAKE_ANSWER,         // the right output, see fake_output_byte

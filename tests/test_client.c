@@ -438,7 +438,7 @@ START_TEST(test_caller_mistakes)
     memset(output, 0xee, sizeof output);
     ck_assert_int_eq((int)einsum_client_einsum(client, &request, &response, &error),
                      EINSUM_CLIENT_INVALID_ARGUMENT);
-    ck_assert_str_eq(error.text, "output: holds 79 bytes, the reply has 80");
+    ck_assert_str_eq(error.text, "output: holds 2559 bytes, the reply has 2560");
     ck_assert_uint_eq(output[0], 0xee);
 
     request = good;
