@@ -11,8 +11,8 @@
 //                  & 0x87F0: BF16 of x * 2^-120         s 0000 eeee mmm 0000
 //                  << 16 or & 0xFFFF0000: FP32          even, odd outputs of a row
 //
-// The second gives codes below 2^-6 as subnormal FP32, exact as well. CPUs differ in what those cost
-// as operands, nothing or a trap of a hundred cycles, so supported() tries it out.
+// The second gives codes below 2^-6 as subnormal FP32, exact as well. CPUs differ in what those
+// cost as operands, nothing or a trap of a hundred cycles, so supported() tries it out.
 //
 // The powers of two that a way leaves out go into the scales: folded A carries 2^a_bias, and the
 // weight's side 2^-a_bias, chosen so that nothing else is subnormal. NaN codes come out as +-480:
@@ -104,8 +104,8 @@ INLINE void widen_bf16(__m256i codes, __m256 out[2])
     out[1] = _mm256_castsi256_ps(_mm256_and_si256(codes, _mm256_set1_epi32((int)0xFFFF0000)));
 }
 
-// Two rows of weights: out[0..1] the first, out[2..3] the second; for BY_SUBNORMALS the even outputs
-// and then the odd ones. Returns where the next two are.
+// Two rows of weights: out[0..1] the first, out[2..3] the second; for BY_SUBNORMALS the even
+// outputs and then the odd ones. Returns where the next two are.
 INLINE const uint8_t *load_rows(const uint8_t *at, const enum decoder decoder, const bool bf16,
                                 __m256 out[4])
 {

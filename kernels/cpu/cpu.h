@@ -27,9 +27,9 @@ struct cpu_weight {
     struct einsum_weight_format format;
     void *memory;
     uint8_t *elements; // [G][D/16][R/2][16][2] E4M3, or [G][D/16][R][16] BF16
-    float
-        *scales; // exact as FP32 (2^-127 is a subnormal one); NULL for BF16. [G][D/block_d][K], and
-                 // [G][D/16][K][16] where every output has its own
+    // Exact as FP32 (2^-127 is a subnormal one): [G][D/block_d][K], or [G][D/16][K][16] where every
+    // output has its own; NULL for BF16.
+    float *scales;
     // [G][D/16] each: 1 where FP32 would not do for a panel's elements (a NaN; for BF16 a magnitude
     // outside CPU_NARROW) or for its scales. Such panels are computed in FP64. Two arrays, since
     // elements and scales may be taken by different threads.

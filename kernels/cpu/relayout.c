@@ -2,8 +2,8 @@
 // there. Runs on the loading threads, each on ranges of its own.
 //
 //     checkpoint  [G*D][R]                   one column of sixteen rows lies R elements apart
-//     resident    [G*D/16][R/2][16][2] E4M3  ... and here beside each other. In units of 16 bits, two
-//                 [G*D/16][R][16] BF16       E4M3 or one BF16, both are plain transposes
+//     resident    [G*D/16][R/2][16][2] E4M3  ... and here beside each other. In units of 16 bits,
+//                 [G*D/16][R][16] BF16       two E4M3 or one BF16, both are plain transposes
 //
 // Elements keep their bits. What FP32 cannot carry safely is found on the way and flagged.
 #include "kernel.h"

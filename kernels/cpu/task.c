@@ -5,7 +5,7 @@
 //     task --> items {group, run of panels} --> tiles of tokens, gathered over all operands
 //                                                |
 //              up to 8 tokens   each panel: stream, twice at most, from L2 the second time
-//              more             slices of R:  fold A's slice (L2), each panel: expand B's slice (L1),
+//              more             each slice of R: fold A (L2), then each panel: expand B (L1),
 //                                             multiply
 //              extreme          the same in FP64
 //

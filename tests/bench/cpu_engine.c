@@ -12,6 +12,7 @@
 #include <getopt.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -120,9 +121,27 @@ static struct {
     void (*work)(uint32_t thread); // NULL: leave
 } pool;
 
+// One CPU each, of those that we may use: a woken thread otherwise starts on its waker's, and may
+// share it for longer than what is measured takes.
+static void pin(uint32_t thread)
+{
+    cpu_set_t allowed, one;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0 ||
+        (uint32_t)CPU_COUNT(&allowed) != pool.threads)
+        return;
+    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, &allowed) && thread-- == 0) {
+            CPU_ZERO(&one);
+            CPU_SET(cpu, &one);
+            sched_setaffinity(0, sizeof(one), &one);
+            return;
+        }
+}
+
 static void *pool_thread(void *argument)
 {
     uint32_t thread = (uint32_t)(uintptr_t)argument;
+    pin(thread);
     for (;;) {
         pthread_barrier_wait(&pool.start);
         if (pool.work == NULL)
@@ -140,6 +159,7 @@ static void pool_open(uint32_t threads)
     for (uint32_t i = 1; i < threads; i++)
         if (pthread_create(&pool.ids[i], NULL, pool_thread, (void *)(uintptr_t)i) != 0)
             abort();
+    pin(0); // last: new threads inherit it
 }
 
 static double pool_run(void (*work)(uint32_t thread))
@@ -173,7 +193,7 @@ static struct {
     uint8_t *activation_scales;
     uint8_t *output;
     struct einsum_operand operand;
-    uint32_t layer; // the next in turn
+    uint32_t layer; // at work
     void *scratch[THREADS_MAX];
     struct cpu_task task;
     uint32_t items;
@@ -277,15 +297,19 @@ static _Atomic uint64_t read_sink; // keeps the compiler from dropping the reads
 static void read_work(uint32_t thread)
 {
     typedef uint64_t vector __attribute__((vector_size(32)));
-    enum { AHEAD = 8 };
+    enum { AHEAD = 8, PREFETCH = 2048 / sizeof(vector) };
     uint64_t vectors = einsum_weight_bytes(&state.format) / sizeof(vector);
     const vector *at = state.memory[state.layer];
     uint64_t begin = vectors * thread / pool.threads / AHEAD * AHEAD;
     uint64_t end = vectors * (thread + 1) / pool.threads / AHEAD * AHEAD;
     vector sums[AHEAD] = {{0}};
-    for (uint64_t i = begin; i < end; i += AHEAD)
+    for (uint64_t i = begin; i < end; i += AHEAD) {
+        // The fastest read is the yardstick: with prefetches, if they help the machine at all.
+        for (int j = 0; j < AHEAD; j += 2)
+            __builtin_prefetch(&at[i + PREFETCH + (unsigned)j]);
         for (int j = 0; j < AHEAD; j++)
             sums[j] ^= at[i + (unsigned)j];
+    }
     for (int j = 1; j < AHEAD; j++)
         sums[0] ^= sums[j];
     atomic_fetch_xor(&read_sink, sums[0][0] ^ sums[0][1] ^ sums[0][2] ^ sums[0][3]);
@@ -355,6 +379,33 @@ static double check_numbers(void)
     return (double)good / SAMPLES;
 }
 
+// Work per nanosecond of both sides in one round: GB/s or GFLOP/s.
+static void run_round(const struct bench_case *bench, double *ours, double *theirs)
+{
+    double einsum_s = 0, other_s = 0, work = 0;
+    if (bench->opponent == READ) {
+        for (uint32_t n = 0; n < LAYERS; n++) {
+            einsum_s += time_einsum(n);
+            state.layer = (n + LAYERS / 2) % LAYERS; // long out of every cache
+            other_s += pool_run(read_work);
+            work += (double)einsum_weight_bytes(&state.format);
+        }
+    } else {
+        // OpenBLAS's threads spin for some 25 ms after their work, on the cores that we measure.
+        const struct timespec spin = {.tv_nsec = 40000000};
+        nanosleep(&spin, NULL);
+        for (uint32_t n = 0; n < 2; n++) {
+            state.layer = (state.layer + 1) % LAYERS;
+            einsum_s += time_einsum(state.layer);
+            work += 2.0 * bench->tokens * GROUPS * OUTPUT_DIM * REDUCED_DIM;
+        }
+        for (uint32_t n = 0; n < 2; n++)
+            other_s += time_sgemm(bench->tokens);
+    }
+    *ours = work / einsum_s * 1e-9;
+    *theirs = work / other_s * 1e-9;
+}
+
 static void run_case(const struct bench_case *bench, uint32_t rounds)
 {
     const struct weight_kind *kind = &kinds[bench->kind];
@@ -364,22 +415,8 @@ static void run_case(const struct bench_case *bench, uint32_t rounds)
     add_row(name, check_numbers(), 1, "share of sampled outputs within tolerance");
 
     double ratios[ROUNDS_MAX], ours[ROUNDS_MAX], theirs[ROUNDS_MAX];
-    double bytes = (double)einsum_weight_bytes(&state.format);
-    double flop = 2.0 * bench->tokens * GROUPS * OUTPUT_DIM * REDUCED_DIM;
-    double work = bench->opponent == READ ? bytes : flop;
-    // A layer is too short to time alone where it is read once: a round goes round all of them.
-    uint32_t layers = bench->opponent == READ ? LAYERS : 1;
     for (uint32_t i = 0; i < rounds; i++) {
-        double einsum_s = 0, other_s = 0;
-        for (uint32_t n = 0; n < layers; n++) {
-            state.layer = (state.layer + 1) % LAYERS;
-            einsum_s += time_einsum(state.layer);
-            state.layer = (state.layer + LAYERS / 2) % LAYERS; // long out of every cache
-            other_s += bench->opponent == READ ? pool_run(read_work) : time_sgemm(bench->tokens);
-            state.layer = (state.layer + LAYERS / 2) % LAYERS;
-        }
-        ours[i] = work * layers / einsum_s * 1e-9;
-        theirs[i] = work * layers / other_s * 1e-9;
+        run_round(bench, &ours[i], &theirs[i]);
         ratios[i] = ours[i] / theirs[i];
     }
     snprintf(name, sizeof(name), "T=%u %s / %s", bench->tokens, kind->name,
@@ -390,6 +427,19 @@ static void run_case(const struct bench_case *bench, uint32_t rounds)
 }
 
 // ---- Start and report.
+
+// Before any thread is pinned, as its threads inherit that.
+static void start_openblas(uint32_t threads)
+{
+    enum { N = 512 };
+    float *square = allocate(sizeof(float) * N * N), *product = allocate(sizeof(float) * N * N);
+    memset(square, 0, sizeof(float) * N * N);
+    openblas_set_num_threads((int)threads);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, N, N, N, 1, square, N, square, N, 0,
+                product, N);
+    free(square);
+    free(product);
+}
 
 static void open_state(const char *kernel)
 {
@@ -424,8 +474,6 @@ static void open_state(const char *kernel)
         sgemm.a[i] = (float)(random_next() >> 40) * 0x1p-24f - 0.5f;
     for (uint64_t i = 0; i < elements; i++)
         sgemm.b[i] = (float)(random_next() >> 40) * 0x1p-24f - 0.5f;
-    openblas_set_num_threads((int)pool.threads);
-    time_sgemm(8); // starts its threads
 }
 
 static bool report(void)
@@ -455,7 +503,7 @@ static bool report(void)
 
 int main(int argc, char **argv)
 {
-    long threads = sysconf(_SC_NPROCESSORS_ONLN), rounds = 9, kinds_n = KINDS;
+    long threads = sysconf(_SC_NPROCESSORS_ONLN), rounds = 15, kinds_n = KINDS;
     const char *kernel = NULL;
     int option;
     while ((option = getopt(argc, argv, "t:r:k:f")) != -1) {
@@ -476,6 +524,7 @@ int main(int argc, char **argv)
         return 2;
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
+    start_openblas((uint32_t)threads);
     pool_open((uint32_t)threads);
     open_state(kernel);
     for (uint32_t kind = 0; kind < kinds_n; kind++) {
