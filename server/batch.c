@@ -12,6 +12,7 @@
 #include <stdlib.h>
 
 enum { RETRY_MS_MIN = 1, RETRY_MS_MAX = 1000 };
+enum { SCARCE_DELAY_NS = 1000000 }; // what the last free buffer may wait for another
 
 // What one job needs of a batch.
 struct room {
@@ -139,6 +140,13 @@ void batch_answering_locked(struct batcher *batcher, struct batch *batch)
 
 // --- when to launch
 
+// If the last buffer left now, whoever comes next would be refused. So it stays open a little, and
+// leaves as soon as one that runs or is being answered comes free.
+static bool another_may_come_free_locked(const struct batcher *batcher)
+{
+    return !batcher->free && batcher->queue_batches < batcher->options.batches;
+}
+
 uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
 {
     const struct batch *batch = batcher->queue;
@@ -153,6 +161,8 @@ uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
     if (batch->jobs_n == 0)
         return UINT64_MAX;
     uint64_t delay_ns = (uint64_t)batcher->options.max_queue_delay_us * 1000;
+    if (delay_ns < SCARCE_DELAY_NS && another_may_come_free_locked(batcher))
+        delay_ns = SCARCE_DELAY_NS;
     return delay_ns ? batch->first_commit_ns + delay_ns : 0;
 }
 
@@ -318,13 +328,18 @@ void batcher_release(struct batcher *batcher, struct job *job)
     ASSERT(state == JOB_DONE || state == JOB_REPLYING);
     job_advance(job, state, JOB_IDLE);
 
-    // Nothing waits for a free batch: the next reservation finds it. So this wakes nobody.
+    bool wake = false;
     pthread_mutex_lock(&batcher->lock);
     batch->held--;
     batcher->stats.jobs--;
-    if (batch->held == 0 && batch->state == BATCH_ANSWERING)
+    if (batch->held == 0 && batch->state == BATCH_ANSWERING) {
         batch_free_locked(batcher, batch);
+        wake = batcher_must_wake_locked(batcher); // the last one may have stayed open for this
+    }
     pthread_mutex_unlock(&batcher->lock);
+
+    if (wake)
+        batcher_wake(batcher->waker);
 }
 
 bool batcher_scarce(struct batcher *batcher)

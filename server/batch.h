@@ -5,7 +5,8 @@
 //
 //     OPEN       takes reservations. Leaves when it is full, or when a lane is free and something
 //                is committed: at once, so that an idle daemon adds no delay, or
-//                max_queue_delay_us after the first commit if that is set.
+//                max_queue_delay_us after the first commit if that is set. With no buffer left
+//                for those who come next, it stays open up to a millisecond for one to come free.
 //     CLOSED     waits until every reservation is committed or abandoned and a lane is free. Then
 //                late and cancelled jobs are dropped and the rest is launched; with none left it
 //                skips to ANSWERING.
