@@ -105,8 +105,10 @@ static enum einsum_client_status call_control(struct einsum_client *client, cons
                                               const ProtobufCMessageDescriptor *reply_descriptor,
                                               void **reply, struct einsum_client_error *error)
 {
-    if (einsum_client_on_own_thread())
-        return einsum_client_refuse_to_block(error);
+    if (einsum_client_on_own_thread()) {
+        einsum_client_refuse_to_block(error);
+        return EINSUM_CLIENT_FAILED_PRECONDITION;
+    }
     grpc_byte_buffer *buffer;
     enum einsum_client_status status =
         einsum_client_unary(client, method, pack(request), effort, &buffer, error);

@@ -447,33 +447,34 @@ enum einsum_client_status einsum_client_stream_open(struct einsum_client *client
     return EINSUM_CLIENT_OK;
 }
 
-// Waits for a free slot and takes it.
-static enum einsum_client_status reserve_slot(struct einsum_client_stream *stream,
-                                              struct slot **slot, struct einsum_client_error *error)
+// Waits for a free slot and takes it. NULL: none will come, for the reason in `status`.
+static struct slot *reserve_slot(struct einsum_client_stream *stream,
+                                 enum einsum_client_status *status,
+                                 struct einsum_client_error *error)
 {
-    enum einsum_client_status status = EINSUM_CLIENT_OK;
+    struct slot *slot = NULL;
     pthread_mutex_lock(&stream->lock);
     while (!stream->free_slots && !stream->ended && !stream->closing &&
            !einsum_client_on_own_thread())
         pthread_cond_wait(&stream->changed, &stream->lock);
     if (stream->ended && stream->error.status != EINSUM_CLIENT_OK) {
-        status = stream->error.status;
+        *status = stream->error.status;
         if (error)
             *error = stream->error;
     } else if (stream->ended || stream->closing) {
-        status = einsum_client_error_set(error, EINSUM_CLIENT_FAILED_PRECONDITION,
-                                         "the stream has ended");
+        *status = einsum_client_error_set(error, EINSUM_CLIENT_FAILED_PRECONDITION,
+                                          "the stream has ended");
     } else if (!stream->free_slots) {
-        status = einsum_client_error_set(error, EINSUM_CLIENT_RESOURCE_EXHAUSTED,
-                                         "all %u places of the stream are taken", stream->window);
+        *status = einsum_client_error_set(error, EINSUM_CLIENT_RESOURCE_EXHAUSTED,
+                                          "all %u places of the stream are taken", stream->window);
     } else {
-        *slot = stream->free_slots;
-        stream->free_slots = (*slot)->next;
-        (*slot)->next = NULL;
+        slot = stream->free_slots;
+        stream->free_slots = slot->next;
+        slot->next = NULL;
         stream->in_flight++;
     }
     pthread_mutex_unlock(&stream->lock);
-    return status;
+    return slot;
 }
 
 enum einsum_client_status einsum_client_stream_submit(struct einsum_client_stream *stream,
@@ -482,9 +483,9 @@ enum einsum_client_status einsum_client_stream_submit(struct einsum_client_strea
                                                       void *context,
                                                       struct einsum_client_error *error)
 {
-    struct slot *slot = NULL;
-    enum einsum_client_status status = reserve_slot(stream, &slot, error);
-    if (status != EINSUM_CLIENT_OK)
+    enum einsum_client_status status;
+    struct slot *slot = reserve_slot(stream, &status, error);
+    if (!slot)
         return status;
     status = einsum_client_outgoing_init(&slot->outgoing, stream->client, request,
                                          wire_id(stream, slot), true, error);

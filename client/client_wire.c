@@ -100,13 +100,18 @@ struct einsum_client_reader einsum_client_reader_of(const struct einsum_client_c
     return reader;
 }
 
-// The bytes that lie in one piece at the reader's place; `left` must not be 0.
+// The bytes that lie in one piece at the reader's place; 0 where there are none, which `left` keeps
+// from happening.
 static size_t contiguous(struct einsum_client_reader *reader, const uint8_t **at)
 {
-    while (reader->offset == reader->chunks[reader->chunk].bytes) {
+    while (reader->chunk < reader->chunks_n &&
+           reader->offset == reader->chunks[reader->chunk].bytes) {
         reader->chunk++;
         reader->offset = 0;
     }
+    *at = NULL;
+    if (reader->chunk == reader->chunks_n)
+        return 0;
     const struct einsum_client_chunk *chunk = &reader->chunks[reader->chunk];
     *at = (const uint8_t *)chunk->data + reader->offset;
     size_t bytes = chunk->bytes - reader->offset;
@@ -118,6 +123,8 @@ static void skip(struct einsum_client_reader *reader, uint64_t bytes)
     while (bytes > 0) {
         const uint8_t *at;
         size_t step = contiguous(reader, &at);
+        if (step == 0)
+            return;
         if (step > bytes)
             step = (size_t)bytes;
         reader->offset += step;
@@ -137,10 +144,9 @@ static bool read_varint(struct einsum_client_reader *reader, uint64_t *value)
 {
     *value = 0;
     for (unsigned shift = 0; shift < 64; shift += 7) {
-        if (reader->left == 0)
-            return fail(reader);
         const uint8_t *at;
-        contiguous(reader, &at);
+        if (reader->left == 0 || contiguous(reader, &at) == 0)
+            return fail(reader);
         uint8_t byte = *at;
         reader->offset++;
         reader->left--;
@@ -202,6 +208,8 @@ uint64_t einsum_client_reader_copy(struct einsum_client_reader reader, void *to,
     while (reader.left > 0 && copied < bytes) {
         const uint8_t *at;
         size_t step = contiguous(&reader, &at);
+        if (step == 0)
+            break;
         if (step > bytes - copied)
             step = (size_t)(bytes - copied);
         memcpy((uint8_t *)to + copied, at, step);

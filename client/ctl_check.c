@@ -310,14 +310,16 @@ static enum ctl_exit run_case(struct check *check, const struct catalog_entry *e
 
     enum ctl_exit code = CTL_OK;
     struct einsum_client_error error;
-    if (!each->request.output)
-        code = ctl_fail_local(check->ctl, &no_memory);
-    else if (call_daemon(check, each, &error) != EINSUM_CLIENT_OK)
+    bool memory = each->request.output != NULL;
+    if (memory && call_daemon(check, each, &error) != EINSUM_CLIENT_OK) {
         code = ctl_fail(check->ctl, &error);
-    else if (!ctl_interrupted() && !compare_with_reference(check, entry, each))
+    } else if (memory && !ctl_interrupted()) {
+        memory = compare_with_reference(check, entry, each);
+        if (memory)
+            report_case(check, each);
+    }
+    if (!memory)
         code = ctl_fail_local(check->ctl, &no_memory);
-    else if (!ctl_interrupted())
-        report_case(check, each);
     free(each->request.output);
     ctl_inputs_deinit(&each->inputs);
     return code;

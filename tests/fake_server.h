@@ -276,7 +276,7 @@ static inline void fake_stream(struct fake *fake, grpc_call *call, const struct 
 {
     grpc_op start = {.op = GRPC_OP_SEND_INITIAL_METADATA};
     fake_batch(fake, call, &start, 1);
-    Einsum__V1__EinsumStreamRequest *held[64];
+    Einsum__V1__EinsumStreamRequest *held[64] = {NULL};
     uint32_t held_n = 0, seen = 0;
     for (;;) {
         Einsum__V1__EinsumStreamRequest *request = fake_receive_streamed(fake, call);
