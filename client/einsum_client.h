@@ -37,7 +37,7 @@
 // server advises (trailer grpc-retry-pushback-ms or google.rpc.RetryInfo) or else an exponential
 // one, both with jitter, up to attempts_max and never past the deadline. Advice of "never"
 // (negative pushback) ends it. gRPC's own retries are off: two layers that both retry multiply. The
-// operation is pure, so that trying again is safe.
+// operation is pure, so that trying again is safe; loads and unloads are tried once.
 //
 // Speed. Stock glibc malloc gives gRPC's freed read buffers back to the system and faults them in
 // again: up to twice slower from 1 MB on. How memory is allocated is the application's choice, not
