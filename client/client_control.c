@@ -385,9 +385,9 @@ enum einsum_client_status einsum_client_load(struct einsum_client *client,
     while (loading.tags > 0)
         pthread_cond_wait(&loading.changed, &loading.lock);
     pthread_mutex_unlock(&loading.lock);
-    grpc_call_unref(loading.call);
     enum einsum_client_status status = load_result(&loading, weights, error);
 
+    grpc_call_unref(loading.call); // after the trailers were read: they are the call's
     free_message(loading.last);
     pthread_cond_destroy(&loading.changed);
     pthread_mutex_destroy(&loading.lock);
