@@ -1,0 +1,82 @@
+// Moving bytes: PTX for the copies that the kernels are made of, and for following a kernel closely
+// in a stream (programmatic dependent launch).
+#pragma once
+
+#include <stdint.h>
+
+// Weights pass once: straight to registers, past L1.
+__device__ inline uint4 load_stream(const void *from)
+{
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
+__device__ inline uint32_t shared_address(const void *at)
+{
+    return (uint32_t)__cvta_generic_to_shared(at);
+}
+
+// Global to shared memory, 16 bytes, zeros if `valid` is false; `from` must be mapped either way.
+__device__ inline void copy_async(uint32_t to, const void *from, bool valid)
+{
+    uint32_t bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+__device__ inline void copy_async_commit()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int GROUPS_IN_FLIGHT> __device__ inline void copy_async_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_IN_FLIGHT) : "memory");
+}
+
+__device__ inline uint4 load_shared(uint32_t from)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from));
+    return v;
+}
+
+// Four 8 x 16-byte matrices, lane i's address that of row i%8 of matrix i/8. Lane 4g+t receives
+// bytes [4t, 4t+4) of row g of each.
+__device__ inline uint4 load_matrices(uint32_t from)
+{
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from));
+    return v;
+}
+
+// `bytes` a multiple of 16, `from` aligned to 16.
+__device__ inline void prefetch_l2(const void *from, uint32_t bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// The next kernel in the stream may start as soon as every block has come here.
+__device__ inline void let_next_kernel_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// All that the kernel ahead in the stream wrote is visible after this.
+__device__ inline void wait_for_kernel_ahead()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

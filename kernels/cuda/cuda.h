@@ -1,0 +1,118 @@
+// The CUDA kernels: resident weights, the table of a batch, and launches that a graph can capture.
+// Called by the CUDA engine; plain C. Needs a device of compute capability 8.9 or newer.
+//
+// Once per weight:  cuda_weight_bytes, cuda_weight_init, cuda_relayout (chunk by chunk),
+//                   cuda_relayout_scales
+// Once per bucket:  cuda_bucket_init, then cuda_launch on a capturing stream
+// Per batch:        cuda_table_build into pinned memory, copy it to the device, replay
+//
+// A captured launch serves any mix of weights, layouts and types, since all that differs lies in the
+// table. Launches on one stream share a workspace; streams that overlap need one each.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../einsum.h"
+#include "table.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// ---- which kernel, and why (dispatch.c); needs no device
+
+enum cuda_arm {
+    CUDA_ARM_NONE,         // refused: see the reason
+    CUDA_ARM_BLOCK_SCALED, // SM 12.0 and 12.1: mma with UE8M0 scales in hardware
+    CUDA_ARM_PORTABLE,     // the same kernels, scales applied in FP32
+};
+
+struct cuda_choice {
+    enum cuda_arm arm;
+    bool prefill;        // otherwise decode
+    enum cuda_mode mode; // not for CUDA_ARM_NONE
+    const char *name;    // "sm120-decode", "portable-prefill", ..., or "none"
+    const char *reason;  // a sentence without its full stop
+};
+
+// What one weight with `tokens` tokens takes on a device of capability `major`.`minor`. `forced` is
+// "auto", NULL, "sm120" or "portable".
+struct cuda_choice cuda_dispatch(int major, int minor, const struct einsum_weight_format *format,
+                                 enum einsum_scale_type activation_scale_type, uint64_t tokens,
+                                 const char *forced);
+
+enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
+                            enum einsum_scale_type activation_scale_type);
+
+// Tokens of one weight from which prefill's tiles are faster than decode's streaming.
+enum { CUDA_PREFILL_TOKENS_MIN = 129 };
+
+// ---- weights (relayout.cu)
+
+struct cuda_weight {
+    struct einsum_weight_format format;
+    void *memory;
+    uint8_t *elements; // [G][D/16][R/32] fragments of 32 lanes x 16 bytes; BF16: [R/16]
+    void *scales;      // [G * D/block_d][K]; UE8M0 padded to words of four
+    uint8_t *wide;     // [G * D/32]: 1 where an element or a scale is not narrow
+};
+
+uint64_t cuda_weight_bytes(const struct einsum_weight_format *format);
+
+// `memory`: cuda_weight_bytes() bytes on the device, aligned to 256, the caller's. Clears the flags on `stream`.
+cudaError_t cuda_weight_init(struct cuda_weight *weight, const struct einsum_weight_format *format,
+                             void *memory, cudaStream_t stream);
+
+// Re-lays rows [row_begin, row_begin + rows) of the checkpoint's [G*D, R] matrix, multiples of 16,
+// from `staging` (device memory, aligned to 16, which holds these rows alone).
+cudaError_t cuda_relayout(const struct cuda_weight *weight, const void *staging, uint64_t row_begin,
+                          uint64_t rows, cudaStream_t stream);
+
+// Takes the checkpoint's scales whole from device memory aligned to 4. Nothing to do for BF16.
+cudaError_t cuda_relayout_scales(const struct cuda_weight *weight, const void *staging,
+                                 cudaStream_t stream);
+
+// ---- a batch's table (table.c); needs no device
+
+// One request: a weight and its operand, whose pointers are device addresses: activations and
+// outputs aligned to 16, scales to 4.
+struct cuda_segment {
+    const struct cuda_weight *weight;
+    struct einsum_operand operand;
+};
+
+struct cuda_bucket {
+    uint32_t tokens_max;
+    uint32_t decode_tokens;  // of one run: 8, 16, 32 or 64
+    uint32_t decode_workers; // thread blocks that the device holds at once
+    uint32_t prefill_blocks; // 0: this bucket needs no prefill
+    uint32_t prefill_from;   // tokens of one weight from which they go to prefill
+    uint32_t prefetch_bytes; // of each panel, into L2, when a worker starts on a tile
+};
+
+// Bytes of a table in the worst case, and what of them a built one uses.
+uint64_t cuda_table_bytes(const struct cuda_bucket *bucket, uint32_t segments_max);
+uint64_t cuda_table_used(const struct cuda_table *table);
+
+// Orders the segments by weight and cuts them into runs. `order` is scratch for segments_n
+// numbers. Up to bucket->tokens_max tokens.
+void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
+                      uint32_t segments_n, uint32_t *order, struct cuda_table *table);
+
+// ---- launches (decode.cu, prefill.cu)
+
+// Which kernels and how many blocks; asks the current device.
+cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max);
+
+// Scratch of a launch: zero before the first, left ready for the next.
+uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket);
+
+// Computes everything in `table` (device memory). Launched with programmatic stream serialization:
+// the table and the weights may be read before the kernel ahead in the stream has ended, so that
+// kernel must not write them; activations are read, and outputs written, after it.
+cudaError_t cuda_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
+                        void *workspace, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif

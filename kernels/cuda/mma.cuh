@@ -1,0 +1,229 @@
+// The matrix product of one warp, D[M, N] += W[M, K] * A[N, K]^T: outputs of a group are M, tokens N.
+//
+// Conventions, all of mma m16n8k32 (PTX ISA, "Matrix Fragments for mma.m16n8k32"). Lane = 4g + t.
+//     w   16 x 32 E4M3   x = W[g][4t..], y = W[g+8][4t..], z = W[g][16+4t..], w = W[g+8][16+4t..]
+//     b    8 x 32 E4M3   two words: A[n=g][4t..], A[n=g][16+4t..]
+//     acc 16 x 8  FP32   {[g][2t], [g][2t+1], [g+8][2t], [g+8][2t+1]}
+// Block scales, UE8M0, one per row of W, per token, and 32 of K, four of K to a word:
+//     row m    from lane 4*(m%8) + 2*tid + m/8, byte bid: a word holds two fragments (tid = 0, 1)
+//     token n  from lane 4*n + tid, byte bid:             a word holds four fragments (tid = 0..3)
+// bid is the step of 32 within K = 128. Where a scale serves 128 of K its byte stands four times.
+//
+// On family 12.0 that is one instruction. Elsewhere E4M3 is converted to F16 (exact) and multiplied by
+// two m16n8k16, the sum of a block scaled in FP32, with scales that are fetched from those very
+// lanes and bytes: a test of one form tests the layout of the other.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+#if __CUDA_ARCH_FAMILY_SPECIFIC__ >= 1200 && __CUDA_ARCH_FAMILY_SPECIFIC__ < 1300
+#define MMA_BLOCK_SCALED 1
+#endif
+#endif
+#ifndef MMA_BLOCK_SCALED
+#define MMA_BLOCK_SCALED 0
+#endif
+
+constexpr uint32_t UE8M0_ONES = 0x7F7F7F7F;
+
+template <int N> struct constant {
+    static constexpr int value = N;
+    __host__ __device__ constexpr operator int() const
+    {
+        return N;
+    }
+};
+
+// Calls f with 0 .. N-1 as compile-time constants: selectors of mma are immediates.
+template <int N, class F> __device__ __forceinline__ void unrolled(F f)
+{
+    if constexpr (N > 0) {
+        unrolled<N - 1>(f);
+        f(constant<N - 1>{});
+    }
+}
+
+#if MMA_BLOCK_SCALED
+template <int BID_W, int TID_W, int BID_A, int TID_A>
+__device__ __forceinline__ void mma_scaled(float (&d)[4], uint4 w, uint32_t b0, uint32_t b1,
+                                           uint32_t scale_w, uint32_t scale_a)
+{
+    asm("mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col"
+        ".f32.e4m3.e4m3.f32.ue8m0 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, "
+        "{%10}, {%11, %12}, {%13}, {%14, %15};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "r"(b0), "r"(b1), //
+          "r"(scale_w), "n"(BID_W), "n"(TID_W), "r"(scale_a), "n"(BID_A), "n"(TID_A));
+}
+#endif
+
+struct pairs { // four E4M3 as two times two of a 16-bit type
+    uint32_t low, high;
+};
+
+__device__ __forceinline__ pairs e4m3_to_f16(uint32_t four)
+{
+    pairs p;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2;"
+        "  cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }"
+        : "=r"(p.low), "=r"(p.high)
+        : "r"(four));
+    return p;
+}
+
+__device__ __forceinline__ uint32_t f16_to_bf16(uint32_t two)
+{
+    uint32_t out;
+    asm("{ .reg .b16 l, h; .reg .f32 a, b; mov.b32 {l, h}, %1;"
+        "  cvt.f32.f16 a, l; cvt.f32.f16 b, h; cvt.rn.bf16x2.f32 %0, b, a; }"
+        : "=r"(out)
+        : "r"(two));
+    return out;
+}
+
+__device__ __forceinline__ pairs e4m3_to_bf16(uint32_t four)
+{
+    pairs p = e4m3_to_f16(four);
+    return {f16_to_bf16(p.low), f16_to_bf16(p.high)};
+}
+
+__device__ __forceinline__ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                        uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_bf16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// Unscaled products of K = 32. Which k an F16 product calls first does not matter, as long as both
+// sides agree: the low pairs of 4t.. stand for 2t.., the high ones for 8+2t...
+__device__ __forceinline__ void mma_unscaled(float (&d)[4], uint4 w, uint32_t b0, uint32_t b1)
+{
+#if MMA_BLOCK_SCALED
+    mma_scaled<0, 0, 0, 0>(d, w, b0, b1, UE8M0_ONES, UE8M0_ONES); // twice the plain one's rate
+#else
+    pairs wx = e4m3_to_f16(w.x), wy = e4m3_to_f16(w.y);
+    pairs wz = e4m3_to_f16(w.z), ww = e4m3_to_f16(w.w);
+    pairs p0 = e4m3_to_f16(b0), p1 = e4m3_to_f16(b1);
+    mma_f16(d, wx.low, wy.low, wx.high, wy.high, p0.low, p0.high);
+    mma_f16(d, wz.low, ww.low, wz.high, ww.high, p1.low, p1.high);
+#endif
+}
+
+// K = 128 of an [16*MT, 8*NT] tile: acc += scale * (sum of 128 or, for BLOCK 32, of each 32).
+//     w(m, step)            fragment of W
+//     b(n, half)            two fragments of A: steps 2*half and 2*half+1
+//     scale(m, n, i, step)  of accumulator i
+template <int MT, int NT, int BLOCK, class W, class B, class S>
+__device__ __forceinline__ void mma_k128_rescaled(float (&acc)[MT][NT][4], W w, B b, S scale)
+{
+    float sum[MT][NT][4] = {};
+    unrolled<2>([&](auto half) {
+        uint4 bs[NT];
+        unrolled<NT>([&](auto n) { bs[n] = b(n, half); });
+        unrolled<2>([&](auto odd) {
+            constexpr int step = 2 * decltype(half)::value + decltype(odd)::value;
+            unrolled<MT>([&](auto m) {
+                uint4 ws = w(m, step);
+                unrolled<NT>([&](auto n) {
+                    mma_unscaled(sum[m][n], ws, odd ? bs[n].z : bs[n].x, odd ? bs[n].w : bs[n].y);
+                    if constexpr (BLOCK == 32 || step == 3) {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            acc[m][n][i] = fmaf(sum[m][n][i], scale(m, n, i, step), acc[m][n][i]);
+                            sum[m][n][i] = 0;
+                        }
+                    }
+                });
+            });
+        });
+    });
+}
+
+// The same with UE8M0 words laid out over the lanes as above; two fragments of W to a word, four of A.
+template <int MT, int NT, int BLOCK, class W, class B>
+__device__ __forceinline__ void mma_k128_ue8m0(float (&acc)[MT][NT][4], W w, B b,
+                                               const uint32_t (&scale_w)[(MT + 1) / 2],
+                                               const uint32_t (&scale_a)[(NT + 3) / 4])
+{
+#if MMA_BLOCK_SCALED
+    unrolled<2>([&](auto half) {
+        uint4 bs[NT];
+        unrolled<NT>([&](auto n) { bs[n] = b(n, half); });
+        unrolled<2>([&](auto odd) {
+            constexpr int step = 2 * decltype(half)::value + decltype(odd)::value;
+            unrolled<MT>([&](auto m) {
+                uint4 ws = w(m, step);
+                unrolled<NT>([&](auto n) {
+                    constexpr int tid_w = decltype(m)::value % 2, tid_a = decltype(n)::value % 4;
+                    mma_scaled<step, tid_w, step, tid_a>(acc[m][n], ws, odd ? bs[n].z : bs[n].x,
+                                                         odd ? bs[n].w : bs[n].y, scale_w[m / 2],
+                                                         scale_a[n / 4]);
+                });
+            });
+        });
+    });
+#else
+    constexpr uint32_t ALL = 0xFFFFFFFF;
+    uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t row[MT][2], token[NT][2];
+    unrolled<MT>([&](auto m) {
+        row[m][0] = __shfl_sync(ALL, scale_w[m / 2], 4 * g + 2 * (m % 2) + 0); // row g
+        row[m][1] = __shfl_sync(ALL, scale_w[m / 2], 4 * g + 2 * (m % 2) + 1); // row g+8
+    });
+    unrolled<NT>([&](auto n) {
+        token[n][0] = __shfl_sync(ALL, scale_a[n / 4], 4 * (2 * t + 0) + n % 4);
+        token[n][1] = __shfl_sync(ALL, scale_a[n / 4], 4 * (2 * t + 1) + n % 4);
+    });
+    // 2^(a-127) * 2^(b-127): narrow scales keep the sum of exponents in range.
+    auto scale = [&](auto m, auto n, int i, int step) {
+        uint32_t a = row[m][i / 2] >> (8 * step) & 0xFF;
+        uint32_t b = token[n][i % 2] >> (8 * step) & 0xFF;
+        return __uint_as_float((a + b - 127) << 23);
+    };
+    mma_k128_rescaled<MT, NT, BLOCK>(acc, w, b, scale);
+#endif
+}
+
+// K = 64 of BF16 weights: acc += scale * sum.
+//     w(m, j)         fragment j of 16 of K: x = W[g][4t, 4t+1], y = W[g+8][the same],
+//                     z = W[g][4t+2, 4t+3], w = W[g+8][the same]
+//     b(n)            two fragments of A
+//     scale(n, i)     of accumulator i
+template <int MT, int NT, class W, class B, class S>
+__device__ __forceinline__ void mma_k64_bf16(float (&acc)[MT][NT][4], W w, B b, S scale)
+{
+    float sum[MT][NT][4] = {};
+    uint4 bs[NT];
+    unrolled<NT>([&](auto n) { bs[n] = b(n); });
+    unrolled<4>([&](auto j) {
+        unrolled<MT>([&](auto m) {
+            uint4 ws = w(m, j);
+            unrolled<NT>([&](auto n) {
+                pairs p = e4m3_to_bf16(j == 0   ? bs[n].x
+                                       : j == 1 ? bs[n].y
+                                       : j == 2 ? bs[n].z
+                                                : bs[n].w);
+                mma_bf16(sum[m][n], ws, p.low, p.high);
+            });
+        });
+    });
+    unrolled<MT>([&](auto m) {
+        unrolled<NT>([&](auto n) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                acc[m][n][i] = fmaf(sum[m][n][i], scale(n, i), acc[m][n][i]);
+        });
+    });
+}

@@ -1,0 +1,233 @@
+// Builds the table of a batch: segments ordered by weight and cut into runs, then units dealt out to
+// workers. The scheduler's thread, once per batch: no allocation, no search over tokens.
+#include "cuda.h"
+
+#include <string.h>
+
+uint64_t cuda_table_bytes(const struct cuda_bucket *bucket, uint32_t segments_max)
+{
+    // A run ends where a segment does or a tile of at least 8 tokens is full.
+    uint64_t runs = (uint64_t)segments_max + bucket->tokens_max / 8 + 1;
+    if (runs > bucket->tokens_max)
+        runs = bucket->tokens_max;
+    return sizeof(struct cuda_table) + runs * sizeof(struct cuda_run) +
+           (uint64_t)bucket->tokens_max * sizeof(struct cuda_row);
+}
+
+static uint32_t table_rows(const struct cuda_table *table)
+{
+    uint32_t runs = table->decode_runs + table->prefill_runs;
+    uint32_t rows = 0;
+    for (uint32_t i = 0; i < runs; i++)
+        if (table->runs[i].row_begin + table->runs[i].rows > rows)
+            rows = table->runs[i].row_begin + table->runs[i].rows;
+    return rows;
+}
+
+uint64_t cuda_table_used(const struct cuda_table *table)
+{
+    return table->rows_offset + (uint64_t)table_rows(table) * sizeof(struct cuda_row);
+}
+
+// Segments that one reading of a weight can serve are equal under this order.
+static int compare(const struct cuda_segment *a, const struct cuda_segment *b)
+{
+    uintptr_t weight_a = (uintptr_t)a->weight, weight_b = (uintptr_t)b->weight;
+    if (weight_a != weight_b)
+        return weight_a < weight_b ? -1 : 1;
+    if (a->operand.group_begin != b->operand.group_begin)
+        return a->operand.group_begin < b->operand.group_begin ? -1 : 1;
+    if (a->operand.groups != b->operand.groups)
+        return a->operand.groups < b->operand.groups ? -1 : 1;
+    return 0;
+}
+
+// Heap sort: no recursion and no bad case, for thousands of one-token requests.
+static void sift_down(const struct cuda_segment *segments, uint32_t *order, uint32_t root,
+                      uint32_t n)
+{
+    for (uint32_t child; (child = 2 * root + 1) < n; root = child) {
+        if (child + 1 < n && compare(&segments[order[child]], &segments[order[child + 1]]) < 0)
+            child++;
+        if (compare(&segments[order[root]], &segments[order[child]]) >= 0)
+            return;
+        uint32_t swap = order[root];
+        order[root] = order[child];
+        order[child] = swap;
+    }
+}
+
+static uint32_t sort_segments(const struct cuda_segment *segments, uint32_t segments_n,
+                              uint32_t *order)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < segments_n; i++)
+        if (segments[i].operand.tokens > 0 && segments[i].operand.groups > 0)
+            order[n++] = i;
+    for (uint32_t root = n / 2; root-- > 0;)
+        sift_down(segments, order, root, n);
+    for (uint32_t last = n; last-- > 1;) {
+        uint32_t swap = order[0];
+        order[0] = order[last];
+        order[last] = swap;
+        sift_down(segments, order, 0, last);
+    }
+    return n;
+}
+
+static void fill_rows(const struct cuda_segment *segment, struct cuda_row *rows)
+{
+    const struct einsum_operand *operand = &segment->operand;
+    const struct einsum_weight_format *format = &segment->weight->format;
+    uint64_t blocks = format->reduced_dim / format->block_r;
+    struct einsum_scale_strides strides = einsum_scale_strides(
+        operand->scale_layout, operand->scale_type, operand->tokens, operand->groups, blocks);
+    bool tgr = operand->activation_layout == EINSUM_ACTIVATIONS_TGR;
+    uint64_t activation_step = (tgr ? operand->groups : 1) * (uint64_t)format->reduced_dim;
+    uint64_t output_step = (uint64_t)operand->groups * format->output_dim *
+                           einsum_output_element_bytes(operand->output_type);
+    struct cuda_row row = {
+        .activations = (uint64_t)(uintptr_t)operand->activations,
+        .scales = (uint64_t)(uintptr_t)operand->scales,
+        .output = (uint64_t)(uintptr_t)operand->output,
+        .activation_group = tgr ? 1 : operand->tokens,
+        .scale_group = (uint32_t)strides.group,
+        .scale_word = (uint32_t)strides.word,
+        .scale_byte = (uint32_t)strides.byte,
+        .flags = (operand->scale_type == EINSUM_SCALE_FP32 ? CUDA_ROW_SCALES_FP32 : 0) |
+                 (operand->output_type == EINSUM_OUTPUT_FP32 ? CUDA_ROW_OUTPUT_FP32 : 0),
+    };
+    for (uint32_t t = 0; t < operand->tokens; t++) {
+        rows[t] = row;
+        row.activations += activation_step;
+        row.scales += strides.token;
+        row.output += output_step;
+    }
+}
+
+static uint32_t log2_of(uint32_t power_of_two)
+{
+    uint32_t log2 = 0;
+    while ((uint32_t)1 << log2 < power_of_two)
+        log2++;
+    return log2;
+}
+
+// All the segments of one reading, as far as the weight goes.
+static struct cuda_run run_of(const struct cuda_segment *segment, bool all_ue8m0)
+{
+    const struct cuda_weight *weight = segment->weight;
+    return (struct cuda_run){
+        .elements = (uint64_t)(uintptr_t)weight->elements,
+        .scales = (uint64_t)(uintptr_t)weight->scales,
+        .wide = (uint64_t)(uintptr_t)weight->wide,
+        .output_dim = weight->format.output_dim,
+        .reduced_dim = weight->format.reduced_dim,
+        .group_begin = segment->operand.group_begin,
+        .groups = segment->operand.groups,
+        .mode = cuda_mode_of(&weight->format, all_ue8m0 ? EINSUM_SCALE_UE8M0 : EINSUM_SCALE_FP32),
+        .block_d_log2 = log2_of(weight->format.block_d),
+        .scales_fp32 = weight->format.scale_type == EINSUM_SCALE_FP32,
+    };
+}
+
+static uint32_t divide_up(uint32_t a, uint32_t b)
+{
+    return (a + b - 1) / b;
+}
+
+// Warps that share a panel: few tokens make the partial sums small and the activations cheap to
+// read again, so that long pieces of R pay; many tokens want tall tiles.
+static uint32_t warps_k(uint32_t tokens_of_tile)
+{
+    return tokens_of_tile <= 8 ? 4 : tokens_of_tile <= 16 ? 2 : 1;
+}
+
+static void add_decode_runs(const struct cuda_bucket *bucket, struct cuda_table *table,
+                            struct cuda_run run, uint32_t row_begin, uint32_t rows)
+{
+    for (uint32_t done = 0; done < rows; done += run.rows) {
+        run.row_begin = row_begin + done;
+        run.rows = rows - done < bucket->decode_tokens ? rows - done : bucket->decode_tokens;
+        // Kernels have code for 8 tokens and for all; nothing between.
+        run.warps_k = warps_k(run.rows <= 8 ? 8 : bucket->decode_tokens);
+        run.tiles_d = divide_up(run.output_dim, CUDA_DECODE_WARPS / run.warps_k * CUDA_PANEL_ROWS);
+        run.tile_units = divide_up(run.reduced_dim / CUDA_K_BLOCK, run.warps_k);
+        run.unit_begin = table->decode_units;
+        table->decode_units += run.groups * run.tiles_d * run.tile_units;
+        table->runs[table->decode_runs++] = run;
+    }
+}
+
+// As many workers as the device holds, or slightly fewer if then no tile, or a fixed fraction of
+// each, falls to one worker: sums across workers cost more than a few idle places.
+static uint32_t choose_workers(const struct cuda_bucket *bucket, const struct cuda_table *table)
+{
+    uint32_t most = bucket->decode_workers;
+    if (table->decode_units <= most)
+        return table->decode_units;
+    uint32_t tile_units = table->runs[0].tile_units;
+    for (uint32_t i = 1; i < table->decode_runs; i++)
+        if (table->runs[i].tile_units != tile_units)
+            return most;
+    uint32_t tiles = table->decode_units / tile_units;
+    for (uint32_t workers = most; workers >= most - most / 16; workers--) {
+        bool whole_tiles = tiles % workers == 0;
+        bool whole_parts = workers % tiles == 0 && tile_units % (workers / tiles) == 0;
+        if (whole_tiles || whole_parts)
+            return workers;
+    }
+    return most;
+}
+
+// Calls for every reading: segments order[begin, end) under one weight and group range.
+static uint32_t reading_end(const struct cuda_segment *segments, const uint32_t *order, uint32_t n,
+                            uint32_t begin, uint32_t *tokens, bool *all_ue8m0)
+{
+    uint32_t end = begin;
+    *tokens = 0;
+    *all_ue8m0 = true;
+    for (; end < n && compare(&segments[order[begin]], &segments[order[end]]) == 0; end++) {
+        *tokens += segments[order[end]].operand.tokens;
+        *all_ue8m0 &= segments[order[end]].operand.scale_type == EINSUM_SCALE_UE8M0;
+    }
+    return end;
+}
+
+void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
+                      uint32_t segments_n, uint32_t *order, struct cuda_table *table)
+{
+    memset(table, 0, sizeof *table);
+    uint32_t n = sort_segments(segments, segments_n, order);
+    uint32_t end, tokens, row = 0;
+    bool all_ue8m0;
+
+    for (uint32_t begin = 0; begin < n; begin = end, row += tokens) {
+        end = reading_end(segments, order, n, begin, &tokens, &all_ue8m0);
+        if (bucket->prefill_blocks == 0 || tokens < bucket->prefill_from)
+            add_decode_runs(bucket, table, run_of(&segments[order[begin]], all_ue8m0), row, tokens);
+    }
+    row = 0;
+    for (uint32_t begin = 0; begin < n; begin = end, row += tokens) {
+        end = reading_end(segments, order, n, begin, &tokens, &all_ue8m0);
+        if (bucket->prefill_blocks == 0 || tokens < bucket->prefill_from)
+            continue;
+        struct cuda_run run = run_of(&segments[order[begin]], all_ue8m0);
+        run.row_begin = row;
+        run.rows = tokens;
+        run.tiles_d = divide_up(run.output_dim, CUDA_PREFILL_ROWS);
+        run.unit_begin = table->prefill_tiles;
+        table->prefill_tiles += run.groups * run.tiles_d * divide_up(tokens, CUDA_PREFILL_TOKENS);
+        table->runs[table->decode_runs + table->prefill_runs++] = run;
+    }
+
+    uint32_t runs = table->decode_runs + table->prefill_runs;
+    table->rows_offset = (uint32_t)(sizeof *table + runs * sizeof(struct cuda_run));
+    struct cuda_row *rows = (struct cuda_row *)((unsigned char *)table + table->rows_offset);
+    for (uint32_t i = 0; i < n; i++) {
+        fill_rows(&segments[order[i]], rows);
+        rows += segments[order[i]].operand.tokens;
+    }
+    if (table->decode_units > 0)
+        table->decode_workers = choose_workers(bucket, table);
+}

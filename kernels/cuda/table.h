@@ -1,0 +1,76 @@
+// The table that travels with a batch: what the kernels read to learn which weights meet which
+// tokens. Written on the host by table.c, read on the device by decode.cu and prefill.cu; plain
+// data for both.
+//
+//     header | runs: one per weight, group range and token tile | rows: one per token
+//              decode's first, then prefill's
+//
+// Decode's work is a line of units, each 16 KiB of E4M3 weights: run after run, in a run tile after
+// tile (group, rows of D), in a tile along R. Each worker, a thread block, takes an equal piece of
+// the line, so that the device is filled whatever the shape; who shares a tile adds up in a fixed
+// order (decode.cu).
+#pragma once
+
+#include <stdint.h>
+
+enum {
+    CUDA_K_BLOCK = 128,        // of R: what all loops advance by
+    CUDA_PANEL_ROWS = 16,      // of D: one fragment of mma
+    CUDA_FRAGMENT_BYTES = 512, // 32 lanes of 16 bytes
+    CUDA_DECODE_WARPS = 8,
+    CUDA_DECODE_TOKENS_MAX = 64,
+    CUDA_PREFILL_ROWS = 128,      // of D in a tile
+    CUDA_PREFILL_TOKENS = 64,     // in a tile
+    CUDA_WIDE_ROWS = 32,          // rows of D that share a flag, see CUDA_NARROW_EXPONENT_MIN
+    CUDA_SMEM_BYTES_MAX = 101376, // of a thread block on SM 12.0; kept everywhere
+};
+
+// Scales (and BF16 elements) whose magnitude is 0 or in [2^MIN, 2^(MAX+1)) are narrow: whatever
+// narrow values meet, no product and no partial sum leaves the range of normal FP32. Tiles that
+// meet any other value, NaN included, are computed again in FP64 (wide.cuh).
+enum { CUDA_NARROW_EXPONENT_MIN = -50, CUDA_NARROW_EXPONENT_MAX = 45 };
+
+// How a run's products are scaled.
+enum cuda_mode {
+    CUDA_MODE_UE8M0_128, // both scales UE8M0: the block-scaled mma
+    CUDA_MODE_UE8M0_32,
+    CUDA_MODE_FP32_128, // any FP32 scale: unit hardware scale, FP32 rescaling of each block's sum
+    CUDA_MODE_FP32_32,
+    CUDA_MODE_BF16, // BF16 weights
+};
+
+enum { CUDA_ROW_SCALES_FP32 = 1, CUDA_ROW_OUTPUT_FP32 = 2 };
+
+// One token: where its tensors lie on the device, for the first group of its run.
+struct cuda_row {
+    uint64_t activations;                         // aligned to 16
+    uint64_t scales;                              // aligned to their element
+    uint64_t output;                              // aligned to 16
+    uint32_t activation_group;                    // from group to group, in rows of R bytes
+    uint32_t scale_group, scale_word, scale_byte; // see struct einsum_scale_strides
+    uint32_t flags;                               // CUDA_ROW_*
+    uint32_t padding;
+};
+
+struct cuda_run {
+    uint64_t elements, scales, wide; // of the weight, see struct cuda_weight
+    uint32_t output_dim, reduced_dim;
+    uint32_t group_begin, groups;
+    uint32_t row_begin, rows; // its tokens
+    uint32_t unit_begin;      // decode: its first unit; prefill: its first tile
+    uint32_t tile_units;      // decode: units of one tile
+    uint32_t tiles_d;         // tiles along D
+    uint32_t warps_k;         // decode: warps that share a panel of D, each with its part of R
+    uint32_t mode;            // enum cuda_mode
+    uint32_t block_d_log2;
+    uint32_t scales_fp32; // of the weight
+    uint32_t padding[5];  // 96 bytes
+};
+
+struct cuda_table {
+    uint32_t decode_runs, decode_units, decode_workers;
+    uint32_t prefill_runs, prefill_tiles;
+    uint32_t rows_offset; // in bytes, from the table's start
+    uint32_t padding[10];
+    struct cuda_run runs[];
+};
