@@ -251,6 +251,8 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
     struct config *config = daemon->config;
     struct service_context *context = &daemon->context;
     context->message_bytes_max = config->batch_input_bytes + MESSAGE_OVERHEAD_BYTES;
+    if (context->message_bytes_max > INT32_MAX) // gRPC's own limit
+        context->message_bytes_max = INT32_MAX;
     if (config->transport_bytes_max == 0)
         config->transport_bytes_max =
             (1ull << 30) + TRANSPORT_REQUESTS * context->message_bytes_max;

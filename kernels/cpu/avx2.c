@@ -360,6 +360,7 @@ static void round_bf16(const float *from, uint32_t n, uint16_t *to)
 }
 
 // The two kernels: the loops above, each with a decoder built in.
+// NOLINTBEGIN(bugprone-macro-parentheses): initialisers
 #define KERNEL(suffix, text, is_supported, decoder)                                                \
     static void fold_##suffix(const uint8_t *codes, const float *scales, uint32_t n,               \
                               uint32_t block_r, float *out)                                        \
@@ -397,6 +398,8 @@ static void round_bf16(const float *from, uint32_t n, uint16_t *to)
         .wide_multiply = wide_multiply,                                                            \
         .round_bf16 = round_bf16,                                                                  \
     }
+
+// NOLINTEND(bugprone-macro-parentheses)
 
 KERNEL(avx2, "avx2", supported, BY_F16C);
 KERNEL(avx2_subnormal, "avx2-subnormal", subnormals_supported, BY_SUBNORMALS);

@@ -27,6 +27,8 @@ static inline void wide_expand(const struct cpu_panel *panel, uint32_t r_begin, 
                 *out++ = (double)bf16_to_float(code);
             } else {
                 uint64_t lane = panel->scale_lanes == 1 ? 0 : j;
+                // The analyser does not know that E4M3 panels have scales.
+                // NOLINTNEXTLINE(clang-analyzer-core.NullDereference)
                 double scale = (double)panel->scales[k * panel->scale_lanes + lane];
                 *out++ = (double)e4m3_to_float(cpu_panel_e4m3(panel, r, j)) * scale;
             }

@@ -240,12 +240,11 @@ static void make_weights(const struct weight_kind *kind)
         random_elements(state.checkpoint, elements, kind->type);
         cpu_weight_init(&state.layers[i], &state.format, state.memory[i]);
         cpu_relayout(&state.layers[i], state.checkpoint, 0, GROUPS * OUTPUT_DIM);
-        if (kind->scale_type == EINSUM_SCALE_NONE)
+        uint32_t scale_bytes = einsum_scale_element_bytes(kind->scale_type);
+        if (scale_bytes == 0)
             continue;
         random_scales(state.checkpoint_scales,
-                      einsum_weight_scale_bytes(&state.format) /
-                          einsum_scale_element_bytes(kind->scale_type),
-                      kind->scale_type);
+                      einsum_weight_scale_bytes(&state.format) / scale_bytes, kind->scale_type);
         cpu_relayout_scales(&state.layers[i], state.checkpoint_scales);
     }
 }
@@ -508,9 +507,9 @@ int main(int argc, char **argv)
     int option;
     while ((option = getopt(argc, argv, "t:r:k:f")) != -1) {
         if (option == 't')
-            threads = atol(optarg);
+            threads = strtol(optarg, NULL, 10); // 0 for what is no number
         else if (option == 'r')
-            rounds = atol(optarg);
+            rounds = strtol(optarg, NULL, 10);
         else if (option == 'k')
             kernel = optarg;
         else if (option == 'f')
