@@ -1,12 +1,11 @@
 // request.c: every way in which a request can be wrong, each told by code, field and text; and what
 // a right one becomes.
 #include <check.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "client/checkpoint.h"
+#include "folder.h"
 #include "server/request.h"
 
 enum { GROUPS = 4, OUTPUT_DIM = 128, REDUCED_DIM = 512, TOKENS = 3, TOKENS_MAX = 64 };
@@ -43,8 +42,7 @@ static void load(uint32_t block, const char *name_prefix)
 static void set_up(void)
 {
     struct error err;
-    strcpy(directory, "/tmp/einsumd-request-XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(directory));
+    folder_make(directory, sizeof directory, "test_request");
     const struct engine_options options = {.lanes = 1};
     ck_assert_int_eq(engine_null.open(&options, &engine, &err), STATUS_OK);
     const char *root = directory;
@@ -58,9 +56,7 @@ static void tear_down(void)
 {
     weights_destroy(weights);
     engine_null.close(engine);
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", directory);
-    ck_assert_int_eq(system(command), 0);
+    folder_remove(directory);
 }
 
 static struct wire_request good_request(void)

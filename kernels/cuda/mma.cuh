@@ -15,6 +15,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 #if defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
 #if __CUDA_ARCH_FAMILY_SPECIFIC__ >= 1200 && __CUDA_ARCH_FAMILY_SPECIFIC__ < 1300
@@ -106,49 +107,110 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], uint4 a, uint32_t b0, ui
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+// An operand of K = 32 as the instruction takes it. Conversions are the portable form's largest cost
+// beside the products, so they are done once for all products that share an operand.
+#if MMA_BLOCK_SCALED
+struct w_operand {
+    uint4 raw;
+    __device__ __forceinline__ w_operand(uint4 w) : raw(w)
+    {
+    }
+};
+struct a_operand {
+    uint32_t x, y;
+    __device__ __forceinline__ a_operand(uint32_t b0, uint32_t b1) : x(b0), y(b1)
+    {
+    }
+};
+#else
+struct w_operand {
+    pairs x, y, z, w;
+    __device__ __forceinline__ w_operand(uint4 raw)
+        : x(e4m3_to_f16(raw.x)), y(e4m3_to_f16(raw.y)), z(e4m3_to_f16(raw.z)), w(e4m3_to_f16(raw.w))
+    {
+    }
+};
+struct a_operand {
+    pairs x, y;
+    __device__ __forceinline__ a_operand(uint32_t b0, uint32_t b1)
+        : x(e4m3_to_f16(b0)), y(e4m3_to_f16(b1))
+    {
+    }
+};
+#endif
+
 // Unscaled products of K = 32. Which k an F16 product calls first does not matter, as long as both
 // sides agree: the low pairs of 4t.. stand for 2t.., the high ones for 8+2t...
-__device__ __forceinline__ void mma_unscaled(float (&d)[4], uint4 w, uint32_t b0, uint32_t b1)
+__device__ __forceinline__ void mma_unscaled(float (&d)[4], const w_operand &w, const a_operand &a)
 {
 #if MMA_BLOCK_SCALED
-    mma_scaled<0, 0, 0, 0>(d, w, b0, b1, UE8M0_ONES, UE8M0_ONES); // twice the plain one's rate
+    mma_scaled<0, 0, 0, 0>(d, w.raw, a.x, a.y, UE8M0_ONES, UE8M0_ONES); // twice the plain one's rate
 #else
-    pairs wx = e4m3_to_f16(w.x), wy = e4m3_to_f16(w.y);
-    pairs wz = e4m3_to_f16(w.z), ww = e4m3_to_f16(w.w);
-    pairs p0 = e4m3_to_f16(b0), p1 = e4m3_to_f16(b1);
-    mma_f16(d, wx.low, wy.low, wx.high, wy.high, p0.low, p0.high);
-    mma_f16(d, wz.low, ww.low, wz.high, ww.high, p1.low, p1.high);
+    mma_f16(d, w.x.low, w.y.low, w.x.high, w.y.high, a.x.low, a.x.high);
+    mma_f16(d, w.z.low, w.w.low, w.z.high, w.w.high, a.y.low, a.y.high);
 #endif
 }
 
-// K = 128 of an [16*MT, 8*NT] tile: acc += scale * (sum of 128 or, for BLOCK 32, of each 32).
+// Calls product(m, n, step, w, a) for all of an [MT, NT] tile and the four steps of K = 128.
 //     w(m, step)            fragment of W
 //     b(n, half)            two fragments of A: steps 2*half and 2*half+1
-//     scale(m, n, i, step)  of accumulator i
-template <int MT, int NT, int BLOCK, class W, class B, class S>
-__device__ __forceinline__ void mma_k128_rescaled(float (&acc)[MT][NT][4], W w, B b, S scale)
+template <int MT, int NT, class W, class B, class P>
+__device__ __forceinline__ void for_k128(W w, B b, P product)
 {
-    float sum[MT][NT][4] = {};
     unrolled<2>([&](auto half) {
         uint4 bs[NT];
         unrolled<NT>([&](auto n) { bs[n] = b(n, half); });
         unrolled<2>([&](auto odd) {
-            constexpr int step = 2 * decltype(half)::value + decltype(odd)::value;
-            unrolled<MT>([&](auto m) {
-                uint4 ws = w(m, step);
+            constexpr constant<2 * decltype(half)::value + decltype(odd)::value> step;
+            if constexpr (MT == 1) {
+                w_operand ws(w(0, step));
                 unrolled<NT>([&](auto n) {
-                    mma_unscaled(sum[m][n], ws, odd ? bs[n].z : bs[n].x, odd ? bs[n].w : bs[n].y);
-                    if constexpr (BLOCK == 32 || step == 3) {
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            acc[m][n][i] = fmaf(sum[m][n][i], scale(m, n, i, step), acc[m][n][i]);
-                            sum[m][n][i] = 0;
-                        }
-                    }
+                    a_operand as(odd ? bs[n].z : bs[n].x, odd ? bs[n].w : bs[n].y);
+                    product(constant<0>{}, n, step, ws, as);
                 });
-            });
+            } else {
+                uint4 packed[NT]; // four words of F16, or two of E4M3, for each token tile
+                unrolled<NT>([&](auto n) {
+                    a_operand as(odd ? bs[n].z : bs[n].x, odd ? bs[n].w : bs[n].y);
+                    memcpy(&packed[n], &as, sizeof as);
+                });
+                unrolled<MT>([&](auto m) {
+                    w_operand ws(w(m, step));
+                    unrolled<NT>([&](auto n) {
+                        a_operand as(0, 0);
+                        memcpy(&as, &packed[n], sizeof as);
+                        product(m, n, step, ws, as);
+                    });
+                });
+            }
         });
     });
+}
+
+// K = 128 of an [16*MT, 8*NT] tile: acc += scale * (sum of 128 or, for BLOCK 32, of each 32), with
+// scale(m, n, i, step) that of accumulator i.
+template <int MT, int NT, int BLOCK, class W, class B, class S>
+__device__ __forceinline__ void mma_k128_rescaled(float (&acc)[MT][NT][4], W w, B b, S scale)
+{
+    float sum[MT][NT][4] = {};
+    for_k128<MT, NT>(w, b, [&](auto m, auto n, auto step, const w_operand &ws, const a_operand &as) {
+        mma_unscaled(sum[m][n], ws, as);
+        if constexpr (BLOCK == 32) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                acc[m][n][i] = fmaf(sum[m][n][i], scale(m, n, i, step), acc[m][n][i]);
+                sum[m][n][i] = 0;
+            }
+        }
+    });
+    if constexpr (BLOCK == 128)
+        unrolled<MT>([&](auto m) {
+            unrolled<NT>([&](auto n) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    acc[m][n][i] = fmaf(sum[m][n][i], scale(m, n, i, 0), acc[m][n][i]);
+            });
+        });
 }
 
 // The same with UE8M0 words laid out over the lanes as above; two fragments of W to a word, four of A.
@@ -158,21 +220,11 @@ __device__ __forceinline__ void mma_k128_ue8m0(float (&acc)[MT][NT][4], W w, B b
                                                const uint32_t (&scale_a)[(NT + 3) / 4])
 {
 #if MMA_BLOCK_SCALED
-    unrolled<2>([&](auto half) {
-        uint4 bs[NT];
-        unrolled<NT>([&](auto n) { bs[n] = b(n, half); });
-        unrolled<2>([&](auto odd) {
-            constexpr int step = 2 * decltype(half)::value + decltype(odd)::value;
-            unrolled<MT>([&](auto m) {
-                uint4 ws = w(m, step);
-                unrolled<NT>([&](auto n) {
-                    constexpr int tid_w = decltype(m)::value % 2, tid_a = decltype(n)::value % 4;
-                    mma_scaled<step, tid_w, step, tid_a>(acc[m][n], ws, odd ? bs[n].z : bs[n].x,
-                                                         odd ? bs[n].w : bs[n].y, scale_w[m / 2],
-                                                         scale_a[n / 4]);
-                });
-            });
-        });
+    for_k128<MT, NT>(w, b, [&](auto m, auto n, auto step, const w_operand &ws, const a_operand &as) {
+        constexpr int s = decltype(step)::value;
+        constexpr int tid_w = decltype(m)::value % 2, tid_a = decltype(n)::value % 4;
+        mma_scaled<s, tid_w, s, tid_a>(acc[m][n], ws.raw, as.x, as.y, scale_w[m / 2],
+                                       scale_a[n / 4]);
     });
 #else
     constexpr uint32_t ALL = 0xFFFFFFFF;
@@ -186,11 +238,11 @@ __device__ __forceinline__ void mma_k128_ue8m0(float (&acc)[MT][NT][4], W w, B b
         token[n][0] = __shfl_sync(ALL, scale_a[n / 4], 4 * (2 * t + 0) + n % 4);
         token[n][1] = __shfl_sync(ALL, scale_a[n / 4], 4 * (2 * t + 1) + n % 4);
     });
-    // 2^(a-127) * 2^(b-127): narrow scales keep the sum of exponents in range.
+    auto power = [](uint32_t word, int step) { // narrow codes: neither 0 nor NaN
+        return __uint_as_float((word >> (8 * step) & 0xFF) << 23);
+    };
     auto scale = [&](auto m, auto n, int i, int step) {
-        uint32_t a = row[m][i / 2] >> (8 * step) & 0xFF;
-        uint32_t b = token[n][i % 2] >> (8 * step) & 0xFF;
-        return __uint_as_float((a + b - 127) << 23);
+        return power(row[m][i / 2], step) * power(token[n][i % 2], step);
     };
     mma_k128_rescaled<MT, NT, BLOCK>(acc, w, b, scale);
 #endif
@@ -208,15 +260,16 @@ __device__ __forceinline__ void mma_k64_bf16(float (&acc)[MT][NT][4], W w, B b, 
     uint4 bs[NT];
     unrolled<NT>([&](auto n) { bs[n] = b(n); });
     unrolled<4>([&](auto j) {
+        pairs as[NT];
+        unrolled<NT>([&](auto n) {
+            as[n] = e4m3_to_bf16(j == 0   ? bs[n].x
+                                 : j == 1 ? bs[n].y
+                                 : j == 2 ? bs[n].z
+                                          : bs[n].w);
+        });
         unrolled<MT>([&](auto m) {
             uint4 ws = w(m, j);
-            unrolled<NT>([&](auto n) {
-                pairs p = e4m3_to_bf16(j == 0   ? bs[n].x
-                                       : j == 1 ? bs[n].y
-                                       : j == 2 ? bs[n].z
-                                                : bs[n].w);
-                mma_bf16(sum[m][n], ws, p.low, p.high);
-            });
+            unrolled<NT>([&](auto n) { mma_bf16(sum[m][n], ws, as[n].low, as[n].high); });
         });
     });
     unrolled<MT>([&](auto m) {

@@ -136,11 +136,11 @@ static uint32_t divide_up(uint32_t a, uint32_t b)
     return (a + b - 1) / b;
 }
 
-// Warps that share a panel: few tokens make the partial sums small and the activations cheap to
-// read again, so that long pieces of R pay; many tokens want tall tiles.
+// Warps that share a panel: a tile of 64 rows for few tokens, of 128 for many, whose activations
+// cost more to read again.
 static uint32_t warps_k(uint32_t tokens_of_tile)
 {
-    return tokens_of_tile <= 8 ? 4 : tokens_of_tile <= 16 ? 2 : 1;
+    return tokens_of_tile <= 16 ? 2 : 1;
 }
 
 static void add_decode_runs(const struct cuda_bucket *bucket, struct cuda_table *table,
