@@ -87,7 +87,6 @@ struct cuda_bucket {
     uint32_t decode_workers; // thread blocks that the device holds at once
     uint32_t prefill_blocks; // 0: this bucket needs no prefill
     uint32_t prefill_from;   // tokens of one weight from which they go to prefill
-    uint32_t prefetch_bytes; // of each panel, into L2, when a worker starts on a tile
 };
 
 // Bytes of a table in the worst case, and what of them a built one uses.

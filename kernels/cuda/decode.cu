@@ -5,10 +5,13 @@
 //     workers |-- 0 --|-- 1 --|-- 2 --| ...                     equal pieces, one thread block each
 //     tiles   |====================|====================| ...   rows of D that share their R
 //
-// A warp reads its fragments straight into registers, one unit ahead, and never waits for another warp
-// except at the edges of a chunk (four units), for the tokens' activations in shared memory. Where
-// a tile falls to several workers each leaves its sum in the workspace and the last to arrive adds them
-// up, in the workers' order, so that a result does not depend on timing.
+// A warp copies its fragments into a ring of its own, RING steps ahead and on into the next tile, and
+// reads back only what its own lanes copied: no barrier guards the weights. The first RING steps
+// are on their way before the kernel ahead in the stream has ended, which hides its tail and this
+// one's start. Warps meet only at the edges of a chunk, for the tokens' activations.
+//
+// Where a tile falls to several workers each leaves its sum in the workspace and the last to arrive adds
+// them up, in the workers' order, so that a result does not depend on timing.
 #include "cuda.h"
 
 #include "copy.cuh"
@@ -16,9 +19,17 @@
 #include "scales.cuh"
 #include "wide.cuh"
 
+namespace
+{
+
 enum {
-    THREADS = CUDA_DECODE_WARPS * 32,
-    CHUNK_UNITS = 4,
+    WARPS = CUDA_DECODE_WARPS,
+    THREADS = WARPS * 32,
+    STEP_BYTES = 4 * CUDA_FRAGMENT_BYTES, // of a warp: K = 128 of E4M3, K = 64 of BF16
+    RING = 4,
+    RING_BYTES = WARPS * RING * STEP_BYTES,
+    CHUNK_BYTES = 16 * 1024, // of activations
+    CHUNK_PAIRS = CHUNK_BYTES / CUDA_K_BLOCK,
     TILE_STRIDE = 132, // floats of one token in shared memory; 2*132 % 32 = 8: no bank conflicts
     CONTRIBUTION = 1,  // what a worker adds to a tile's counter
     CONTRIBUTION_WIDE = 1 << 16,
@@ -27,32 +38,24 @@ enum {
 // How a run of up to 8*NT tokens is cut; WARPS_K as warps_k() of table.c.
 template <int NT> struct shape {
     static constexpr int TOKENS = 8 * NT;
-    static constexpr int WARPS_K = NT == 1 ? 4 : NT == 2 ? 2 : 1;
-    static constexpr int ROWS = CUDA_DECODE_WARPS / WARPS_K * CUDA_PANEL_ROWS;
-    static constexpr int CHUNK_BLOCKS = CHUNK_UNITS * WARPS_K; // of K = 128
-    static constexpr int PAIRS = CHUNK_BLOCKS * TOKENS;        // (block, token)
-    static constexpr int CHUNK_BYTES = PAIRS * CUDA_K_BLOCK;   // of activations
-    static constexpr int TILE_BYTES = TOKENS * TILE_STRIDE * 4;
-    static_assert(PAIRS <= THREADS, "a thread looks after one pair's scales");
+    static constexpr int WARPS_K = NT <= 2 ? 2 : 1;
+    static constexpr int ROWS = WARPS / WARPS_K * CUDA_PANEL_ROWS;
 };
 
-template <int NT> struct decode_smem { // for runs of up to 8*NT tokens
-    static constexpr int most(int a, int b)
-    {
-        return a > b ? a : b;
-    }
-    static constexpr int CHUNK = most(shape<NT>::CHUNK_BYTES, shape<1>::CHUNK_BYTES);
-    static constexpr int PAIRS = most(shape<NT>::PAIRS, shape<1>::PAIRS);
+struct decode_smem {
+    uint8_t ring[WARPS][RING][STEP_BYTES];
     union {
-        uint8_t activations[2][CHUNK]; // [block][token][128], 16-byte pieces swizzled by token
-        float tile[most(shape<NT>::TILE_BYTES, shape<1>::TILE_BYTES) / 4]; // [token][TILE_STRIDE]
+        struct {
+            uint8_t
+                activations[2]
+                           [CHUNK_BYTES]; // [block][token][128], 16-byte pieces swizzled by token
+            uint32_t scales[2][4 * CHUNK_PAIRS / 2]; // words or floats, [block][step][token]
+        };
+        float tile[CUDA_DECODE_TOKENS_MAX * TILE_STRIDE]; // [token][TILE_STRIDE]
     };
-    union {
-        uint32_t words[2][PAIRS];   // [block][token]
-        float floats[2][PAIRS * 4]; // [block][step][token]
-    } scales;
     uint32_t arrivals;
 };
+static_assert(sizeof(decode_smem) <= CUDA_SMEM_BYTES_MAX, "SM 12.0 has no more");
 
 // What a worker does next: units [begin, end) of one tile.
 struct piece {
@@ -82,81 +85,110 @@ __device__ inline piece locate(const cuda_table *table, uint32_t unit, uint32_t 
     p.begin = unit - p.tile_begin;
     p.end = min(r.tile_units, end - p.tile_begin);
     p.g = tile / r.tiles_d;
-    p.d_begin = tile % r.tiles_d * (CUDA_DECODE_WARPS / r.warps_k * CUDA_PANEL_ROWS);
+    p.d_begin = tile % r.tiles_d * (WARPS / r.warps_k * CUDA_PANEL_ROWS);
     return p;
 }
 
-// A warp's way through its panel of a piece: which 2 KiB come next.
+// A warp's weights on their way through its ring. Runs ahead of the sums by RING steps.
 struct stream {
-    const uint8_t *panel; // this lane's 16 bytes of its first fragment; NULL: beyond D
-    uint32_t block;       // of K = 128: the warp's first in unit 0
-    uint32_t blocks;      // of the panel
-    uint32_t blocks_step; // from unit to unit
-};
+    const cuda_table *table;
+    const uint8_t *from; // this lane's 16 bytes of the next step
+    uint32_t valid;      // steps left that exist, of this piece
+    uint32_t left;       // steps left of this piece: those beyond D or R copy zeros
+    uint32_t stride;     // bytes from unit to unit
+    uint32_t half;       // BF16: of the unit at hand
+    bool bf16;
+    uint32_t unit, end;  // after this piece, of the worker
+    uint32_t slot, ring; // the next; address of the warp's
+    bool waits;          // the kernel ahead has not been waited for
 
-__device__ __forceinline__ stream stream_of(const cuda_run &run, const piece &p)
-{
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t d = p.d_begin + warp / run.warps_k * CUDA_PANEL_ROWS;
-    uint32_t row_bytes = run.mode == CUDA_MODE_BF16 ? 2 * run.reduced_dim : run.reduced_dim;
-    uint64_t row = (uint64_t)(run.group_begin + p.g) * run.output_dim + d;
-    stream s;
-    s.panel =
-        d < run.output_dim ? (const uint8_t *)run.elements + row * row_bytes + lane * 16 : NULL;
-    s.block = warp % run.warps_k;
-    s.blocks = run.reduced_dim / CUDA_K_BLOCK;
-    s.blocks_step = run.warps_k;
-    return s;
-}
-
-// Half of K = 128 for BF16, all of it for E4M3.
-template <bool BF16>
-__device__ __forceinline__ void load_fragments(uint4 (&w)[4], const stream &s, uint32_t unit,
-                                               uint32_t half)
-{
-    uint32_t block = unit * s.blocks_step + s.block;
-    bool valid = s.panel != NULL && block < s.blocks;
-    const uint8_t *from =
-        s.panel + (uint64_t)(BF16 ? 2 * block + half : block) * 4 * CUDA_FRAGMENT_BYTES;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        w[i] = valid ? load_stream(from + i * CUDA_FRAGMENT_BYTES) : make_uint4(0, 0, 0, 0);
-}
-
-// Sets a piece going: its first fragments to registers, the rest towards L2.
-__device__ __forceinline__ void begin(uint4 (&w)[4], const cuda_run &run, const piece &p,
-                                      uint32_t prefetch_bytes)
-{
-    stream s = stream_of(run, p);
-    load_fragments<false>(w, s, p.begin, 0);
-    bool bf16 = run.mode == CUDA_MODE_BF16;
-    if (bf16 && s.panel != NULL && p.begin * s.blocks_step + s.block < s.blocks)
-        load_fragments<true>(w, s, p.begin, 0);
-    if (threadIdx.x % 32 == 0 && s.block == 0 && s.panel != NULL && prefetch_bytes > 0) {
-        uint32_t block_bytes = (bf16 ? 8 : 4) * CUDA_FRAGMENT_BYTES;
-        uint32_t from = (p.begin + 1) * s.blocks_step * block_bytes;
-        uint32_t to = min(p.end * s.blocks_step, s.blocks) * block_bytes;
-        to = min(to, from + prefetch_bytes);
-        if (from < to)
-            prefetch_l2(s.panel + from, to - from);
+    __device__ __forceinline__ void open()
+    {
+        piece p = locate(table, unit, end);
+        const cuda_run &run = table->runs[p.run];
+        uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        uint32_t d = p.d_begin + warp / run.warps_k * CUDA_PANEL_ROWS;
+        bf16 = run.mode == CUDA_MODE_BF16;
+        half = 0;
+        uint32_t block_bytes = bf16 ? 2 * STEP_BYTES : STEP_BYTES, steps = bf16 ? 2 : 1;
+        uint64_t row = (uint64_t)(run.group_begin + p.g) * run.output_dim + d;
+        uint32_t block = p.begin * run.warps_k + warp % run.warps_k;
+        uint32_t blocks = run.reduced_dim / CUDA_K_BLOCK;
+        stride = run.warps_k * block_bytes;
+        from = (const uint8_t *)run.elements + row * (run.reduced_dim * steps) +
+               (uint64_t)block * block_bytes + lane * 16;
+        left = (p.end - p.begin) * steps;
+        valid = 0;
+        if (d < run.output_dim && block < blocks)
+            valid = min(left, ((blocks - block - 1) / run.warps_k + 1) * steps);
+        unit = p.tile_begin + p.end;
     }
-}
+
+    __device__ __forceinline__ void start(const cuda_table *t, uint32_t begin, uint32_t to,
+                                          decode_smem &smem)
+    {
+        table = t;
+        unit = begin;
+        end = to;
+        slot = 0;
+        waits = true;
+        ring = shared_address(smem.ring[threadIdx.x / 32]) + threadIdx.x % 32 * 16;
+        open();
+    }
+
+    // One step into the slot that was read last. Commits nothing.
+    __device__ __forceinline__ void copy_step()
+    {
+        uint32_t to = ring + slot * STEP_BYTES;
+        slot = (slot + 1) % RING;
+        if (left == 0) {
+            if (unit >= end)
+                return;
+            open();
+        }
+        const uint8_t *at = valid > 0 ? from : (const uint8_t *)table;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            copy_async(to + i * CUDA_FRAGMENT_BYTES, valid > 0 ? at + i * CUDA_FRAGMENT_BYTES : at,
+                       valid > 0);
+        left--;
+        valid -= valid > 0;
+        if (bf16)
+            from += half == 0 ? STEP_BYTES : stride - STEP_BYTES;
+        else
+            from += stride;
+        half ^= 1;
+    }
+};
 
 // Activations and their scales on the way to shared memory, chunk by chunk. A thread copies the same
 // one or two tokens in every block, and looks after the scales of one pair (block, token).
-template <int NT, int BLOCK> struct stager {
+template <int NT, int MODE> struct stager {
     using S = shape<NT>;
+    static constexpr bool WORDS = MODE == CUDA_MODE_UE8M0_128 || MODE == CUDA_MODE_UE8M0_32;
+    static constexpr int BLOCK = MODE == CUDA_MODE_UE8M0_32 || MODE == CUDA_MODE_FP32_32 ? 32 : 128;
+    // Four floats to a pair need the room of two chunks' words.
+    static constexpr int PAIRS = MODE == CUDA_MODE_FP32_32 ? CHUNK_PAIRS / 2 : CHUNK_PAIRS;
+    static constexpr int CHUNK_BLOCKS = PAIRS / S::TOKENS; // of K = 128
+    static constexpr int CHUNK_UNITS = CHUNK_BLOCKS / S::WARPS_K;
+    static constexpr int COPIES = PAIRS * 8 / THREADS; // of 16 bytes, by a thread
+    static constexpr int SCALES = WORDS || BLOCK == 128 ? 1 : 4;
     static constexpr int COPY_TOKENS = S::TOKENS > THREADS / 8 ? S::TOKENS / (THREADS / 8) : 1;
+    static_assert(CHUNK_UNITS >= 1 && PAIRS <= THREADS && COPIES >= COPY_TOKENS, "");
+
     const uint8_t *from[COPY_TOKENS]; // NULL: no such token
     token_scales pair;                // at NULL: no such token
     scales_in_flight<BLOCK> pending;
-    bool wide = false;
+    uint32_t blocks;
+    bool wide;
 
     __device__ __forceinline__ void start(const cuda_table *table, const cuda_run &run,
                                           const piece &p)
     {
         const cuda_row *rows =
             (const cuda_row *)((const uint8_t *)table + table->rows_offset) + run.row_begin;
+        blocks = run.reduced_dim / CUDA_K_BLOCK;
+        wide = false;
 #pragma unroll
         for (int i = 0; i < COPY_TOKENS; i++) {
             uint32_t token = (threadIdx.x / 8 + i * (THREADS / 8)) % S::TOKENS;
@@ -172,160 +204,192 @@ template <int NT, int BLOCK> struct stager {
             pair = scales_of(rows[token], p.g);
     }
 
-    __device__ __forceinline__ void copy_chunk(uint32_t to, const cuda_run &run,
-                                               uint32_t first_block)
+    // Calls copy(offset in the chunk, source or NULL) for this thread's share of a chunk.
+    template <class C> __device__ __forceinline__ void for_pieces(uint32_t first_block, C copy)
     {
-        constexpr int COPIES = S::CHUNK_BYTES / 16 / THREADS;
-        uint32_t blocks = run.reduced_dim / CUDA_K_BLOCK;
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
-            uint32_t pair = threadIdx.x / 8 + i * (THREADS / 8);
-            uint32_t token = pair % S::TOKENS, block = first_block + pair / S::TOKENS;
+            uint32_t pair_index = threadIdx.x / 8 + i * (THREADS / 8);
+            uint32_t token = pair_index % S::TOKENS, block = first_block + pair_index / S::TOKENS;
             const uint8_t *row = from[i % COPY_TOKENS];
-            bool valid = row != NULL && block < blocks;
             uint32_t piece16 = (threadIdx.x % 8) ^ (token & 7);
-            copy_async(to + pair * CUDA_K_BLOCK + piece16 * 16,
-                       valid ? row + (uint64_t)block * CUDA_K_BLOCK : (const uint8_t *)run.elements,
-                       valid);
+            copy(i, pair_index * CUDA_K_BLOCK + piece16 * 16,
+                 row != NULL && block < blocks ? row + (uint64_t)block * CUDA_K_BLOCK : NULL);
         }
     }
 
-    __device__ __forceinline__ void load_scales(const cuda_run &run, uint32_t first_block)
+    __device__ __forceinline__ void copy_chunk(uint8_t *to, uint32_t first_block,
+                                               const void *anywhere)
+    {
+        uint32_t base = shared_address(to);
+        for_pieces(first_block, [&](int, uint32_t offset, const uint8_t *source) {
+            copy_async(base + offset, source != NULL ? source : anywhere, source != NULL);
+        });
+    }
+
+    // The same through registers: waiting for an asynchronous copy would wait for the ring too.
+    __device__ __forceinline__ void load_chunk(uint8_t *to, uint32_t first_block)
+    {
+        uint4 held[COPIES];
+        for_pieces(first_block, [&](int i, uint32_t, const uint8_t *source) {
+            held[i] = source != NULL ? *(const uint4 *)source : make_uint4(0, 0, 0, 0);
+        });
+        for_pieces(first_block, [&](int i, uint32_t offset, const uint8_t *) {
+            *(uint4 *)(to + offset) = held[i];
+        });
+    }
+
+    __device__ __forceinline__ void load_scales(uint32_t first_block)
     {
         uint32_t block = first_block + threadIdx.x / S::TOKENS;
-        bool valid =
-            pair.at != NULL && threadIdx.x < S::PAIRS && block < run.reduced_dim / CUDA_K_BLOCK;
-        if (valid)
+        if (pair.at != NULL && threadIdx.x < PAIRS && block < blocks)
             pending.load(pair, block);
         else
             pending.load_one(pair.fp32);
     }
 
-    template <bool WORDS>
-    __device__ __forceinline__ void store_scales(uint32_t *words, float *floats)
+    __device__ __forceinline__ void store_scales(uint32_t *to)
     {
-        if (threadIdx.x >= S::PAIRS)
+        if (threadIdx.x >= PAIRS)
             return;
         if (WORDS) {
-            words[threadIdx.x] = pending.word(wide);
+            to[threadIdx.x] = pending.word(wide);
             return;
         }
         uint32_t block = threadIdx.x / S::TOKENS, token = threadIdx.x % S::TOKENS;
 #pragma unroll
-        for (int i = 0; i < pending.N; i++)
-            floats[(block * 4 + i) * S::TOKENS + token] = pending.value(i, pair.fp32, wide);
+        for (int i = 0; i < SCALES; i++)
+            to[(block * SCALES + i) * S::TOKENS + token] =
+                __float_as_uint(pending.value(i, pair.fp32, wide));
+    }
+};
+
+// The scales of W for K = 128 of a panel, loaded a step before their use.
+template <int MODE> struct panel_scales {
+    static constexpr bool WORDS = MODE == CUDA_MODE_UE8M0_128 || MODE == CUDA_MODE_UE8M0_32;
+    static constexpr int BLOCK = MODE == CUDA_MODE_UE8M0_32 || MODE == CUDA_MODE_FP32_32 ? 32 : 128;
+    static constexpr int N = MODE == CUDA_MODE_BF16 || WORDS ? 1 : 128 / BLOCK;
+    uint32_t word[1];
+    float value[2][N]; // accumulator rows g and g+8
+
+    __device__ __forceinline__ void load(const cuda_run &run, const uint8_t *const (&scales)[2],
+                                         uint32_t block)
+    {
+        if (WORDS)
+            word[0] = weight_scale_word<BLOCK>(scales[0], block);
+        else if (MODE != CUDA_MODE_BF16)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int j = 0; j < N; j++)
+                    value[i][j] = weight_scale(run.scales_fp32, scales[i], block * N + j);
     }
 };
 
 // Sums of the piece's units for this warp's panel. Returns whether a scale was wide.
-template <int NT, int MODE, class SMEM>
-__device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], uint4 (&w)[4], SMEM &smem,
-                                           const cuda_table *table, const cuda_run &run,
-                                           const piece &p)
+template <int NT, int MODE>
+__device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], stream &weights,
+                                           decode_smem &smem, const cuda_table *table,
+                                           const cuda_run &run, const piece &p)
 {
     using S = shape<NT>;
+    using G = stager<NT, MODE>;
     constexpr bool BF16 = MODE == CUDA_MODE_BF16;
-    constexpr bool WORDS = MODE == CUDA_MODE_UE8M0_128 || MODE == CUDA_MODE_UE8M0_32;
-    constexpr int BLOCK = MODE == CUDA_MODE_UE8M0_32 || MODE == CUDA_MODE_FP32_32 ? 32 : 128;
-    constexpr int STEPS = 128 / BLOCK;
-    uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    stream s = stream_of(run, p);
+    constexpr bool WORDS = G::WORDS;
+    constexpr int BLOCK = G::BLOCK;
+    constexpr int STEPS = BF16 ? 2 : 1;
+    constexpr int CHUNK_STEPS = G::CHUNK_UNITS * STEPS;
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
     // Where this lane's scales of W lie: the block-scaled mma's row, or both accumulator rows.
-    uint64_t panel_row = (uint64_t)(run.group_begin + p.g) * run.output_dim + p.d_begin +
-                         threadIdx.x / 32 / S::WARPS_K * CUDA_PANEL_ROWS;
-    if (s.panel == NULL)
-        panel_row = 0; // any row that exists: its products are zeros
+    uint64_t panel_row = (uint64_t)(run.group_begin + p.g) * run.output_dim +
+                         min(p.d_begin + warp / S::WARPS_K * CUDA_PANEL_ROWS,
+                             run.output_dim - CUDA_PANEL_ROWS); // beyond D products are zeros
     const uint8_t *scales_w[2] = {
         weight_scales(run, BLOCK, panel_row + (WORDS ? 8 * (lane & 1) + lane / 4 : g)),
         weight_scales(run, BLOCK, panel_row + g + 8),
     };
+    panel_scales<MODE> panel;
+    uint32_t block = p.begin * S::WARPS_K + warp % S::WARPS_K;
+    uint32_t block_last = run.reduced_dim / CUDA_K_BLOCK - 1;
+    panel.load(run, scales_w, min(block, block_last));
 
-    stager<NT, BLOCK> stage;
+    G stage;
     stage.start(table, run, p);
-    uint32_t activations = shared_address(smem.activations);
-    stage.copy_chunk(activations, run, p.begin * S::WARPS_K);
-    copy_async_commit();
-    stage.load_scales(run, p.begin * S::WARPS_K);
-    stage.template store_scales<WORDS>(smem.scales.words[0], smem.scales.floats[0]);
+    if (weights.waits) {
+        weights.waits = false;
+        wait_for_kernel_ahead();
+    }
+    stage.load_scales(p.begin * S::WARPS_K);
+    stage.load_chunk(smem.activations[0], p.begin * S::WARPS_K);
+    stage.store_scales(smem.scales[0]);
+    __syncthreads();
 
     uint32_t buffer = 0;
+    uint32_t slot = weights.slot; // copied first of all that are in flight
+    uint32_t ring = weights.ring;
 #pragma unroll 1
-    for (uint32_t chunk = p.begin; chunk < p.end; chunk += CHUNK_UNITS, buffer ^= 1) {
-        // This chunk has landed, and nobody reads the one before any more.
-        copy_async_wait<0>();
-        __syncthreads();
-        bool more = chunk + CHUNK_UNITS < p.end;
-        if (more) {
-            stage.copy_chunk(activations + (buffer ^ 1) * SMEM::CHUNK, run,
-                             (chunk + CHUNK_UNITS) * S::WARPS_K);
-            copy_async_commit();
-            stage.load_scales(run, (chunk + CHUNK_UNITS) * S::WARPS_K);
+    for (uint32_t chunk = p.begin; chunk < p.end; chunk += G::CHUNK_UNITS, buffer ^= 1) {
+        if (chunk != p.begin) {
+            // The chunk came with the first step of the one before, which nobody reads any more.
+            copy_async_wait<(CHUNK_STEPS < RING ? CHUNK_STEPS : RING) - 1>();
+            __syncthreads();
         }
-
-        uint32_t end = min(chunk + CHUNK_UNITS, p.end);
+        uint32_t next_block = (chunk + G::CHUNK_UNITS) * S::WARPS_K;
+        bool more = chunk + G::CHUNK_UNITS < p.end;
+        if (more) {
+            stage.copy_chunk(smem.activations[buffer ^ 1], next_block, table);
+            stage.load_scales(next_block);
+        }
+        uint32_t end = min(chunk + G::CHUNK_UNITS, p.end);
+        uint32_t pairs = shared_address(smem.activations) + buffer * CHUNK_BYTES +
+                         warp % S::WARPS_K * (S::TOKENS * CUDA_K_BLOCK);
+        const uint32_t *scales = smem.scales[buffer] + warp % S::WARPS_K * (G::SCALES * S::TOKENS);
 #pragma unroll 1
         for (uint32_t unit = chunk; unit < end; unit++) {
-            uint32_t block = unit * S::WARPS_K + s.block;
-            uint32_t block_in_chunk = block - chunk * S::WARPS_K;
-            uint32_t k_block = min(block, s.blocks - 1);
-            uint32_t pairs =
-                activations + buffer * SMEM::CHUNK + block_in_chunk * S::TOKENS * CUDA_K_BLOCK;
             auto b = [&](int n, int half) {
                 uint32_t piece16 = (half * 4 + lane / 8) ^ (lane % 8);
                 return load_matrices(pairs + (n * 8 + lane % 8) * CUDA_K_BLOCK + piece16 * 16);
             };
-            const float *floats = smem.scales.floats[buffer] + block_in_chunk * 4 * S::TOKENS;
-            const uint32_t *words = smem.scales.words[buffer] + block_in_chunk * S::TOKENS;
-
-            uint4 next[4];
-            if constexpr (!BF16) {
+            const float *floats = (const float *)scales;
+            panel_scales<MODE> now = panel;
+            block += S::WARPS_K;
+            panel.load(run, scales_w, min(block, block_last));
+            unrolled<STEPS>([&](auto half) {
+                copy_async_wait<RING - 1>();
+                uint4 w[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    w[i] = load_shared(ring + slot * STEP_BYTES + i * CUDA_FRAGMENT_BYTES);
+                slot = (slot + 1) % RING;
                 if constexpr (WORDS) {
-                    uint32_t word_w[1] = {weight_scale_word<BLOCK>(scales_w[0], k_block)};
-                    load_fragments<false>(next, s, unit + 1 < p.end ? unit + 1 : unit, 0);
                     uint32_t word_a[(NT + 3) / 4];
 #pragma unroll
                     for (int i = 0; i < (NT + 3) / 4; i++)
-                        word_a[i] = words[(i * 32 + 8 * t + g) % S::TOKENS];
+                        word_a[i] = scales[(i * 32 + 8 * t + g) % S::TOKENS];
                     mma_k128_ue8m0<1, NT, BLOCK>(
-                        acc, [&](int, int step) { return w[step]; }, b, word_w, word_a);
-                } else {
-                    float scale_w[2][STEPS];
-#pragma unroll
-                    for (int i = 0; i < STEPS; i++) {
-                        scale_w[0][i] =
-                            weight_scale(run.scales_fp32, scales_w[0], k_block * STEPS + i);
-                        scale_w[1][i] =
-                            weight_scale(run.scales_fp32, scales_w[1], k_block * STEPS + i);
-                    }
-                    load_fragments<false>(next, s, unit + 1 < p.end ? unit + 1 : unit, 0);
+                        acc, [&](int, int step) { return w[step]; }, b, now.word, word_a);
+                } else if constexpr (!BF16) {
                     auto scale = [&](int, int n, int i, int step) {
-                        step = BLOCK == 32 ? step : 0;
-                        return scale_w[i / 2][step] *
+                        return now.value[i / 2][step] *
                                floats[step * S::TOKENS + n * 8 + 2 * t + i % 2];
                     };
                     mma_k128_rescaled<1, NT, BLOCK>(
                         acc, [&](int, int step) { return w[step]; }, b, scale);
+                } else {
+                    auto scale = [&](int n, int i) { return floats[n * 8 + 2 * t + i % 2]; };
+                    mma_k64_bf16<1, NT>(
+                        acc, [&](int, int j) { return w[j]; }, [&](int n) { return b(n, half); },
+                        scale);
                 }
-            } else {
-                auto scale = [&](int n, int i) { return floats[n * 8 + 2 * t + i % 2]; };
-                load_fragments<true>(next, s, unit, 1);
-                mma_k64_bf16<1, NT>(
-                    acc, [&](int, int j) { return w[j]; }, [&](int n) { return b(n, 0); }, scale);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    w[i] = next[i];
-                load_fragments<true>(next, s, unit + 1 < p.end ? unit + 1 : unit, 0);
-                mma_k64_bf16<1, NT>(
-                    acc, [&](int, int j) { return w[j]; }, [&](int n) { return b(n, 1); }, scale);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                w[i] = next[i];
+                weights.copy_step(); // into the slot that was just read
+                copy_async_commit();
+            });
+            pairs += S::WARPS_K * S::TOKENS * CUDA_K_BLOCK;
+            scales += S::WARPS_K * G::SCALES * S::TOKENS;
         }
         if (more)
-            stage.template store_scales<WORDS>(smem.scales.words[buffer ^ 1],
-                                               smem.scales.floats[buffer ^ 1]);
+            stage.store_scales(smem.scales[buffer ^ 1]);
     }
     return stage.wide;
 }
@@ -337,8 +401,8 @@ __device__ inline uint32_t worker_of(uint32_t unit, uint32_t units, uint32_t wor
 }
 
 // Sums up the block's warps, then the workers that share the tile, and stores the result.
-template <int NT, class SMEM>
-__device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, SMEM &smem,
+template <int NT>
+__device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, decode_smem &smem,
                                        const cuda_table *table, const cuda_run &run, const piece &p,
                                        float *partials, uint32_t partial_floats, uint32_t *counters)
 {
@@ -346,8 +410,6 @@ __device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, SMEM &
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const cuda_row *rows =
         (const cuda_row *)((const uint8_t *)table + table->rows_offset) + run.row_begin;
-    wide |= threadIdx.x < S::ROWS && p.d_begin + threadIdx.x < run.output_dim &&
-            weight_is_wide(run, p.g, p.d_begin + threadIdx.x);
     bool tile_wide = __syncthreads_or(wide); // and the activations are free to be written over
 
     // tile[token][part of R][row]
@@ -412,35 +474,33 @@ __device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, SMEM &
     store_tile(run, rows, run.rows, p.g, p.d_begin, S::ROWS, smem.tile, TILE_STRIDE);
 }
 
-template <int NT, class SMEM>
-__device__ __forceinline__ bool accumulate_any(float (&acc)[1][NT][4], uint4 (&w)[4], SMEM &smem,
-                                               const cuda_table *table, const cuda_run &run,
-                                               const piece &p)
+template <int NT>
+__device__ __forceinline__ bool accumulate_any(float (&acc)[1][NT][4], stream &weights,
+                                               decode_smem &smem, const cuda_table *table,
+                                               const cuda_run &run, const piece &p)
 {
     switch (run.mode) {
     case CUDA_MODE_UE8M0_128:
-        return accumulate<NT, CUDA_MODE_UE8M0_128>(acc, w, smem, table, run, p);
+        return accumulate<NT, CUDA_MODE_UE8M0_128>(acc, weights, smem, table, run, p);
     case CUDA_MODE_UE8M0_32:
-        return accumulate<NT, CUDA_MODE_UE8M0_32>(acc, w, smem, table, run, p);
+        return accumulate<NT, CUDA_MODE_UE8M0_32>(acc, weights, smem, table, run, p);
     case CUDA_MODE_FP32_128:
-        return accumulate<NT, CUDA_MODE_FP32_128>(acc, w, smem, table, run, p);
+        return accumulate<NT, CUDA_MODE_FP32_128>(acc, weights, smem, table, run, p);
     case CUDA_MODE_FP32_32:
-        return accumulate<NT, CUDA_MODE_FP32_32>(acc, w, smem, table, run, p);
+        return accumulate<NT, CUDA_MODE_FP32_32>(acc, weights, smem, table, run, p);
     default:
-        return accumulate<NT, CUDA_MODE_BF16>(acc, w, smem, table, run, p);
+        return accumulate<NT, CUDA_MODE_BF16>(acc, weights, smem, table, run, p);
     }
 }
 
 // For runs of up to 8*NT tokens: code for those of up to 8, and for the rest.
 template <int NT>
-__global__ void __launch_bounds__(THREADS, NT <= 2   ? 3
-                                           : NT == 4 ? 2
-                                                     : 1)
+__global__ void __launch_bounds__(THREADS, 2)
     decode_kernel(const cuda_table *__restrict__ table, float *partials, uint32_t partial_floats,
-                  uint32_t *counters, uint32_t prefetch_bytes)
+                  uint32_t *counters)
 {
     extern __shared__ __align__(128) uint8_t shared_memory[];
-    auto &smem = *(decode_smem<NT> *)shared_memory;
+    decode_smem &smem = *(decode_smem *)shared_memory;
     let_next_kernel_start();
 
     // ---- this worker's units
@@ -453,39 +513,36 @@ __global__ void __launch_bounds__(THREADS, NT <= 2   ? 3
     uint32_t end = (uint32_t)((uint64_t)units * (blockIdx.x + 1) / workers);
 
     // ---- weights before the wait: they do not depend on the kernel ahead
-    uint4 w[4];
-    piece p = locate(table, unit, end);
-    begin(w, table->runs[p.run], p, prefetch_bytes);
-    wait_for_kernel_ahead();
+    stream weights;
+    weights.start(table, unit, end, smem);
+#pragma unroll 1
+    for (int i = 0; i < RING; i++) {
+        weights.copy_step();
+        copy_async_commit();
+    }
 
-    while (true) {
+#pragma unroll 1
+    while (unit < end) {
+        piece p = locate(table, unit, end);
         const cuda_run &run = table->runs[p.run];
-        piece now = p;
-        bool few = NT == 1 || run.warps_k == shape<1>::WARPS_K;
-        float acc[1][NT][4] = {};
-        float acc_few[1][1][4] = {};
-        bool wide;
-        if (few)
-            wide = accumulate_any<1>(acc_few, w, smem, table, run, now);
-        else
-            wide = accumulate_any<NT>(acc, w, smem, table, run, now);
-
-        // ---- the next tile's weights travel while this one is finished
-        unit = now.tile_begin + now.end;
-        bool more = unit < end;
-        if (more) {
-            p = locate(table, unit, end);
-            begin(w, table->runs[p.run], p, prefetch_bytes);
+        bool wide = threadIdx.x < WARPS * CUDA_PANEL_ROWS / run.warps_k &&
+                    p.d_begin + threadIdx.x < run.output_dim &&
+                    weight_is_wide(run, p.g, p.d_begin + threadIdx.x);
+        if (NT == 1 || run.rows <= 8) {
+            float acc[1][1][4] = {};
+            wide |= accumulate_any<1>(acc, weights, smem, table, run, p);
+            finish<1>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
+        } else {
+            float acc[1][NT][4] = {};
+            wide |= accumulate_any<NT>(acc, weights, smem, table, run, p);
+            finish<NT>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
         }
-        if (few)
-            finish<1>(acc_few, wide, smem, table, run, now, partials, partial_floats, counters);
-        else
-            finish<NT>(acc, wide, smem, table, run, now, partials, partial_floats, counters);
-        if (!more)
-            return;
+        unit = p.tile_begin + p.end;
         __syncthreads(); // the tile is stored; activations may come
     }
 }
+
+} // namespace
 
 // ---- host
 
@@ -497,37 +554,27 @@ static const void *kernel_of(uint32_t tokens)
                           : (const void *)decode_kernel<8>;
 }
 
-static uint32_t smem_of(uint32_t tokens)
-{
-    return tokens <= 8    ? sizeof(decode_smem<1>)
-           : tokens <= 16 ? sizeof(decode_smem<2>)
-           : tokens <= 32 ? sizeof(decode_smem<4>)
-                          : sizeof(decode_smem<8>);
-}
-
-static_assert(sizeof(decode_smem<8>) <= CUDA_SMEM_BYTES_MAX, "SM 12.0 has no more");
-
 extern "C" cudaError_t cuda_decode_init(struct cuda_bucket *bucket, int sm_count)
 {
     uint32_t tokens = bucket->decode_tokens;
     cudaError_t error = cudaFuncSetAttribute(
-        kernel_of(tokens), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_of(tokens));
+        kernel_of(tokens), cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(decode_smem));
     int blocks = 0;
     if (error == cudaSuccess)
         error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel_of(tokens), THREADS,
-                                                              smem_of(tokens));
+                                                              sizeof(decode_smem));
     if (error != cudaSuccess)
         return error;
-    // Two keep the memory busy; a third place is left to the kernel that follows.
-    bucket->decode_workers = (uint32_t)(sm_count * (blocks > 2 ? 2 : blocks));
-    bucket->prefetch_bytes = 1 << 20;
+    // One keeps the memory busy; where there is room for two, the second place is the next
+    // kernel's.
+    bucket->decode_workers = (uint32_t)sm_count;
     return cudaSuccess;
 }
 
 static uint32_t partial_floats_of(const struct cuda_bucket *bucket)
 {
-    uint32_t tile = bucket->decode_tokens * CUDA_DECODE_WARPS * CUDA_PANEL_ROWS;
-    return bucket->decode_tokens <= 8 ? tile / 4 : bucket->decode_tokens <= 16 ? tile / 2 : tile;
+    uint32_t tokens = bucket->decode_tokens;
+    return tokens * (tokens <= 16 ? shape<2>::ROWS : shape<8>::ROWS);
 }
 
 extern "C" uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket)
@@ -544,8 +591,7 @@ extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
     uint64_t counters_bytes = ((uint64_t)bucket->decode_workers * 4 + 255) / 256 * 256;
     float *partials = (float *)((uint8_t *)workspace + counters_bytes);
     uint32_t partial_floats = partial_floats_of(bucket);
-    uint32_t prefetch_bytes = bucket->prefetch_bytes;
-    void *arguments[] = {&table, &partials, &partial_floats, &counters, &prefetch_bytes};
+    void *arguments[] = {&table, &partials, &partial_floats, &counters};
 
     cudaLaunchAttribute serialization = {};
     serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -553,7 +599,7 @@ extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(bucket->decode_workers);
     config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = smem_of(bucket->decode_tokens);
+    config.dynamicSmemBytes = sizeof(decode_smem);
     config.stream = stream;
     config.attrs = &serialization;
     config.numAttrs = 1;

@@ -15,7 +15,6 @@
 #pragma once
 
 #include <stdint.h>
-#include <string.h>
 
 #if defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
 #if __CUDA_ARCH_FAMILY_SPECIFIC__ >= 1200 && __CUDA_ARCH_FAMILY_SPECIFIC__ < 1300
@@ -112,31 +111,33 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], uint4 a, uint32_t b0, ui
 #if MMA_BLOCK_SCALED
 struct w_operand {
     uint4 raw;
-    __device__ __forceinline__ w_operand(uint4 w) : raw(w)
-    {
-    }
 };
 struct a_operand {
     uint32_t x, y;
-    __device__ __forceinline__ a_operand(uint32_t b0, uint32_t b1) : x(b0), y(b1)
-    {
-    }
 };
+__device__ __forceinline__ w_operand w_operand_of(uint4 w)
+{
+    return {w};
+}
+__device__ __forceinline__ a_operand a_operand_of(uint32_t b0, uint32_t b1)
+{
+    return {b0, b1};
+}
 #else
 struct w_operand {
     pairs x, y, z, w;
-    __device__ __forceinline__ w_operand(uint4 raw)
-        : x(e4m3_to_f16(raw.x)), y(e4m3_to_f16(raw.y)), z(e4m3_to_f16(raw.z)), w(e4m3_to_f16(raw.w))
-    {
-    }
 };
 struct a_operand {
     pairs x, y;
-    __device__ __forceinline__ a_operand(uint32_t b0, uint32_t b1)
-        : x(e4m3_to_f16(b0)), y(e4m3_to_f16(b1))
-    {
-    }
 };
+__device__ __forceinline__ w_operand w_operand_of(uint4 w)
+{
+    return {e4m3_to_f16(w.x), e4m3_to_f16(w.y), e4m3_to_f16(w.z), e4m3_to_f16(w.w)};
+}
+__device__ __forceinline__ a_operand a_operand_of(uint32_t b0, uint32_t b1)
+{
+    return {e4m3_to_f16(b0), e4m3_to_f16(b1)};
+}
 #endif
 
 // Unscaled products of K = 32. Which k an F16 product calls first does not matter, as long as both
@@ -144,7 +145,8 @@ struct a_operand {
 __device__ __forceinline__ void mma_unscaled(float (&d)[4], const w_operand &w, const a_operand &a)
 {
 #if MMA_BLOCK_SCALED
-    mma_scaled<0, 0, 0, 0>(d, w.raw, a.x, a.y, UE8M0_ONES, UE8M0_ONES); // twice the plain one's rate
+    mma_scaled<0, 0, 0, 0>(d, w.raw, a.x, a.y, UE8M0_ONES,
+                           UE8M0_ONES); // twice the plain one's rate
 #else
     mma_f16(d, w.x.low, w.y.low, w.x.high, w.y.high, a.x.low, a.x.high);
     mma_f16(d, w.z.low, w.w.low, w.z.high, w.w.high, a.y.low, a.y.high);
@@ -158,32 +160,30 @@ template <int MT, int NT, class W, class B, class P>
 __device__ __forceinline__ void for_k128(W w, B b, P product)
 {
     unrolled<2>([&](auto half) {
-        uint4 bs[NT];
-        unrolled<NT>([&](auto n) { bs[n] = b(n, half); });
-        unrolled<2>([&](auto odd) {
-            constexpr constant<2 * decltype(half)::value + decltype(odd)::value> step;
-            if constexpr (MT == 1) {
-                w_operand ws(w(0, step));
-                unrolled<NT>([&](auto n) {
-                    a_operand as(odd ? bs[n].z : bs[n].x, odd ? bs[n].w : bs[n].y);
-                    product(constant<0>{}, n, step, ws, as);
-                });
-            } else {
-                uint4 packed[NT]; // four words of F16, or two of E4M3, for each token tile
-                unrolled<NT>([&](auto n) {
-                    a_operand as(odd ? bs[n].z : bs[n].x, odd ? bs[n].w : bs[n].y);
-                    memcpy(&packed[n], &as, sizeof as);
-                });
+        constexpr constant<2 * decltype(half)::value> even;
+        constexpr constant<2 * decltype(half)::value + 1> odd;
+        if constexpr (MT == 1) { // W is what repeats
+            w_operand w_even = w_operand_of(w(0, even)), w_odd = w_operand_of(w(0, odd));
+            unrolled<NT>([&](auto n) {
+                uint4 bs = b(n, half);
+                product(constant<0>{}, n, even, w_even, a_operand_of(bs.x, bs.y));
+                product(constant<0>{}, n, odd, w_odd, a_operand_of(bs.z, bs.w));
+            });
+        } else {
+            uint4 bs[NT];
+            unrolled<NT>([&](auto n) { bs[n] = b(n, half); });
+            a_operand as[NT];
+            auto products = [&](auto step) {
                 unrolled<MT>([&](auto m) {
-                    w_operand ws(w(m, step));
-                    unrolled<NT>([&](auto n) {
-                        a_operand as(0, 0);
-                        memcpy(&as, &packed[n], sizeof as);
-                        product(m, n, step, ws, as);
-                    });
+                    w_operand ws = w_operand_of(w(m, step));
+                    unrolled<NT>([&](auto n) { product(m, n, step, ws, as[n]); });
                 });
-            }
-        });
+            };
+            unrolled<NT>([&](auto n) { as[n] = a_operand_of(bs[n].x, bs[n].y); });
+            products(even);
+            unrolled<NT>([&](auto n) { as[n] = a_operand_of(bs[n].z, bs[n].w); });
+            products(odd);
+        }
     });
 }
 
@@ -193,16 +193,17 @@ template <int MT, int NT, int BLOCK, class W, class B, class S>
 __device__ __forceinline__ void mma_k128_rescaled(float (&acc)[MT][NT][4], W w, B b, S scale)
 {
     float sum[MT][NT][4] = {};
-    for_k128<MT, NT>(w, b, [&](auto m, auto n, auto step, const w_operand &ws, const a_operand &as) {
-        mma_unscaled(sum[m][n], ws, as);
-        if constexpr (BLOCK == 32) {
+    for_k128<MT, NT>(
+        w, b, [&](auto m, auto n, auto step, const w_operand &ws, const a_operand &as) {
+            mma_unscaled(sum[m][n], ws, as);
+            if constexpr (BLOCK == 32) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                acc[m][n][i] = fmaf(sum[m][n][i], scale(m, n, i, step), acc[m][n][i]);
-                sum[m][n][i] = 0;
+                for (int i = 0; i < 4; i++) {
+                    acc[m][n][i] = fmaf(sum[m][n][i], scale(m, n, i, step), acc[m][n][i]);
+                    sum[m][n][i] = 0;
+                }
             }
-        }
-    });
+        });
     if constexpr (BLOCK == 128)
         unrolled<MT>([&](auto m) {
             unrolled<NT>([&](auto n) {
@@ -220,12 +221,13 @@ __device__ __forceinline__ void mma_k128_ue8m0(float (&acc)[MT][NT][4], W w, B b
                                                const uint32_t (&scale_a)[(NT + 3) / 4])
 {
 #if MMA_BLOCK_SCALED
-    for_k128<MT, NT>(w, b, [&](auto m, auto n, auto step, const w_operand &ws, const a_operand &as) {
-        constexpr int s = decltype(step)::value;
-        constexpr int tid_w = decltype(m)::value % 2, tid_a = decltype(n)::value % 4;
-        mma_scaled<s, tid_w, s, tid_a>(acc[m][n], ws.raw, as.x, as.y, scale_w[m / 2],
-                                       scale_a[n / 4]);
-    });
+    for_k128<MT, NT>(
+        w, b, [&](auto m, auto n, auto step, const w_operand &ws, const a_operand &as) {
+            constexpr int s = decltype(step)::value;
+            constexpr int tid_w = decltype(m)::value % 2, tid_a = decltype(n)::value % 4;
+            mma_scaled<s, tid_w, s, tid_a>(acc[m][n], ws.raw, as.x, as.y, scale_w[m / 2],
+                                           scale_a[n / 4]);
+        });
 #else
     constexpr uint32_t ALL = 0xFFFFFFFF;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -262,10 +264,7 @@ __device__ __forceinline__ void mma_k64_bf16(float (&acc)[MT][NT][4], W w, B b, 
     unrolled<4>([&](auto j) {
         pairs as[NT];
         unrolled<NT>([&](auto n) {
-            as[n] = e4m3_to_bf16(j == 0   ? bs[n].x
-                                 : j == 1 ? bs[n].y
-                                 : j == 2 ? bs[n].z
-                                          : bs[n].w);
+            as[n] = e4m3_to_bf16(j == 0 ? bs[n].x : j == 1 ? bs[n].y : j == 2 ? bs[n].z : bs[n].w);
         });
         unrolled<MT>([&](auto m) {
             uint4 ws = w(m, j);

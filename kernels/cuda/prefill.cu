@@ -142,7 +142,8 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
     uint32_t warp_row = warp_m * (MT * CUDA_PANEL_ROWS);
     // The last tile's rows beyond D have zero products; any scale that exists will do.
     uint64_t row_last = tile_row + panels * CUDA_PANEL_ROWS - 1;
-    const uint8_t *scales_w[2 * MT];
+    const uint8_t *scales_w = weight_scales(run, BLOCK, tile_row);
+    uint32_t scales_at[2 * MT]; // from there
 #pragma unroll
     for (int i = 0; i < 2 * MT; i++) {
         uint64_t row = tile_row + warp_row;
@@ -150,7 +151,8 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
             row += 32 * i + 16 * (lane / 2 % 2) + 8 * (lane % 2) + lane / 4;
         else
             row += 8 * i + g;
-        scales_w[i] = weight_scales(run, BLOCK, row < row_last ? row : row_last);
+        scales_at[i] =
+            (uint32_t)(weight_scales(run, BLOCK, row < row_last ? row : row_last) - scales_w);
     }
 
     copy_stage(0);
@@ -193,8 +195,8 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
         };
         uint32_t token = warp_n * (NT * 8);
         if constexpr (WORDS) {
-            uint32_t word_w[2] = {weight_scale_word<BLOCK>(scales_w[0], block),
-                                  weight_scale_word<BLOCK>(scales_w[1], block)};
+            uint32_t word_w[2] = {weight_scale_word<BLOCK>(scales_w + scales_at[0], block),
+                                  weight_scale_word<BLOCK>(scales_w + scales_at[1], block)};
             uint32_t word_a[1] = {smem.scales.words[token + 8 * t + g]};
             mma_k128_ue8m0<MT, NT, BLOCK>(acc, w, b, word_w, word_a);
         } else {
@@ -205,8 +207,8 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
                 for (int i = 0; i < 2 * MT; i++)
 #pragma unroll
                     for (int j = 0; j < STEPS; j++)
-                        scale_w[i][j] =
-                            weight_scale(run.scales_fp32, scales_w[i], block * STEPS + j);
+                        scale_w[i][j] = weight_scale(run.scales_fp32, scales_w + scales_at[i],
+                                                     block * STEPS + j);
                 auto scale = [&](int m, int n, int i, int step) {
                     step = BLOCK == 32 ? step : 0;
                     return scale_w[2 * m + i / 2][step] * floats[step * TOKENS + n * 8 + i % 2];

@@ -157,19 +157,12 @@ static void table_of(const char *name, const model &m, std::vector<uint32_t> cou
 // Settings beside the defaults.
 static void tune(const model &m)
 {
-    for (uint32_t t : {1u, 16u, 32u, 64u})
-        for (uint32_t prefetch : {0u, 16384u, 65536u, 1u << 20}) {
-            for (uint32_t halves : {1u, 2u, 3u, 4u}) {
-                cuda_bucket bucket = bucket_for(t);
-                uint32_t workers = bucket.decode_workers * halves / 2;
-                if (halves == 2 || (prefetch == 65536u)) {
-                    bucket.decode_workers = workers;
-                    bucket.prefetch_bytes = prefetch;
-                    row("prefetch " + std::to_string(prefetch) + " workers " +
-                            std::to_string(workers),
-                        t, measure(m, bucket, t, false), m.bytes, operations(m, t));
-                }
-            }
+    for (uint32_t t : {1u, 16u, 64u})
+        for (uint32_t workers : {112u, 120u, 124u, 128u, 132u}) {
+            cuda_bucket bucket = bucket_for(t);
+            bucket.decode_workers = workers;
+            row("workers " + std::to_string(workers), t, measure(m, bucket, t, false), m.bytes,
+                operations(m, t));
         }
     for (uint32_t t : {64u, 128u, 256u}) {
         cuda_bucket bucket = bucket_for(256);
