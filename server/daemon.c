@@ -92,8 +92,7 @@ NODISCARD static enum status open_engine(struct daemon *daemon, struct error *er
     struct config *config = daemon->config;
     const struct engine_ops *ops = engine_find(config->engine);
     if (!ops)
-        return error_field(err, STATUS_UNIMPLEMENTED, "engine",
-                           "\"%s\" is not part of this build, which has \"cpu\" and \"null\"",
+        return error_field(err, STATUS_UNIMPLEMENTED, "engine", "\"%s\" is not part of this build",
                            config->engine);
     if (config->lanes == 0)
         config->lanes = ops->lanes_default;
@@ -119,6 +118,8 @@ NODISCARD static enum status open_engine(struct daemon *daemon, struct error *er
     LOG(INFO, "engine", LOG_STR("name", ops->name), LOG_STR("device", info.device),
         LOG_STR("kernel", info.kernel), LOG_U64("threads", info.threads),
         LOG_U64("scratch_bytes", info.scratch_bytes));
+    if (strcmp(config->engine, "auto") == 0 && engine_auto_note())
+        LOG(INFO, "no GPU is used", LOG_STR("reason", engine_auto_note()));
     return STATUS_OK;
 }
 

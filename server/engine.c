@@ -7,17 +7,31 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-// Best first: "auto" is the first one that computes.
-static const struct engine_ops *const engines[] = {&engine_cpu, &engine_null};
+// Best first: "auto" is the first one that can be used, and the CPU always can.
+static const struct engine_ops *const engines[] = {
+#ifdef EINSUMD_CUDA
+    &engine_cuda,
+#endif
+    &engine_cpu,
+    &engine_null,
+};
 
 const struct engine_ops *engine_find(const char *name)
 {
-    if (strcmp(name, "auto") == 0)
-        return engines[0];
+    bool any = strcmp(name, "auto") == 0;
     for (size_t i = 0; i < ARRAY_LEN(engines); i++)
-        if (strcmp(name, engines[i]->name) == 0)
+        if (any ? !engines[i]->usable || engines[i]->usable() : strcmp(name, engines[i]->name) == 0)
             return engines[i];
     return NULL;
+}
+
+const char *engine_auto_note(void)
+{
+#ifdef EINSUMD_CUDA
+    return engine_cuda.usable() ? NULL : "no CUDA device is at hand";
+#else
+    return "this build has no CUDA engine";
+#endif
 }
 
 // Kernels since 5.14 populate a range at once, and say so when they cannot: a fault would kill.

@@ -4,7 +4,8 @@
 //     open -> weight_load ... -> { submit lane -> poll lane until done } ... -> weight_free -> close
 //
 // A batch is submitted on a lane and runs asynchronously; lanes may overlap. The engine calls
-// options.wake from any of its threads when a lane may be done; the scheduler then polls. An engine
+// options.wake from any of its threads when a lane may be done, unless it is polled; the scheduler
+// then polls. An engine
 // never fails a submit: what goes wrong is in the result of the poll.
 #pragma once
 
@@ -72,6 +73,9 @@ struct engine_info {
 struct engine_ops {
     const char *name;
     uint32_t lanes_default; // batches in flight that keep the device busy
+    // Nobody calls wake: the scheduler polls busy lanes in a loop, which saves a wake-up.
+    bool polled;
+    bool (*usable)(void); // whether this machine has such a device; NULL: always
     NODISCARD enum status (*open)(const struct engine_options *options, struct engine **engine,
                                   struct error *err);
     void (*close)(struct engine *engine); // nothing in flight, no weight left
@@ -97,11 +101,15 @@ struct engine_ops {
 };
 
 extern const struct engine_ops engine_cpu;
-extern const struct engine_ops
-    engine_null; // answers zeros without computing: measures everything else
+extern const struct engine_ops engine_cuda; // in builds with CUDA
+// Answers zeros without computing: measures everything else.
+extern const struct engine_ops engine_null;
 
-// By config name ("auto", "cpu", "null"): NULL if this build has no such engine.
+// By config name: "cuda", "cpu", "null", or "auto" for the best that this machine can use. NULL if this
+// build has no such engine.
 const struct engine_ops *engine_find(const char *name);
+// Why "auto" is not a GPU here; NULL if it is.
+const char *engine_auto_note(void);
 
 // Host memory for engines whose device is the host: page-aligned, zero, in huge pages where there
 // are any, and touched. RESOURCE_EXHAUSTED.

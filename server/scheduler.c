@@ -6,7 +6,8 @@
 // Launching comes before answering so that the device does not wait for replies.
 //
 // It sleeps on one word, the waker, and so cannot miss a wake: every turn begins by clearing the
-// word, every waker sets it after its change, and sleeping is refused while it is set.
+// word, every waker sets it after its change, and sleeping is refused while it is set. While lanes of
+// a polled engine are busy it does not sleep at first, and then only in naps.
 #include "batch_internal.h"
 
 #include <signal.h>
@@ -15,6 +16,10 @@
 #include "futex.h"
 
 enum waker_word { WAKER_CLEAR, WAKER_SET, WAKER_SLEEPING };
+
+// Of a polled engine: batches that end soon are waited for without sleeping; longer ones are looked
+// at so often that it does not matter.
+enum { POLL_SPIN_NS = 200000, POLL_NAP_NS = 50000 };
 
 void batcher_wake(void *context)
 {
@@ -147,6 +152,7 @@ static void batch_submit(struct batcher *batcher, struct batch *batch)
         lane++;
     ASSERT(lane < batcher->options.lanes);
     batcher->lanes[lane] = batch;
+    batcher->launched_last_ns = batch->launched_ns;
     batcher->options.ops->submit(batcher->options.engine, lane, &batch->launch);
 }
 
@@ -275,6 +281,14 @@ static void batch_answer(struct batch *batch)
 
 // --- the thread
 
+static bool any_lane_busy(const struct batcher *batcher)
+{
+    for (uint32_t lane = 0; lane < batcher->options.lanes; lane++)
+        if (batcher->lanes[lane])
+            return true;
+    return false;
+}
+
 // False when the thread is to end.
 static bool sleep_until_needed(struct batcher *batcher)
 {
@@ -289,6 +303,12 @@ static bool sleep_until_needed(struct batcher *batcher)
         return false;
     if (launch_at_ns <= now)
         return true;
+    if (batcher->options.ops->polled && any_lane_busy(batcher)) {
+        if (now - batcher->launched_last_ns < POLL_SPIN_NS)
+            return true;
+        if (launch_at_ns > now + POLL_NAP_NS)
+            launch_at_ns = now + POLL_NAP_NS;
+    }
 
     waker_sleep(batcher->waker, launch_at_ns);
     pthread_mutex_lock(&batcher->lock);

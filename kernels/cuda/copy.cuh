@@ -4,16 +4,6 @@
 
 #include <stdint.h>
 
-// Weights pass once: straight to registers, past L1.
-__device__ inline uint4 load_stream(const void *from)
-{
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
-    return v;
-}
-
 __device__ inline uint32_t shared_address(const void *at)
 {
     return (uint32_t)__cvta_generic_to_shared(at);
@@ -57,12 +47,9 @@ __device__ inline uint4 load_matrices(uint32_t from)
     return v;
 }
 
-// `bytes` a multiple of 16, `from` aligned to 16.
-__device__ inline void prefetch_l2(const void *from, uint32_t bytes)
+__device__ inline void prefetch_line(const void *from)
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 
 // The next kernel in the stream may start as soon as every block has come here.

@@ -7,8 +7,9 @@
 //
 // A warp copies its fragments into a ring of its own, RING steps ahead and on into the next tile, and
 // reads back only what its own lanes copied: no barrier guards the weights. The first RING steps
-// are on their way before the kernel ahead in the stream has ended, which hides its tail and this
-// one's start. Warps meet only at the edges of a chunk, for the tokens' activations.
+// are on their way before the kernel ahead in the stream has ended, and more are called into L2, which
+// hides its tail and this one's start. A ninth warp brings the tokens' activations and scales, a
+// chunk ahead; all meet at the edges of chunks.
 //
 // Where a tile falls to several workers each leaves its sum in the workspace and the last to arrive adds
 // them up, in the workers' order, so that a result does not depend on timing.
@@ -24,7 +25,7 @@ namespace
 
 enum {
     WARPS = CUDA_DECODE_WARPS,
-    THREADS = WARPS * 32,
+    THREADS = (WARPS + 1) * 32,           // the last one brings activations
     STEP_BYTES = 4 * CUDA_FRAGMENT_BYTES, // of a warp: K = 128 of E4M3, K = 64 of BF16
     RING = 4,
     RING_BYTES = WARPS * RING * STEP_BYTES,
@@ -38,7 +39,7 @@ enum {
 // How a run of up to 8*NT tokens is cut; WARPS_K as warps_k() of table.c.
 template <int NT> struct shape {
     static constexpr int TOKENS = 8 * NT;
-    static constexpr int WARPS_K = NT <= 2 ? 2 : 1;
+    static constexpr int WARPS_K = NT <= 4 ? 2 : 1;
     static constexpr int ROWS = WARPS / WARPS_K * CUDA_PANEL_ROWS;
 };
 
@@ -53,6 +54,7 @@ struct decode_smem {
         };
         float tile[CUDA_DECODE_TOKENS_MAX * TILE_STRIDE]; // [token][TILE_STRIDE]
     };
+    const uint8_t *tokens[CUDA_DECODE_TOKENS_MAX]; // their activations; NULL: none
     uint32_t arrivals;
 };
 static_assert(sizeof(decode_smem) <= CUDA_SMEM_BYTES_MAX, "SM 12.0 has no more");
@@ -100,7 +102,6 @@ struct stream {
     bool bf16;
     uint32_t unit, end;  // after this piece, of the worker
     uint32_t slot, ring; // the next; address of the warp's
-    bool waits;          // the kernel ahead has not been waited for
 
     __device__ __forceinline__ void open()
     {
@@ -131,9 +132,23 @@ struct stream {
         unit = begin;
         end = to;
         slot = 0;
-        waits = true;
         ring = shared_address(smem.ring[threadIdx.x / 32]) + threadIdx.x % 32 * 16;
         open();
+    }
+
+    // Calls up to `steps` more of this piece into L2, two steps of lines at a time.
+    __device__ __forceinline__ void prefetch(uint32_t steps) const
+    {
+        uint32_t lane = threadIdx.x % 32;
+        steps = min(steps, valid);
+        const uint8_t *line = from - lane * 16 + lane % 16 * 128;
+        for (uint32_t i = lane / 16; i < steps; i += 2) {
+            uint32_t h = half + i; // BF16: alternates between a unit's halves
+            uint64_t offset =
+                bf16 ? (uint64_t)(h / 2) * stride + h % 2 * STEP_BYTES - half * STEP_BYTES
+                     : (uint64_t)i * stride;
+            prefetch_line(line + offset);
+        }
     }
 
     // One step into the slot that was read last. Commits nothing.
@@ -161,106 +176,84 @@ struct stream {
     }
 };
 
-// Activations and their scales on the way to shared memory, chunk by chunk. A thread copies the same
-// one or two tokens in every block, and looks after the scales of one pair (block, token).
-template <int NT, int MODE> struct stager {
+// The ninth warp: activations and their scales on the way to shared memory, chunk by chunk.
+template <int NT, int MODE> struct helper {
     using S = shape<NT>;
     static constexpr bool WORDS = MODE == CUDA_MODE_UE8M0_128 || MODE == CUDA_MODE_UE8M0_32;
     static constexpr int BLOCK = MODE == CUDA_MODE_UE8M0_32 || MODE == CUDA_MODE_FP32_32 ? 32 : 128;
-    // Four floats to a pair need the room of two chunks' words.
+    // Four floats to a pair (block, token) need the room of two chunks' words.
     static constexpr int PAIRS = MODE == CUDA_MODE_FP32_32 ? CHUNK_PAIRS / 2 : CHUNK_PAIRS;
     static constexpr int CHUNK_BLOCKS = PAIRS / S::TOKENS; // of K = 128
     static constexpr int CHUNK_UNITS = CHUNK_BLOCKS / S::WARPS_K;
-    static constexpr int COPIES = PAIRS * 8 / THREADS; // of 16 bytes, by a thread
-    static constexpr int SCALES = WORDS || BLOCK == 128 ? 1 : 4;
-    static constexpr int COPY_TOKENS = S::TOKENS > THREADS / 8 ? S::TOKENS / (THREADS / 8) : 1;
-    static_assert(CHUNK_UNITS >= 1 && PAIRS <= THREADS && COPIES >= COPY_TOKENS, "");
+    static constexpr int SCALES = WORDS || BLOCK == 128 ? 1 : 4; // of a pair
+    static_assert(CHUNK_UNITS >= 1, "");
 
-    const uint8_t *from[COPY_TOKENS]; // NULL: no such token
-    token_scales pair;                // at NULL: no such token
-    scales_in_flight<BLOCK> pending;
-    uint32_t blocks;
+    const cuda_row *rows;
+    uint32_t tokens, g, blocks;
     bool wide;
 
     __device__ __forceinline__ void start(const cuda_table *table, const cuda_run &run,
-                                          const piece &p)
+                                          const piece &p, decode_smem &smem)
     {
-        const cuda_row *rows =
-            (const cuda_row *)((const uint8_t *)table + table->rows_offset) + run.row_begin;
+        rows = (const cuda_row *)((const uint8_t *)table + table->rows_offset) + run.row_begin;
+        tokens = run.rows;
+        g = p.g;
         blocks = run.reduced_dim / CUDA_K_BLOCK;
         wide = false;
+        for (uint32_t token = threadIdx.x % 32; token < S::TOKENS; token += 32)
+            smem.tokens[token] =
+                token < tokens ? (const uint8_t *)rows[token].activations +
+                                     (uint64_t)g * rows[token].activation_group * run.reduced_dim
+                               : NULL;
+        __syncwarp();
+    }
+
+    // Complete on return, for this warp.
+    __device__ __forceinline__ void bring(decode_smem &smem, uint32_t buffer, uint32_t first_block,
+                                          const void *anywhere)
+    {
+        constexpr int MINE = PAIRS / 32;
+        uint32_t lane = threadIdx.x % 32;
+        scales_in_flight<BLOCK> pending[MINE];
+        uint32_t fp32 = 0; // a bit for each
 #pragma unroll
-        for (int i = 0; i < COPY_TOKENS; i++) {
-            uint32_t token = (threadIdx.x / 8 + i * (THREADS / 8)) % S::TOKENS;
-            from[i] = NULL;
-            if (token < run.rows)
-                from[i] = (const uint8_t *)rows[token].activations +
-                          (uint64_t)p.g * rows[token].activation_group * run.reduced_dim +
-                          threadIdx.x % 8 * 16;
+        for (int i = 0; i < MINE; i++) {
+            uint32_t pair = i * 32 + lane, token = pair % S::TOKENS;
+            uint32_t block = first_block + pair / S::TOKENS;
+            bool valid = token < tokens && block < blocks;
+            token_scales scales = scales_of(rows[valid ? token : 0], g);
+            if (valid)
+                pending[i].load(scales, block);
+            else
+                pending[i].load_one(scales.fp32);
+            fp32 |= (uint32_t)scales.fp32 << i;
         }
-        uint32_t token = threadIdx.x % S::TOKENS;
-        pair = {};
-        if (token < run.rows)
-            pair = scales_of(rows[token], p.g);
-    }
-
-    // Calls copy(offset in the chunk, source or NULL) for this thread's share of a chunk.
-    template <class C> __device__ __forceinline__ void for_pieces(uint32_t first_block, C copy)
-    {
+        uint32_t base = shared_address(smem.activations[buffer]);
+#pragma unroll 4
+        for (uint32_t i = lane / 8; i < PAIRS; i += 4) {
+            uint32_t token = i % S::TOKENS, block = first_block + i / S::TOKENS;
+            const uint8_t *row = smem.tokens[token];
+            bool valid = row != NULL && block < blocks;
+            uint32_t piece16 = (lane % 8) ^ (token & 7);
+            copy_async(base + i * CUDA_K_BLOCK + piece16 * 16,
+                       valid ? row + (uint64_t)block * CUDA_K_BLOCK + lane % 8 * 16 : anywhere,
+                       valid);
+        }
+        copy_async_commit();
 #pragma unroll
-        for (int i = 0; i < COPIES; i++) {
-            uint32_t pair_index = threadIdx.x / 8 + i * (THREADS / 8);
-            uint32_t token = pair_index % S::TOKENS, block = first_block + pair_index / S::TOKENS;
-            const uint8_t *row = from[i % COPY_TOKENS];
-            uint32_t piece16 = (threadIdx.x % 8) ^ (token & 7);
-            copy(i, pair_index * CUDA_K_BLOCK + piece16 * 16,
-                 row != NULL && block < blocks ? row + (uint64_t)block * CUDA_K_BLOCK : NULL);
-        }
-    }
-
-    __device__ __forceinline__ void copy_chunk(uint8_t *to, uint32_t first_block,
-                                               const void *anywhere)
-    {
-        uint32_t base = shared_address(to);
-        for_pieces(first_block, [&](int, uint32_t offset, const uint8_t *source) {
-            copy_async(base + offset, source != NULL ? source : anywhere, source != NULL);
-        });
-    }
-
-    // The same through registers: waiting for an asynchronous copy would wait for the ring too.
-    __device__ __forceinline__ void load_chunk(uint8_t *to, uint32_t first_block)
-    {
-        uint4 held[COPIES];
-        for_pieces(first_block, [&](int i, uint32_t, const uint8_t *source) {
-            held[i] = source != NULL ? *(const uint4 *)source : make_uint4(0, 0, 0, 0);
-        });
-        for_pieces(first_block, [&](int i, uint32_t offset, const uint8_t *) {
-            *(uint4 *)(to + offset) = held[i];
-        });
-    }
-
-    __device__ __forceinline__ void load_scales(uint32_t first_block)
-    {
-        uint32_t block = first_block + threadIdx.x / S::TOKENS;
-        if (pair.at != NULL && threadIdx.x < PAIRS && block < blocks)
-            pending.load(pair, block);
-        else
-            pending.load_one(pair.fp32);
-    }
-
-    __device__ __forceinline__ void store_scales(uint32_t *to)
-    {
-        if (threadIdx.x >= PAIRS)
-            return;
-        if (WORDS) {
-            to[threadIdx.x] = pending.word(wide);
-            return;
-        }
-        uint32_t block = threadIdx.x / S::TOKENS, token = threadIdx.x % S::TOKENS;
+        for (int i = 0; i < MINE; i++) {
+            uint32_t pair = i * 32 + lane;
+            if (WORDS) {
+                smem.scales[buffer][pair] = pending[i].word(wide);
+                continue;
+            }
+            uint32_t block = pair / S::TOKENS, token = pair % S::TOKENS;
 #pragma unroll
-        for (int i = 0; i < SCALES; i++)
-            to[(block * SCALES + i) * S::TOKENS + token] =
-                __float_as_uint(pending.value(i, pair.fp32, wide));
+            for (int j = 0; j < SCALES; j++)
+                smem.scales[buffer][(block * SCALES + j) * S::TOKENS + token] =
+                    __float_as_uint(pending[i].value(j, fp32 >> i & 1, wide));
+        }
+        copy_async_wait<0>();
     }
 };
 
@@ -286,19 +279,36 @@ template <int MODE> struct panel_scales {
     }
 };
 
-// Sums of the piece's units for this warp's panel. Returns whether a scale was wide.
+// The ninth warp's part of a piece. Returns whether a scale was wide.
 template <int NT, int MODE>
-__device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], stream &weights,
-                                           decode_smem &smem, const cuda_table *table,
-                                           const cuda_run &run, const piece &p)
+__device__ __forceinline__ bool bring_all(bool first, decode_smem &smem, const cuda_table *table,
+                                          const cuda_run &run, const piece &p)
+{
+    using H = helper<NT, MODE>;
+    H help;
+    help.start(table, run, p, smem);
+    if (first)
+        wait_for_kernel_ahead();
+    uint32_t buffer = 0;
+#pragma unroll 1
+    for (uint32_t chunk = p.begin; chunk < p.end; chunk += H::CHUNK_UNITS, buffer ^= 1) {
+        help.bring(smem, buffer, chunk * shape<NT>::WARPS_K, table);
+        __syncthreads(); // this chunk is here, and the one before is read
+    }
+    return help.wide;
+}
+
+// The other warps': sums of the piece's units for a warp's panel.
+template <int NT, int MODE>
+__device__ __forceinline__ void accumulate(float (&acc)[1][NT][4], stream &weights,
+                                           decode_smem &smem, const cuda_run &run, const piece &p)
 {
     using S = shape<NT>;
-    using G = stager<NT, MODE>;
+    using H = helper<NT, MODE>;
     constexpr bool BF16 = MODE == CUDA_MODE_BF16;
-    constexpr bool WORDS = G::WORDS;
-    constexpr int BLOCK = G::BLOCK;
+    constexpr bool WORDS = H::WORDS;
+    constexpr int BLOCK = H::BLOCK;
     constexpr int STEPS = BF16 ? 2 : 1;
-    constexpr int CHUNK_STEPS = G::CHUNK_UNITS * STEPS;
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
     // Where this lane's scales of W lie: the block-scaled mma's row, or both accumulator rows.
@@ -314,37 +324,16 @@ __device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], stream &weigh
     uint32_t block_last = run.reduced_dim / CUDA_K_BLOCK - 1;
     panel.load(run, scales_w, min(block, block_last));
 
-    G stage;
-    stage.start(table, run, p);
-    if (weights.waits) {
-        weights.waits = false;
-        wait_for_kernel_ahead();
-    }
-    stage.load_scales(p.begin * S::WARPS_K);
-    stage.load_chunk(smem.activations[0], p.begin * S::WARPS_K);
-    stage.store_scales(smem.scales[0]);
-    __syncthreads();
-
     uint32_t buffer = 0;
     uint32_t slot = weights.slot; // copied first of all that are in flight
     uint32_t ring = weights.ring;
 #pragma unroll 1
-    for (uint32_t chunk = p.begin; chunk < p.end; chunk += G::CHUNK_UNITS, buffer ^= 1) {
-        if (chunk != p.begin) {
-            // The chunk came with the first step of the one before, which nobody reads any more.
-            copy_async_wait<(CHUNK_STEPS < RING ? CHUNK_STEPS : RING) - 1>();
-            __syncthreads();
-        }
-        uint32_t next_block = (chunk + G::CHUNK_UNITS) * S::WARPS_K;
-        bool more = chunk + G::CHUNK_UNITS < p.end;
-        if (more) {
-            stage.copy_chunk(smem.activations[buffer ^ 1], next_block, table);
-            stage.load_scales(next_block);
-        }
-        uint32_t end = min(chunk + G::CHUNK_UNITS, p.end);
+    for (uint32_t chunk = p.begin; chunk < p.end; chunk += H::CHUNK_UNITS, buffer ^= 1) {
+        __syncthreads(); // see bring_all
+        uint32_t end = min(chunk + H::CHUNK_UNITS, p.end);
         uint32_t pairs = shared_address(smem.activations) + buffer * CHUNK_BYTES +
                          warp % S::WARPS_K * (S::TOKENS * CUDA_K_BLOCK);
-        const uint32_t *scales = smem.scales[buffer] + warp % S::WARPS_K * (G::SCALES * S::TOKENS);
+        const uint32_t *scales = smem.scales[buffer] + warp % S::WARPS_K * (H::SCALES * S::TOKENS);
 #pragma unroll 1
         for (uint32_t unit = chunk; unit < end; unit++) {
             auto b = [&](int n, int half) {
@@ -357,47 +346,55 @@ __device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], stream &weigh
             panel.load(run, scales_w, min(block, block_last));
             unrolled<STEPS>([&](auto half) {
                 copy_async_wait<RING - 1>();
-                uint4 w[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    w[i] = load_shared(ring + slot * STEP_BYTES + i * CUDA_FRAGMENT_BYTES);
+                uint32_t at = ring + slot * STEP_BYTES;
                 slot = (slot + 1) % RING;
+                auto w = [&](int, int i) { return load_shared(at + i * CUDA_FRAGMENT_BYTES); };
                 if constexpr (WORDS) {
                     uint32_t word_a[(NT + 3) / 4];
 #pragma unroll
                     for (int i = 0; i < (NT + 3) / 4; i++)
                         word_a[i] = scales[(i * 32 + 8 * t + g) % S::TOKENS];
-                    mma_k128_ue8m0<1, NT, BLOCK>(
-                        acc, [&](int, int step) { return w[step]; }, b, now.word, word_a);
+                    mma_k128_ue8m0<1, NT, BLOCK>(acc, w, b, now.word, word_a);
                 } else if constexpr (!BF16) {
                     auto scale = [&](int, int n, int i, int step) {
                         return now.value[i / 2][step] *
                                floats[step * S::TOKENS + n * 8 + 2 * t + i % 2];
                     };
-                    mma_k128_rescaled<1, NT, BLOCK>(
-                        acc, [&](int, int step) { return w[step]; }, b, scale);
+                    mma_k128_rescaled<1, NT, BLOCK>(acc, w, b, scale);
                 } else {
                     auto scale = [&](int n, int i) { return floats[n * 8 + 2 * t + i % 2]; };
-                    mma_k64_bf16<1, NT>(
-                        acc, [&](int, int j) { return w[j]; }, [&](int n) { return b(n, half); },
-                        scale);
+                    mma_k64_bf16<1, NT>(acc, w, b, half, scale);
                 }
                 weights.copy_step(); // into the slot that was just read
                 copy_async_commit();
             });
             pairs += S::WARPS_K * S::TOKENS * CUDA_K_BLOCK;
-            scales += S::WARPS_K * G::SCALES * S::TOKENS;
+            scales += S::WARPS_K * H::SCALES * S::TOKENS;
         }
-        if (more)
-            stage.store_scales(smem.scales[buffer ^ 1]);
     }
-    return stage.wide;
+}
+
+// A piece from its activations to its outputs.
+template <int NT, int MODE>
+__device__ __forceinline__ void compute(bool first, stream &weights, decode_smem &smem,
+                                        const cuda_table *table, const cuda_run &run,
+                                        const piece &p, float (&acc)[1][NT][4], bool &wide)
+{
+    if (threadIdx.x / 32 == WARPS)
+        wide |= bring_all<NT, MODE>(first, smem, table, run, p);
+    else
+        accumulate<NT, MODE>(acc, weights, smem, run, p);
 }
 
 // The worker whose piece holds a unit, when `units` are dealt out evenly to `workers`.
 __device__ inline uint32_t worker_of(uint32_t unit, uint32_t units, uint32_t workers)
 {
     return (uint32_t)((((uint64_t)unit + 1) * workers + units - 1) / units) - 1;
+}
+
+__device__ __forceinline__ float4 add(float4 a, float4 b)
+{
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
 // Sums up the block's warps, then the workers that share the tile, and stores the result.
@@ -407,34 +404,38 @@ __device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, decode
                                        float *partials, uint32_t partial_floats, uint32_t *counters)
 {
     using S = shape<NT>;
+    constexpr uint32_t FOURS = S::ROWS / 4;
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const cuda_row *rows =
         (const cuda_row *)((const uint8_t *)table + table->rows_offset) + run.row_begin;
     bool tile_wide = __syncthreads_or(wide); // and the activations are free to be written over
 
     // tile[token][part of R][row]
-    uint32_t column = warp % S::WARPS_K * S::ROWS + warp / S::WARPS_K * CUDA_PANEL_ROWS + g;
+    if (warp < WARPS) {
+        uint32_t column = warp % S::WARPS_K * S::ROWS + warp / S::WARPS_K * CUDA_PANEL_ROWS + g;
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+        for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            smem.tile[(n * 8 + 2 * t + i % 2) * TILE_STRIDE + column + i / 2 * 8] = acc[0][n][i];
+            for (int i = 0; i < 4; i++)
+                smem.tile[(n * 8 + 2 * t + i % 2) * TILE_STRIDE + column + i / 2 * 8] =
+                    acc[0][n][i];
+    }
     __syncthreads();
 
     bool whole = p.begin == 0 && p.end == run.tile_units;
-    uint32_t worker = blockIdx.x;
-    float *own = partials + (uint64_t)(2 * worker + (p.begin == 0)) * partial_floats;
+    uint32_t fours = run.rows * FOURS;
     if (S::WARPS_K > 1 || !whole) {
-        for (uint32_t i = threadIdx.x; i < run.rows * S::ROWS; i += THREADS) {
-            float *at = smem.tile + i / S::ROWS * TILE_STRIDE + i % S::ROWS;
-            float sum = at[0];
+        float *own = partials + (uint64_t)(2 * blockIdx.x + (p.begin == 0)) * partial_floats;
+        for (uint32_t i = threadIdx.x; i < fours; i += THREADS) {
+            float4 *at = (float4 *)(smem.tile + i / FOURS * TILE_STRIDE) + i % FOURS;
+            float4 sum = at[0];
 #pragma unroll
             for (int part = 1; part < S::WARPS_K; part++)
-                sum += at[part * S::ROWS];
+                sum = add(sum, at[part * FOURS]);
             if (whole)
                 at[0] = sum;
             else
-                __stcg(own + i, sum);
+                __stcg((float4 *)own + i, sum);
         }
     }
 
@@ -442,11 +443,12 @@ __device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, decode
         uint32_t units = table->decode_units, workers = table->decode_workers;
         uint32_t first = worker_of(p.tile_begin, units, workers);
         uint32_t last = worker_of(p.tile_begin + run.tile_units - 1, units, workers);
-        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
+            __threadfence(); // what the block has written, before the count
             uint32_t add = CONTRIBUTION + (tile_wide ? CONTRIBUTION_WIDE : 0);
             uint32_t arrivals = atomicAdd(&counters[first], add) + add;
+            __threadfence();
             bool all = arrivals % CONTRIBUTION_WIDE == last - first + 1;
             if (all)
                 counters[first] = 0; // for the next launch
@@ -456,14 +458,15 @@ __device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, decode
         uint32_t arrivals = smem.arrivals;
         if (arrivals == 0)
             return;
-        __threadfence();
         tile_wide = arrivals >= CONTRIBUTION_WIDE;
-        for (uint32_t i = threadIdx.x; i < run.rows * S::ROWS; i += THREADS) {
-            const float *from = partials + i;
-            float sum = __ldcg(from + (uint64_t)(2 * first + 1) * partial_floats);
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x; i < fours; i += THREADS) {
+            const float4 *from = (const float4 *)partials + i;
+            float4 sum = __ldcg(from + (uint64_t)(2 * first + 1) * partial_floats / 4);
+#pragma unroll 4
             for (uint32_t other = first + 1; other <= last; other++)
-                sum += __ldcg(from + (uint64_t)(2 * other) * partial_floats);
-            smem.tile[i / S::ROWS * TILE_STRIDE + i % S::ROWS] = sum;
+                sum = add(sum, __ldcg(from + (uint64_t)(2 * other) * partial_floats / 4));
+            *((float4 *)(smem.tile + i / FOURS * TILE_STRIDE) + i % FOURS) = sum;
         }
     }
     __syncthreads();
@@ -475,29 +478,39 @@ __device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, decode
 }
 
 template <int NT>
-__device__ __forceinline__ bool accumulate_any(float (&acc)[1][NT][4], stream &weights,
-                                               decode_smem &smem, const cuda_table *table,
-                                               const cuda_run &run, const piece &p)
+__device__ __forceinline__ void compute_any(bool first, stream &weights, decode_smem &smem,
+                                            const cuda_table *table, const cuda_run &run,
+                                            const piece &p, bool wide, float *partials,
+                                            uint32_t partial_floats, uint32_t *counters)
 {
+    float acc[1][NT][4] = {};
     switch (run.mode) {
     case CUDA_MODE_UE8M0_128:
-        return accumulate<NT, CUDA_MODE_UE8M0_128>(acc, weights, smem, table, run, p);
+        compute<NT, CUDA_MODE_UE8M0_128>(first, weights, smem, table, run, p, acc, wide);
+        break;
     case CUDA_MODE_UE8M0_32:
-        return accumulate<NT, CUDA_MODE_UE8M0_32>(acc, weights, smem, table, run, p);
+        compute<NT, CUDA_MODE_UE8M0_32>(first, weights, smem, table, run, p, acc, wide);
+        break;
     case CUDA_MODE_FP32_128:
-        return accumulate<NT, CUDA_MODE_FP32_128>(acc, weights, smem, table, run, p);
+        compute<NT, CUDA_MODE_FP32_128>(first, weights, smem, table, run, p, acc, wide);
+        break;
     case CUDA_MODE_FP32_32:
-        return accumulate<NT, CUDA_MODE_FP32_32>(acc, weights, smem, table, run, p);
+        compute<NT, CUDA_MODE_FP32_32>(first, weights, smem, table, run, p, acc, wide);
+        break;
     default:
-        return accumulate<NT, CUDA_MODE_BF16>(acc, weights, smem, table, run, p);
+        compute<NT, CUDA_MODE_BF16>(first, weights, smem, table, run, p, acc, wide);
+        break;
     }
+    if (first)
+        wait_for_kernel_ahead(); // before the first output, in every warp
+    finish<NT>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
 }
 
 // For runs of up to 8*NT tokens: code for those of up to 8, and for the rest.
 template <int NT>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, NT <= 2 ? 2 : 1)
     decode_kernel(const cuda_table *__restrict__ table, float *partials, uint32_t partial_floats,
-                  uint32_t *counters)
+                  uint32_t *counters, uint32_t prefetch_steps)
 {
     extern __shared__ __align__(128) uint8_t shared_memory[];
     decode_smem &smem = *(decode_smem *)shared_memory;
@@ -514,13 +527,17 @@ __global__ void __launch_bounds__(THREADS, 2)
 
     // ---- weights before the wait: they do not depend on the kernel ahead
     stream weights;
-    weights.start(table, unit, end, smem);
+    if (threadIdx.x / 32 < WARPS) {
+        weights.start(table, unit, end, smem);
 #pragma unroll 1
-    for (int i = 0; i < RING; i++) {
-        weights.copy_step();
-        copy_async_commit();
+        for (int i = 0; i < RING; i++) {
+            weights.copy_step();
+            copy_async_commit();
+        }
+        weights.prefetch(prefetch_steps);
     }
 
+    bool first = true;
 #pragma unroll 1
     while (unit < end) {
         piece p = locate(table, unit, end);
@@ -528,15 +545,13 @@ __global__ void __launch_bounds__(THREADS, 2)
         bool wide = threadIdx.x < WARPS * CUDA_PANEL_ROWS / run.warps_k &&
                     p.d_begin + threadIdx.x < run.output_dim &&
                     weight_is_wide(run, p.g, p.d_begin + threadIdx.x);
-        if (NT == 1 || run.rows <= 8) {
-            float acc[1][1][4] = {};
-            wide |= accumulate_any<1>(acc, weights, smem, table, run, p);
-            finish<1>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
-        } else {
-            float acc[1][NT][4] = {};
-            wide |= accumulate_any<NT>(acc, weights, smem, table, run, p);
-            finish<NT>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
-        }
+        if (NT == 1 || run.rows <= 8)
+            compute_any<1>(first, weights, smem, table, run, p, wide, partials, partial_floats,
+                           counters);
+        else
+            compute_any<NT>(first, weights, smem, table, run, p, wide, partials, partial_floats,
+                            counters);
+        first = false;
         unit = p.tile_begin + p.end;
         __syncthreads(); // the tile is stored; activations may come
     }
@@ -568,13 +583,14 @@ extern "C" cudaError_t cuda_decode_init(struct cuda_bucket *bucket, int sm_count
     // One keeps the memory busy; where there is room for two, the second place is the next
     // kernel's.
     bucket->decode_workers = (uint32_t)sm_count;
+    bucket->prefetch_steps = 4;
     return cudaSuccess;
 }
 
 static uint32_t partial_floats_of(const struct cuda_bucket *bucket)
 {
     uint32_t tokens = bucket->decode_tokens;
-    return tokens * (tokens <= 16 ? shape<2>::ROWS : shape<8>::ROWS);
+    return tokens * (tokens <= 32 ? shape<4>::ROWS : shape<8>::ROWS);
 }
 
 extern "C" uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket)
@@ -591,7 +607,8 @@ extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
     uint64_t counters_bytes = ((uint64_t)bucket->decode_workers * 4 + 255) / 256 * 256;
     float *partials = (float *)((uint8_t *)workspace + counters_bytes);
     uint32_t partial_floats = partial_floats_of(bucket);
-    void *arguments[] = {&table, &partials, &partial_floats, &counters};
+    uint32_t prefetch_steps = bucket->prefetch_steps;
+    void *arguments[] = {&table, &partials, &partial_floats, &counters, &prefetch_steps};
 
     cudaLaunchAttribute serialization = {};
     serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -155,7 +155,8 @@ __device__ __forceinline__ void mma_unscaled(float (&d)[4], const w_operand &w, 
 
 // Calls product(m, n, step, w, a) for all of an [MT, NT] tile and the four steps of K = 128.
 //     w(m, step)            fragment of W
-//     b(n, half)            two fragments of A: steps 2*half and 2*half+1
+//     b(n, half)            two fragments of A, if MT is 1: of steps 2*half and 2*half+1
+//     b(pair, step)         otherwise: of tokens' tiles 2*pair and 2*pair+1
 template <int MT, int NT, class W, class B, class P>
 __device__ __forceinline__ void for_k128(W w, B b, P product)
 {
@@ -170,18 +171,19 @@ __device__ __forceinline__ void for_k128(W w, B b, P product)
                 product(constant<0>{}, n, odd, w_odd, a_operand_of(bs.z, bs.w));
             });
         } else {
-            uint4 bs[NT];
-            unrolled<NT>([&](auto n) { bs[n] = b(n, half); });
-            a_operand as[NT];
             auto products = [&](auto step) {
+                a_operand as[NT];
+                unrolled<NT / 2>([&](auto pair) {
+                    uint4 bs = b(pair, step);
+                    as[2 * pair] = a_operand_of(bs.x, bs.y);
+                    as[2 * pair + 1] = a_operand_of(bs.z, bs.w);
+                });
                 unrolled<MT>([&](auto m) {
                     w_operand ws = w_operand_of(w(m, step));
                     unrolled<NT>([&](auto n) { product(m, n, step, ws, as[n]); });
                 });
             };
-            unrolled<NT>([&](auto n) { as[n] = a_operand_of(bs[n].x, bs[n].y); });
             products(even);
-            unrolled<NT>([&](auto n) { as[n] = a_operand_of(bs[n].z, bs[n].w); });
             products(odd);
         }
     });
@@ -253,24 +255,41 @@ __device__ __forceinline__ void mma_k128_ue8m0(float (&acc)[MT][NT][4], W w, B b
 // K = 64 of BF16 weights: acc += scale * sum.
 //     w(m, j)         fragment j of 16 of K: x = W[g][4t, 4t+1], y = W[g+8][the same],
 //                     z = W[g][4t+2, 4t+3], w = W[g+8][the same]
-//     b(n)            two fragments of A
+//     b               as in for_k128, for this half
 //     scale(n, i)     of accumulator i
 template <int MT, int NT, class W, class B, class S>
-__device__ __forceinline__ void mma_k64_bf16(float (&acc)[MT][NT][4], W w, B b, S scale)
+__device__ __forceinline__ void mma_k64_bf16(float (&acc)[MT][NT][4], W w, B b, int half, S scale)
 {
     float sum[MT][NT][4] = {};
-    uint4 bs[NT];
-    unrolled<NT>([&](auto n) { bs[n] = b(n); });
-    unrolled<4>([&](auto j) {
-        pairs as[NT];
+    if constexpr (MT == 1) {
+        uint4 ws[4] = {w(0, 0), w(0, 1), w(0, 2), w(0, 3)};
         unrolled<NT>([&](auto n) {
-            as[n] = e4m3_to_bf16(j == 0 ? bs[n].x : j == 1 ? bs[n].y : j == 2 ? bs[n].z : bs[n].w);
+            uint4 bs = b(n, half);
+            const uint32_t fours[4] = {bs.x, bs.y, bs.z, bs.w};
+            unrolled<4>([&](auto j) {
+                pairs as = e4m3_to_bf16(fours[j]);
+                mma_bf16(sum[0][n], ws[j], as.low, as.high);
+            });
         });
-        unrolled<MT>([&](auto m) {
-            uint4 ws = w(m, j);
-            unrolled<NT>([&](auto n) { mma_bf16(sum[m][n], ws, as[n].low, as[n].high); });
+    } else {
+        unrolled<2>([&](auto step) {
+            pairs as[NT][2];
+            unrolled<NT / 2>([&](auto pair) {
+                uint4 bs = b(pair, 2 * half + step);
+                as[2 * pair][0] = e4m3_to_bf16(bs.x);
+                as[2 * pair][1] = e4m3_to_bf16(bs.y);
+                as[2 * pair + 1][0] = e4m3_to_bf16(bs.z);
+                as[2 * pair + 1][1] = e4m3_to_bf16(bs.w);
+            });
+            unrolled<MT>([&](auto m) {
+                unrolled<2>([&](auto j) {
+                    uint4 ws = w(m, 2 * step + j);
+                    unrolled<NT>(
+                        [&](auto n) { mma_bf16(sum[m][n], ws, as[n][j].low, as[n][j].high); });
+                });
+            });
         });
-    });
+    }
     unrolled<MT>([&](auto m) {
         unrolled<NT>([&](auto n) {
 #pragma unroll

@@ -2,7 +2,7 @@
 // that one computes while the other waits.
 //
 //     stage (K = 128)   W: 8 panels of 2 KiB, as they lie in memory    A: 64 tokens x 128, swizzled
-//     four warps        2 x 2, each 64 outputs x 32 tokens
+//     eight warps       4 x 2, each 32 outputs x 32 tokens
 //
 // Blocks take tiles in turn, neighbours in the order share activations and weights in L2: outputs
 // run fastest, then tokens, then groups.
@@ -17,7 +17,8 @@ namespace
 {
 
 enum {
-    THREADS = 128,
+    THREADS = 256,
+    WARPS_N = 2,
     TOKENS = CUDA_PREFILL_TOKENS,
     ROWS = CUDA_PREFILL_ROWS,
     PANELS = ROWS / CUDA_PANEL_ROWS,
@@ -26,7 +27,7 @@ enum {
     A_BYTES = TOKENS * CUDA_K_BLOCK,
     STAGES = 2,
     TILE_STRIDE = 132, // floats; see decode.cu
-    MT = 4,            // fragments of a warp
+    MT = 2,            // fragments of a warp
     NT = 4,
 };
 
@@ -91,19 +92,20 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
     constexpr int STEPS = 128 / BLOCK;
     constexpr uint32_t STAGES_PER_BLOCK = BF16 ? 2 : 1;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t warp_m = threadIdx.x / 64, warp_n = threadIdx.x / 32 % 2;
+    uint32_t warp_m = threadIdx.x / 32 / WARPS_N, warp_n = threadIdx.x / 32 % WARPS_N;
     uint32_t stages_n = run.reduced_dim / CUDA_K_BLOCK * STAGES_PER_BLOCK;
 
-    // ---- what this thread copies: a quarter of W's 1024 pieces of 16 bytes, of A's 512 four rows
+    // ---- what this thread copies: 16 bytes of every other panel, of A two rows' 16 bytes
     uint64_t tile_row = (uint64_t)(run.group_begin + at.g) * run.output_dim + at.d_begin;
     uint64_t panel_bytes = (uint64_t)stages_n * PANEL_BYTES;
-    const uint8_t *from_w =
-        (const uint8_t *)run.elements + tile_row / CUDA_PANEL_ROWS * panel_bytes + threadIdx.x * 16;
+    const uint8_t *from_w = (const uint8_t *)run.elements +
+                            (tile_row / CUDA_PANEL_ROWS + threadIdx.x / 128) * panel_bytes +
+                            threadIdx.x % 128 * 16;
     uint32_t panels = min((run.output_dim - at.d_begin) / CUDA_PANEL_ROWS, (uint32_t)PANELS);
-    const uint8_t *from_a[4];
+    const uint8_t *from_a[2];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t token = threadIdx.x / 8 + 16 * i;
+    for (int i = 0; i < 2; i++) {
+        uint32_t token = threadIdx.x / 8 + 32 * i;
         from_a[i] = token < at.tokens
                         ? (const uint8_t *)rows[token].activations +
                               (uint64_t)at.g * rows[token].activation_group * run.reduced_dim +
@@ -115,14 +117,16 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
     auto copy_stage = [&](uint32_t stage) {
         uint32_t to = base + stage % STAGES * STAGE_BYTES;
 #pragma unroll
-        for (uint32_t panel = 0; panel < PANELS; panel++)
-            copy_async(to + panel * PANEL_BYTES + threadIdx.x * 16,
-                       panel < panels ? from_w + panel * panel_bytes + stage * (uint64_t)PANEL_BYTES
+        for (uint32_t i = 0; i < PANELS / 2; i++) {
+            uint32_t panel = 2 * i + threadIdx.x / 128;
+            copy_async(to + i * 2 * PANEL_BYTES + threadIdx.x * 16,
+                       panel < panels ? from_w + i * 2 * panel_bytes + stage * (uint64_t)PANEL_BYTES
                                       : (const uint8_t *)run.elements,
                        panel < panels);
+        }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint32_t token = threadIdx.x / 8 + 16 * i;
+        for (int i = 0; i < 2; i++) {
+            uint32_t token = threadIdx.x / 8 + 32 * i;
             copy_async(to + W_BYTES + token * CUDA_K_BLOCK + ((threadIdx.x % 8) ^ (token % 8)) * 16,
                        from_a[i] != NULL
                            ? from_a[i] + (uint64_t)(stage / STAGES_PER_BLOCK) * CUDA_K_BLOCK
@@ -189,14 +193,14 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
         auto w = [&](int m, int step) {
             return load_shared(w_at + m * PANEL_BYTES + step * CUDA_FRAGMENT_BYTES);
         };
-        auto b = [&](int n, int half) {
-            uint32_t piece16 = (half * 4 + lane / 8) ^ (lane % 8);
+        auto b = [&](int pair, int step) {
+            uint32_t piece16 = (step * 2 + lane / 8 % 2) ^ (lane % 8);
+            uint32_t n = 2 * pair + lane / 16;
             return load_matrices(a_at + n * 8 * CUDA_K_BLOCK + piece16 * 16);
         };
         uint32_t token = warp_n * (NT * 8);
         if constexpr (WORDS) {
-            uint32_t word_w[2] = {weight_scale_word<BLOCK>(scales_w + scales_at[0], block),
-                                  weight_scale_word<BLOCK>(scales_w + scales_at[1], block)};
+            uint32_t word_w[1] = {weight_scale_word<BLOCK>(scales_w + scales_at[0], block)};
             uint32_t word_a[1] = {smem.scales.words[token + 8 * t + g]};
             mma_k128_ue8m0<MT, NT, BLOCK>(acc, w, b, word_w, word_a);
         } else {
@@ -217,8 +221,7 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
             } else {
                 auto scale = [&](int n, int i) { return floats[n * 8 + i % 2]; };
                 uint32_t half = stage % 2;
-                mma_k64_bf16<MT, NT>(
-                    acc, w, [&](int n) { return b(n, half); }, scale);
+                mma_k64_bf16<MT, NT>(acc, w, b, half, scale);
             }
         }
         __syncthreads();
@@ -262,8 +265,8 @@ __global__ void __launch_bounds__(THREADS, 2) prefill_kernel(const cuda_table *_
 
         // ---- through shared memory, so that a token's outputs leave side by side
         uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        uint32_t warp_m = threadIdx.x / 64, warp_n = threadIdx.x / 32 % 2;
-        wide |= at.d_begin + threadIdx.x < run.output_dim &&
+        uint32_t warp_m = threadIdx.x / 32 / WARPS_N, warp_n = threadIdx.x / 32 % WARPS_N;
+        wide |= threadIdx.x < ROWS && at.d_begin + threadIdx.x < run.output_dim &&
                 weight_is_wide(run, at.g, at.d_begin + threadIdx.x);
         wide = __syncthreads_or(wide);
 #pragma unroll

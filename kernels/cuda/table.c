@@ -140,7 +140,7 @@ static uint32_t divide_up(uint32_t a, uint32_t b)
 // cost more to read again.
 static uint32_t warps_k(uint32_t tokens_of_tile)
 {
-    return tokens_of_tile <= 16 ? 2 : 1;
+    return tokens_of_tile <= 32 ? 2 : 1;
 }
 
 static void add_decode_runs(const struct cuda_bucket *bucket, struct cuda_table *table,

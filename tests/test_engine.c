@@ -1,8 +1,10 @@
-// Goal: the CPU engine computes what kernels/reference.c says whatever a batch mixes, on several
+// Goal: an engine computes what kernels/reference.c says whatever a batch mixes, on several
 // lanes at once, while weights come and go; and a load that fails leaves an error and nothing else.
+// Built once for each engine that computes: ENGINE_UNDER_TEST is engine_cpu or engine_cuda.
 // Method: random weights through a source that lives in memory and fails on demand; random batches;
-// every output compared, every byte between outputs checked to be untouched. Also engine_find and
-// the null engine, which are too small for files of their own.
+// every output compared, every byte between outputs checked to be untouched (by the CPU engine; the
+// CUDA engine copies batches out whole). Also engine_find and the null engine, which are too small
+// for files of their own.
 #include <check.h>
 #include <pthread.h>
 #include <sched.h>
@@ -10,6 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "kernels/cpu/cpu.h"
 #include "kernels/fp8.h"
@@ -186,7 +190,7 @@ static struct engine_options options_for(const char *kernel, uint32_t threads)
     };
 }
 
-static const struct engine_ops *const ops = &engine_cpu;
+static const struct engine_ops *const ops = &ENGINE_UNDER_TEST;
 static struct engine *engine;
 static struct source sources[FORMATS];
 static struct engine_weight *weights[FORMATS];
@@ -212,7 +216,7 @@ static void setup(void)
 {
     const char *given = getenv("EINSUMD_TEST_SEED");
     random_state = given ? strtoull(given, NULL, 0) : now_ns() | 1;
-    printf("engine_cpu: EINSUMD_TEST_SEED=%llu\n", (unsigned long long)random_state);
+    printf("engine: EINSUMD_TEST_SEED=%llu\n", (unsigned long long)random_state);
     fflush(stdout);
     engine = NULL;
 }
@@ -367,12 +371,14 @@ static void batch_check(const struct test_batch *it)
     const uint8_t *at = it->output;
     for (uint32_t s = 0; s < it->batch.segments_n; s++) {
         segment_check(it, s);
+        if (ops != &engine_cpu)
+            continue;
         const uint8_t *output = it->segments[s].operand.output;
         for (; at < output; at++)
             ck_assert_uint_eq(*at, CANARY);
         at = output + operand_output_bytes(it, s);
     }
-    for (; at < it->output + it->batch.output_bytes; at++)
+    for (; ops == &engine_cpu && at < it->output + it->batch.output_bytes; at++)
         ck_assert_uint_eq(*at, CANARY);
 }
 
@@ -399,7 +405,8 @@ static void run_batches(int rounds)
         for (uint32_t lane = 0; lane < LANES; lane++)
             ops->submit(engine, lane, &batches[lane].batch);
         wakes_wanted += LANES;
-        wait_wakes(wakes_wanted); // one for each batch, and after it is done
+        if (!ops->polled)
+            wait_wakes(wakes_wanted); // one for each batch, and after it is done
         for (uint32_t lane = 0; lane < LANES; lane++)
             poll_until_done(lane);
         for (uint32_t lane = 0; lane < LANES; lane++)
@@ -412,6 +419,15 @@ static void run_batches(int rounds)
 static const uint32_t threads_of[] = {1, 5};
 
 START_TEST(mixed_batches_match_the_reference)
+{
+    open_engine(NULL, 0);
+    load_all();
+    run_batches(4);
+    free_all();
+}
+END_TEST
+
+START_TEST(every_cpu_kernel_matches_the_reference)
 {
     const struct cpu_kernel *kernel = cpu_kernels()[_i / (int)ARRAY_LEN(threads_of)];
     if (!cpu_kernel_supported(kernel))
@@ -605,10 +621,19 @@ END_TEST
 
 START_TEST(engines_are_found_by_name)
 {
-    ck_assert_ptr_eq(engine_find("auto"), &engine_cpu);
+    const struct engine_ops *best = &engine_cpu;
+#ifdef EINSUMD_CUDA
+    if (engine_cuda.usable())
+        best = &engine_cuda;
+    ck_assert_ptr_eq(engine_find("cuda"), &engine_cuda);
+#endif
+    ck_assert_ptr_eq(engine_find("auto"), best);
+    ck_assert_int_eq(engine_auto_note() == NULL, best != &engine_cpu);
     ck_assert_ptr_eq(engine_find("cpu"), &engine_cpu);
     ck_assert_ptr_eq(engine_find("null"), &engine_null);
+#ifndef EINSUMD_CUDA
     ck_assert_ptr_null(engine_find("cuda"));
+#endif
     ck_assert_ptr_null(engine_find(""));
     for (size_t i = 0; i < 2; i++)
         ck_assert_uint_ge((i ? &engine_null : &engine_cpu)->lanes_default, 1);
@@ -662,26 +687,16 @@ static int kernels_n(void)
     return n;
 }
 
-int main(void)
+// What holds for the CPU engine alone, and for the small things beside it.
+static void add_cpu_tests(Suite *suite)
 {
-    Suite *suite = suite_create("engine_cpu");
-
-    TCase *batches = tcase_create("batches");
+    TCase *batches = tcase_create("cpu batches");
     tcase_set_timeout(batches, 240);
     tcase_add_checked_fixture(batches, setup, teardown);
-    tcase_add_loop_test(batches, mixed_batches_match_the_reference, 0,
+    tcase_add_loop_test(batches, every_cpu_kernel_matches_the_reference, 0,
                         kernels_n() * (int)ARRAY_LEN(threads_of));
-    tcase_add_test(batches, one_lane_again_and_again);
+    tcase_add_test(batches, no_memory_for_a_weight_is_said);
     suite_add_tcase(suite, batches);
-
-    TCase *loading = tcase_create("loading");
-    tcase_set_timeout(loading, 120);
-    tcase_add_checked_fixture(loading, setup, teardown);
-    tcase_add_test(loading, weights_come_and_go_while_batches_run);
-    tcase_add_loop_test(loading, a_read_that_fails_fails_the_load, 0, ARRAY_LEN(failings));
-    tcase_add_test(loading, no_memory_for_a_weight_is_said);
-    tcase_add_test(loading, a_weight_too_deep_is_refused);
-    suite_add_tcase(suite, loading);
 
     TCase *opening = tcase_create("opening");
     tcase_add_checked_fixture(opening, setup, teardown);
@@ -690,7 +705,48 @@ int main(void)
     tcase_add_test(opening, engines_are_found_by_name);
     tcase_add_test(opening, the_null_engine_answers_at_once);
     suite_add_tcase(suite, opening);
+}
 
+enum { EXIT_SKIPPED = 77 };
+
+// Asked in a process of its own: a device's context does not survive the forks of the tests.
+static bool usable_here(void)
+{
+    if (!ops->usable)
+        return true;
+    pid_t child = fork();
+    if (child == 0)
+        _exit(ops->usable() ? EXIT_SUCCESS : EXIT_FAILURE);
+    int status;
+    return child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) &&
+           WEXITSTATUS(status) == EXIT_SUCCESS;
+}
+
+int main(void)
+{
+    if (!usable_here()) {
+        printf("SKIPPED: no device for the %s engine\n", ops->name);
+        return EXIT_SKIPPED;
+    }
+    Suite *suite = suite_create(ops->name);
+
+    TCase *batches = tcase_create("batches");
+    tcase_set_timeout(batches, 240);
+    tcase_add_checked_fixture(batches, setup, teardown);
+    tcase_add_test(batches, mixed_batches_match_the_reference);
+    tcase_add_test(batches, one_lane_again_and_again);
+    suite_add_tcase(suite, batches);
+
+    TCase *loading = tcase_create("loading");
+    tcase_set_timeout(loading, 120);
+    tcase_add_checked_fixture(loading, setup, teardown);
+    tcase_add_test(loading, weights_come_and_go_while_batches_run);
+    tcase_add_loop_test(loading, a_read_that_fails_fails_the_load, 0, ARRAY_LEN(failings));
+    tcase_add_test(loading, a_weight_too_deep_is_refused);
+    suite_add_tcase(suite, loading);
+
+    if (ops == &engine_cpu)
+        add_cpu_tests(suite);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
     int failed = srunner_ntests_failed(runner);

@@ -1,0 +1,41 @@
+#!/bin/bash
+# Packs what a bare GPU machine needs into one folder: daemon, command line tool, GPU tests, and the
+# shared libraries that they use, but for the C library's own. It runs on another x86-64 Linux, of
+# glibc 2.36 or newer, with nothing but NVIDIA's driver installed:
+#
+#     deploy/bundle.sh [FOLDER]     by default build/bundle; needs nvcc
+#     FOLDER/einsumd --version      on the other machine
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-}" in
+-*)
+    echo "usage: deploy/bundle.sh [FOLDER]" >&2
+    exit 2
+    ;;
+esac
+folder=${1:-build/bundle}
+programs=(einsumd einsumctl tests/test_engine_cuda tests/test_engine_cpu)
+
+deploy/install-dependencies.sh --tests
+cmake --preset cuda >/dev/null
+cmake --build build/cuda --target einsumd einsumctl test_engine_cuda test_engine_cpu
+
+rm -rf "$folder"
+mkdir -p "$folder/bin" "$folder/lib"
+for program in "${programs[@]}"; do
+    name=$(basename "$program")
+    cp "build/cuda/$program" "$folder/bin/$name"
+    strip "$folder/bin/$name"
+    ldd "build/cuda/$program" | awk '$3 ~ /^\// {print $3}'
+    # A wrapper, so that nothing of the machine's own set-up is needed.
+    cat >"$folder/$name" <<'WRAPPER'
+#!/bin/sh
+here=$(dirname "$(readlink -f "$0")")
+LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" exec "$here/bin/$(basename "$0")" "$@"
+WRAPPER
+    chmod +x "$folder/$name"
+done | sort -u | grep -vE '/(libc|libm|libpthread|libdl|librt|libresolv|ld-linux[^/]*)\.so' |
+    while read -r library; do cp -L "$library" "$folder/lib/"; done
+
+du -sh "$folder" | awk -v folder="$folder" '{print "bundle: " $1 " in " folder}'

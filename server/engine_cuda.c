@@ -1,0 +1,599 @@
+// The engine that computes on one NVIDIA GPU, with the kernels of kernels/cuda.
+//
+// A lane is a stream with one captured graph per bucket. What differs from batch to batch (weights,
+// layouts, where the tensors lie) travels with it, in the table that the graph's kernels read:
+//
+//     host    input (pinned) --.   table --.                            .--> output (pinned)
+//                              v           v                            |
+//     stream  [copy in] -> [copy table] -> [graph: all kernels] -> [copy out] -> event
+//
+// Lanes overlap: one copies in while another computes and a third copies out. Nothing is compiled,
+// captured or allocated once the engine is open, but for weights.
+//
+// Threads: submit and poll on the scheduler's, which polls in a loop while lanes are busy, so that
+// nobody has to be woken; the rest on any. Weights are loaded one at a time, under load_lock.
+#include <cuda_runtime_api.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../kernels/cuda/cuda.h"
+#include "engine.h"
+#include "log.h"
+
+enum {
+    STAGING_BYTES =
+        8 << 20, // of a weight on its way in; two of them, so that reading and copying overlap
+    STAGING_ROWS_MULTIPLE = 16,
+    LANES_DEFAULT = 3, // one copies in, one computes, one copies out
+    BUFFERS_MAX = 256,
+};
+
+// Host memory given out by memory_alloc, and its twin on the device.
+struct buffer {
+    const unsigned char *host;
+    unsigned char *device;
+    uint64_t bytes;
+};
+
+struct lane {
+    cudaStream_t stream;
+    cudaEvent_t done;
+    cudaGraphExec_t *graphs;  // by bucket
+    struct cuda_table *table; // pinned
+    struct cuda_table *table_device;
+    void *workspace;
+    struct cuda_segment *segments; // batch_segments_max
+    uint32_t *order;
+    bool submitted;
+    cudaError_t failed; // of a call in submit
+    uint64_t started_ns;
+};
+
+struct staging {
+    void *host, *device;
+    cudaEvent_t taken; // the device has read `device`, and so `host`
+};
+
+struct engine {
+    struct engine_info info;
+    int device;
+    uint32_t buckets_n;
+    struct cuda_bucket *buckets;
+    uint32_t lanes_n;
+    struct lane *lanes;
+    uint32_t segments_max;
+    uint32_t reduced_dim_max;
+
+    pthread_mutex_t buffers_lock; // guards the next two against another memory_alloc
+    struct buffer buffers[BUFFERS_MAX];
+    _Atomic uint32_t buffers_n; // grows before the first submit, shrinks after the last
+
+    pthread_mutex_t load_lock; // guards all that follows
+    cudaStream_t load_stream;
+    struct staging staging[2];
+    _Atomic uint32_t weights_n;
+};
+
+struct engine_weight {
+    struct cuda_weight cuda;
+    uint64_t bytes;
+};
+
+// ---- errors
+
+// Memory runs out for one caller; anything else on a device that has worked so far is its end.
+static enum status cuda_failed(cudaError_t error, const char *what, struct error *err)
+{
+    enum status status =
+        error == cudaErrorMemoryAllocation ? STATUS_RESOURCE_EXHAUSTED : STATUS_UNAVAILABLE;
+    return error_set(err, status, "%s: %s", what, cudaGetErrorString(error));
+}
+
+static enum status out_of_memory(struct error *err, const char *what)
+{
+    return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory for %s", what);
+}
+
+// ---- batches
+
+static const struct buffer *buffer_of(const struct engine *engine, const void *host)
+{
+    uint32_t n = atomic_load_explicit(&engine->buffers_n, memory_order_acquire);
+    for (uint32_t i = 0; i < n; i++)
+        if (engine->buffers[i].host == host)
+            return &engine->buffers[i];
+    ASSERT(!"memory that this engine has not given out");
+}
+
+static void *on_device(const struct buffer *buffer, const void *host)
+{
+    uint64_t offset = (uint64_t)((const unsigned char *)host - buffer->host);
+    ASSERT(offset < buffer->bytes);
+    return buffer->device + offset;
+}
+
+static cudaError_t enqueue(struct engine *engine, struct lane *lane,
+                           const struct engine_batch *batch)
+{
+    const struct buffer *input = buffer_of(engine, batch->input);
+    const struct buffer *output = buffer_of(engine, batch->output);
+    const struct cuda_bucket *bucket = &engine->buckets[batch->bucket];
+    for (uint32_t i = 0; i < batch->segments_n; i++) {
+        const struct engine_segment *segment = &batch->segments[i];
+        lane->segments[i] =
+            (struct cuda_segment){.weight = &segment->weight->cuda, .operand = segment->operand};
+        struct einsum_operand *operand = &lane->segments[i].operand;
+        operand->activations = on_device(input, operand->activations);
+        operand->scales = on_device(input, operand->scales);
+        operand->output = on_device(output, operand->output);
+    }
+    cudaError_t error = cudaMemcpyAsync(input->device, input->host, batch->input_bytes,
+                                        cudaMemcpyHostToDevice, lane->stream);
+    if (error != cudaSuccess)
+        return error;
+    cuda_table_build(bucket, lane->segments, batch->segments_n, lane->order, lane->table);
+    error = cudaMemcpyAsync(lane->table_device, lane->table, cuda_table_used(lane->table),
+                            cudaMemcpyHostToDevice, lane->stream);
+    if (error == cudaSuccess)
+        error = cudaGraphLaunch(lane->graphs[batch->bucket], lane->stream);
+    if (error == cudaSuccess)
+        error = cudaMemcpyAsync((void *)(uintptr_t)output->host, output->device,
+                                batch->output_bytes, cudaMemcpyDeviceToHost, lane->stream);
+    if (error == cudaSuccess)
+        error = cudaEventRecord(lane->done, lane->stream);
+    return error;
+}
+
+static void cuda_submit(struct engine *engine, uint32_t index, const struct engine_batch *batch)
+{
+    ASSERT(index < engine->lanes_n);
+    struct lane *lane = &engine->lanes[index];
+    ASSERT(!lane->submitted);
+    lane->submitted = true;
+    lane->started_ns = now_ns();
+    lane->failed = enqueue(engine, lane, batch);
+}
+
+static bool cuda_poll(struct engine *engine, uint32_t index, struct engine_result *result)
+{
+    struct lane *lane = &engine->lanes[index];
+    if (!lane->submitted)
+        return false;
+    cudaError_t error = lane->failed != cudaSuccess ? lane->failed : cudaEventQuery(lane->done);
+    if (error == cudaErrorNotReady)
+        return false;
+    lane->submitted = false;
+    result->started_ns = lane->started_ns;
+    result->ended_ns = now_ns();
+    result->status = STATUS_OK;
+    if (error !=
+        cudaSuccess) // sticky, all of them: nothing that this context computes can be trusted
+        result->status = error_set(&result->error, STATUS_UNAVAILABLE, "the device is lost: %s",
+                                   cudaGetErrorString(error));
+    return true;
+}
+
+// ---- weights
+
+// One chunk of rows: from the file to the staging buffer that is free, to the device, re-laid.
+static enum status load_chunk(struct engine *engine, const struct engine_weight_source *source,
+                              struct engine_weight *weight, uint64_t row, uint64_t rows,
+                              uint64_t chunk, struct error *err)
+{
+    const struct einsum_weight_format *format = &source->format;
+    struct staging *staging = &engine->staging[chunk % ARRAY_LEN(engine->staging)];
+    uint64_t row_bytes =
+        (uint64_t)format->reduced_dim * einsum_weight_element_bytes(format->weight_type);
+    cudaError_t error = cudaEventSynchronize(staging->taken);
+    if (error != cudaSuccess)
+        return cuda_failed(error, "loading a weight", err);
+    enum status status =
+        source->read_weight(source, row * row_bytes, staging->host, rows * row_bytes, err);
+    if (status != STATUS_OK)
+        return status;
+    error = cudaMemcpyAsync(staging->device, staging->host, rows * row_bytes,
+                            cudaMemcpyHostToDevice, engine->load_stream);
+    if (error == cudaSuccess)
+        error = cuda_relayout(&weight->cuda, staging->device, row, rows, engine->load_stream);
+    if (error == cudaSuccess)
+        error = cudaEventRecord(staging->taken, engine->load_stream);
+    if (error != cudaSuccess)
+        return cuda_failed(error, "loading a weight", err);
+    if (source->progress)
+        source->progress(source, rows * row_bytes);
+    return STATUS_OK;
+}
+
+static enum status load_scales(struct engine *engine, const struct engine_weight_source *source,
+                               struct engine_weight *weight, struct error *err)
+{
+    uint64_t bytes = einsum_weight_scale_bytes(&source->format);
+    if (bytes == 0)
+        return STATUS_OK;
+    if (bytes > STAGING_BYTES)
+        return error_set(err, STATUS_UNIMPLEMENTED,
+                         "scales of %" PRIu64 " bytes, at most %d are supported", bytes,
+                         STAGING_BYTES);
+    struct staging *staging = &engine->staging[0];
+    cudaError_t error = cudaStreamSynchronize(engine->load_stream);
+    if (error != cudaSuccess)
+        return cuda_failed(error, "loading scales", err);
+    enum status status = source->read_scales(source, staging->host, err);
+    if (status != STATUS_OK)
+        return status;
+    error = cudaMemcpyAsync(staging->device, staging->host, bytes, cudaMemcpyHostToDevice,
+                            engine->load_stream);
+    if (error == cudaSuccess)
+        error = cuda_relayout_scales(&weight->cuda, staging->device, engine->load_stream);
+    if (error != cudaSuccess)
+        return cuda_failed(error, "loading scales", err);
+    if (source->progress)
+        source->progress(source, bytes);
+    return STATUS_OK;
+}
+
+static enum status load_locked(struct engine *engine, const struct engine_weight_source *source,
+                               struct engine_weight *weight, struct error *err)
+{
+    const struct einsum_weight_format *format = &source->format;
+    cudaError_t error =
+        cuda_weight_init(&weight->cuda, format, weight->cuda.memory, engine->load_stream);
+    if (error != cudaSuccess)
+        return cuda_failed(error, "loading a weight", err);
+    uint64_t row_bytes =
+        (uint64_t)format->reduced_dim * einsum_weight_element_bytes(format->weight_type);
+    uint64_t rows = (uint64_t)format->groups * format->output_dim;
+    uint64_t rows_max = STAGING_BYTES / row_bytes / STAGING_ROWS_MULTIPLE * STAGING_ROWS_MULTIPLE;
+    ASSERT(rows_max > 0);
+    enum status status = STATUS_OK;
+    uint64_t chunk = 0;
+    for (uint64_t row = 0; row < rows && status == STATUS_OK; row += rows_max, chunk++)
+        status = load_chunk(engine, source, weight, row,
+                            rows - row < rows_max ? rows - row : rows_max, chunk, err);
+    if (status == STATUS_OK)
+        status = load_scales(engine, source, weight, err);
+    // Resident before it is visible; and after a failure nothing may still write to what is freed.
+    error = cudaStreamSynchronize(engine->load_stream);
+    if (error != cudaSuccess && status == STATUS_OK)
+        status = cuda_failed(error, "loading a weight", err);
+    return status;
+}
+
+static enum status cuda_weight_load(struct engine *engine,
+                                    const struct engine_weight_source *source,
+                                    struct engine_weight **out, struct error *err)
+{
+    if (source->format.reduced_dim > engine->reduced_dim_max)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "reduced_dim",
+                           "the engine was opened for at most %u, got %u", engine->reduced_dim_max,
+                           source->format.reduced_dim);
+    struct engine_weight *weight = calloc(1, sizeof *weight);
+    if (!weight)
+        return out_of_memory(err, "a weight");
+    weight->bytes = cuda_weight_bytes(&source->format);
+    enum status status = STATUS_OK;
+    cudaError_t error = cudaSetDevice(engine->device);
+    if (error == cudaSuccess)
+        error = cudaMalloc(&weight->cuda.memory, weight->bytes);
+    if (error != cudaSuccess) {
+        cudaGetLastError(); // running out of memory is not sticky
+        status = cuda_failed(error, "memory for a weight on the device", err);
+        goto free_weight;
+    }
+    pthread_mutex_lock(&engine->load_lock);
+    status = load_locked(engine, source, weight, err);
+    pthread_mutex_unlock(&engine->load_lock);
+    if (status != STATUS_OK)
+        goto free_memory;
+    atomic_fetch_add(&engine->weights_n, 1);
+    *out = weight;
+    return STATUS_OK;
+
+free_memory:
+    cudaFree(weight->cuda.memory);
+free_weight:
+    free(weight);
+    return status;
+}
+
+static void cuda_weight_free(struct engine *engine, struct engine_weight *weight)
+{
+    cudaSetDevice(engine->device);
+    cudaFree(weight->cuda.memory);
+    uint32_t held = atomic_fetch_sub(&engine->weights_n, 1);
+    ASSERT(held > 0);
+    free(weight);
+}
+
+static uint64_t cuda_weight_bytes_held(const struct engine_weight *weight)
+{
+    return weight->bytes;
+}
+
+// ---- memory of batches
+
+static enum status cuda_memory_alloc(struct engine *engine, uint64_t bytes, void **out,
+                                     struct error *err)
+{
+    struct buffer buffer = {.bytes = bytes};
+    void *host = NULL, *device = NULL;
+    cudaError_t error = cudaSetDevice(engine->device);
+    if (error == cudaSuccess)
+        error = cudaHostAlloc(&host, bytes, cudaHostAllocPortable);
+    if (error == cudaSuccess)
+        error = cudaMalloc(&device, bytes);
+    if (error != cudaSuccess) {
+        cudaFreeHost(host);
+        cudaGetLastError();
+        return cuda_failed(error, "pinned memory of a batch and its twin on the device", err);
+    }
+    memset(host, 0, bytes);
+    buffer.host = host;
+    buffer.device = device;
+    pthread_mutex_lock(&engine->buffers_lock);
+    uint32_t n = atomic_load_explicit(&engine->buffers_n, memory_order_relaxed);
+    ASSERT(n < BUFFERS_MAX);
+    engine->buffers[n] = buffer;
+    atomic_store_explicit(&engine->buffers_n, n + 1, memory_order_release);
+    pthread_mutex_unlock(&engine->buffers_lock);
+    *out = host;
+    return STATUS_OK;
+}
+
+static void cuda_memory_free(struct engine *engine, void *memory, uint64_t bytes)
+{
+    pthread_mutex_lock(&engine->buffers_lock);
+    struct buffer *buffer = (struct buffer *)(uintptr_t)buffer_of(engine, memory);
+    ASSERT(buffer->bytes == bytes);
+    cudaFree(buffer->device);
+    cudaFreeHost(memory);
+    uint32_t n = atomic_load_explicit(&engine->buffers_n, memory_order_relaxed);
+    *buffer = engine->buffers[n - 1];
+    atomic_store_explicit(&engine->buffers_n, n - 1, memory_order_release);
+    pthread_mutex_unlock(&engine->buffers_lock);
+}
+
+// ---- open, close
+
+static void lane_close(const struct engine *engine, struct lane *lane)
+{
+    for (uint32_t i = 0; lane->graphs && i < engine->buckets_n; i++)
+        if (lane->graphs[i])
+            cudaGraphExecDestroy(lane->graphs[i]);
+    free(lane->graphs);
+    free(lane->segments);
+    free(lane->order);
+    cudaFree(lane->table_device);
+    cudaFree(lane->workspace);
+    cudaFreeHost(lane->table);
+    if (lane->done)
+        cudaEventDestroy(lane->done);
+    if (lane->stream)
+        cudaStreamDestroy(lane->stream);
+}
+
+// Captures one bucket's launch on a lane. The table's address is the lane's; its content is not read
+// before a batch has written it.
+static cudaError_t capture(const struct engine *engine, struct lane *lane, uint32_t bucket)
+{
+    cudaGraph_t graph = NULL;
+    cudaError_t error = cudaStreamBeginCapture(lane->stream, cudaStreamCaptureModeThreadLocal);
+    if (error != cudaSuccess)
+        return error;
+    cudaError_t launched =
+        cuda_launch(&engine->buckets[bucket], lane->table_device, lane->workspace, lane->stream);
+    error = cudaStreamEndCapture(lane->stream, &graph);
+    if (launched != cudaSuccess)
+        error = launched;
+    if (error == cudaSuccess)
+        error = cudaGraphInstantiate(&lane->graphs[bucket], graph, 0);
+    if (error == cudaSuccess)
+        error = cudaGraphUpload(lane->graphs[bucket], lane->stream);
+    if (graph)
+        cudaGraphDestroy(graph);
+    return error;
+}
+
+static cudaError_t lane_open_device(const struct engine *engine, struct lane *lane)
+{
+    uint64_t table_bytes = 0, workspace_bytes = 0;
+    for (uint32_t i = 0; i < engine->buckets_n; i++) {
+        uint64_t table = cuda_table_bytes(&engine->buckets[i], engine->segments_max);
+        uint64_t workspace = cuda_workspace_bytes(&engine->buckets[i]);
+        table_bytes = table > table_bytes ? table : table_bytes;
+        workspace_bytes = workspace > workspace_bytes ? workspace : workspace_bytes;
+    }
+    cudaError_t error = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess)
+        error = cudaEventCreateWithFlags(&lane->done, cudaEventDisableTiming);
+    if (error == cudaSuccess)
+        error = cudaHostAlloc((void **)&lane->table, table_bytes, cudaHostAllocDefault);
+    if (error == cudaSuccess)
+        error = cudaMalloc((void **)&lane->table_device, table_bytes);
+    if (error == cudaSuccess)
+        error = cudaMalloc(&lane->workspace, workspace_bytes);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(lane->workspace, 0, workspace_bytes, lane->stream);
+    for (uint32_t i = 0; i < engine->buckets_n && error == cudaSuccess; i++)
+        error = capture(engine, lane, i);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(lane->stream);
+    return error;
+}
+
+static enum status lane_open(const struct engine *engine, struct lane *lane, struct error *err)
+{
+    lane->graphs = calloc(engine->buckets_n, sizeof(cudaGraphExec_t));
+    lane->segments = calloc(engine->segments_max, sizeof *lane->segments);
+    lane->order = calloc(engine->segments_max, sizeof *lane->order);
+    if (!lane->graphs || !lane->segments || !lane->order)
+        return out_of_memory(err, "a lane");
+    cudaError_t error = lane_open_device(engine, lane);
+    return error == cudaSuccess ? STATUS_OK : cuda_failed(error, "capturing the graphs", err);
+}
+
+static enum status staging_open(struct engine *engine, struct error *err)
+{
+    cudaError_t error = cudaStreamCreateWithFlags(&engine->load_stream, cudaStreamNonBlocking);
+    for (size_t i = 0; i < ARRAY_LEN(engine->staging) && error == cudaSuccess; i++) {
+        struct staging *staging = &engine->staging[i];
+        error = cudaHostAlloc(&staging->host, STAGING_BYTES, cudaHostAllocPortable);
+        if (error == cudaSuccess)
+            error = cudaMalloc(&staging->device, STAGING_BYTES);
+        if (error == cudaSuccess)
+            error = cudaEventCreateWithFlags(&staging->taken, cudaEventDisableTiming);
+    }
+    return error == cudaSuccess ? STATUS_OK : cuda_failed(error, "buffers for loading", err);
+}
+
+static void close_all(struct engine *engine)
+{
+    cudaSetDevice(engine->device);
+    for (uint32_t i = 0; engine->lanes && i < engine->lanes_n; i++)
+        lane_close(engine, &engine->lanes[i]);
+    for (size_t i = 0; i < ARRAY_LEN(engine->staging); i++) {
+        cudaFreeHost(engine->staging[i].host);
+        cudaFree(engine->staging[i].device);
+        if (engine->staging[i].taken)
+            cudaEventDestroy(engine->staging[i].taken);
+    }
+    if (engine->load_stream)
+        cudaStreamDestroy(engine->load_stream);
+    pthread_mutex_destroy(&engine->load_lock);
+    pthread_mutex_destroy(&engine->buffers_lock);
+    free(engine->lanes);
+    free(engine->buckets);
+    free(engine);
+}
+
+// Sentences for what can be wrong before anything is.
+static enum status check_device(int device, const char *kernel, struct cudaDeviceProp *device_info,
+                                struct cuda_choice *choice, struct error *err)
+{
+    int driver = 0, runtime = 0, devices = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (driver == 0)
+        return error_set(err, STATUS_FAILED_PRECONDITION, "no NVIDIA driver is installed");
+    if (driver / 1000 < runtime / 1000)
+        return error_set(err, STATUS_FAILED_PRECONDITION,
+                         "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d",
+                         driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess || devices <= device)
+        return error_set(err, STATUS_FAILED_PRECONDITION, "no CUDA device: %s",
+                         cudaGetErrorString(error));
+    error = cudaGetDeviceProperties(device_info, device);
+    if (error != cudaSuccess)
+        return cuda_failed(error, "reading the device's properties", err);
+    const struct einsum_weight_format usual = {.weight_type = EINSUM_WEIGHT_E4M3,
+                                               .scale_type = EINSUM_SCALE_UE8M0,
+                                               .block_d = 128,
+                                               .block_r = 128};
+    *choice = cuda_dispatch(device_info->major, device_info->minor, &usual, EINSUM_SCALE_UE8M0, 1,
+                            kernel);
+    if (choice->arm == CUDA_ARM_NONE)
+        return error_set(err, STATUS_FAILED_PRECONDITION, "%s cannot be used: %s",
+                         device_info->name, choice->reason);
+    return STATUS_OK;
+}
+
+static enum status fill_buckets(struct engine *engine, const struct engine_options *options,
+                                struct error *err)
+{
+    engine->buckets_n = options->buckets_n;
+    engine->buckets = calloc(options->buckets_n, sizeof *engine->buckets);
+    engine->lanes_n = options->lanes;
+    engine->lanes = calloc(options->lanes, sizeof *engine->lanes);
+    if (!engine->buckets || !engine->lanes)
+        return out_of_memory(err, "the engine");
+    cudaError_t error = cudaSetDevice(engine->device);
+    for (uint32_t i = 0; i < options->buckets_n && error == cudaSuccess; i++)
+        error = cuda_bucket_init(&engine->buckets[i], options->buckets[i]);
+    return error == cudaSuccess ? STATUS_OK : cuda_failed(error, "choosing kernels", err);
+}
+
+static uint64_t device_bytes_free(void)
+{
+    size_t free_bytes = 0, total_bytes = 0;
+    return cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess ? free_bytes : 0;
+}
+
+static enum status cuda_open(const struct engine_options *options, struct engine **out,
+                             struct error *err)
+{
+    struct cudaDeviceProp device_info;
+    struct cuda_choice choice = {0};
+    enum status status = check_device(0, options->kernel, &device_info, &choice, err);
+    if (status != STATUS_OK)
+        return status;
+    struct engine *engine = calloc(1, sizeof *engine);
+    if (!engine)
+        return out_of_memory(err, "the engine");
+    engine->segments_max = options->batch_segments_max;
+    engine->reduced_dim_max = options->reduced_dim_max;
+    pthread_mutex_init(&engine->load_lock, NULL);
+    pthread_mutex_init(&engine->buffers_lock, NULL);
+    snprintf(engine->info.device, sizeof engine->info.device, "%.80s, SM %d.%d, %d SMs, %.1f GiB",
+             device_info.name, device_info.major, device_info.minor,
+             device_info.multiProcessorCount, (double)device_info.totalGlobalMem / (1 << 30));
+    snprintf(engine->info.kernel, sizeof engine->info.kernel, "%s: %s", choice.name, choice.reason);
+
+    status = fill_buckets(engine, options, err);
+    uint64_t before = device_bytes_free(), started_ns = now_ns();
+    if (status == STATUS_OK)
+        status = staging_open(engine, err);
+    for (uint32_t i = 0; i < engine->lanes_n && status == STATUS_OK; i++)
+        status = lane_open(engine, &engine->lanes[i], err);
+    if (status != STATUS_OK) {
+        close_all(engine);
+        return status;
+    }
+    uint64_t after = device_bytes_free();
+    engine->info.scratch_bytes = before > after ? before - after : 0;
+    LOG(INFO, "graphs captured", LOG_U64("graphs", (uint64_t)engine->lanes_n * engine->buckets_n),
+        LOG_U64("device_bytes", engine->info.scratch_bytes),
+        LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
+    *out = engine;
+    return STATUS_OK;
+}
+
+static void cuda_close(struct engine *engine)
+{
+    ASSERT(atomic_load(&engine->weights_n) == 0);
+    for (uint32_t i = 0; i < engine->lanes_n; i++)
+        ASSERT(!engine->lanes[i].submitted);
+    close_all(engine);
+}
+
+static void cuda_describe(const struct engine *engine, struct engine_info *info)
+{
+    *info = engine->info;
+}
+
+static bool cuda_usable(void)
+{
+    int devices = 0;
+    return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+}
+
+const struct engine_ops engine_cuda = {
+    .name = "cuda",
+    .lanes_default = LANES_DEFAULT,
+    .polled = true,
+    .usable = cuda_usable,
+    .open = cuda_open,
+    .close = cuda_close,
+    .describe = cuda_describe,
+    .weight_load = cuda_weight_load,
+    .weight_free = cuda_weight_free,
+    .weight_bytes = cuda_weight_bytes_held,
+    .memory_alloc = cuda_memory_alloc,
+    .memory_free = cuda_memory_free,
+    .submit = cuda_submit,
+    .poll = cuda_poll,
+};
