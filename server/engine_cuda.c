@@ -229,11 +229,7 @@ static enum status load_scales(struct engine *engine, const struct engine_weight
                             engine->load_stream);
     if (error == cudaSuccess)
         error = cuda_relayout_scales(&weight->cuda, staging->device, engine->load_stream);
-    if (error != cudaSuccess)
-        return cuda_failed(error, "loading scales", err);
-    if (source->progress)
-        source->progress(source, bytes);
-    return STATUS_OK;
+    return error == cudaSuccess ? STATUS_OK : cuda_failed(error, "loading scales", err);
 }
 
 static enum status load_locked(struct engine *engine, const struct engine_weight_source *source,

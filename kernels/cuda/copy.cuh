@@ -47,11 +47,6 @@ __device__ inline uint4 load_matrices(uint32_t from)
     return v;
 }
 
-__device__ inline void prefetch_line(const void *from)
-{
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
-}
-
 // The next kernel in the stream may start as soon as every block has come here.
 __device__ inline void let_next_kernel_start()
 {
