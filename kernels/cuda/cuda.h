@@ -87,7 +87,6 @@ struct cuda_bucket {
     uint32_t decode_workers; // thread blocks that the device holds at once
     uint32_t prefill_blocks; // 0: this bucket needs no prefill
     uint32_t prefill_from;   // tokens of one weight from which they go to prefill
-    uint32_t prefetch_steps; // of 2 KiB a warp, called into L2 ahead of the kernel's turn
 };
 
 // Bytes of a table in the worst case, and what of them a built one uses.

@@ -7,9 +7,9 @@
 //
 // A warp copies its fragments into a ring of its own, RING steps ahead and on into the next tile, and
 // reads back only what its own lanes copied: no barrier guards the weights. The first RING steps
-// are on their way before the kernel ahead in the stream has ended, and more are called into L2, which
-// hides its tail and this one's start. A ninth warp brings the tokens' activations and scales, a
-// chunk ahead; all meet at the edges of chunks.
+// are on their way before the kernel ahead in the stream has ended, which hides its tail and this
+// one's start. Warps meet only at the edges of a chunk, for the tokens' activations, which come
+// CHUNKS - 1 chunks ahead in the same groups of copies as the weights.
 //
 // Where a tile falls to several workers each leaves its sum in the workspace and the last to arrive adds
 // them up, in the workers' order, so that a result does not depend on timing.
@@ -25,11 +25,12 @@ namespace
 
 enum {
     WARPS = CUDA_DECODE_WARPS,
-    THREADS = (WARPS + 1) * 32,           // the last one brings activations
+    THREADS = WARPS * 32,
     STEP_BYTES = 4 * CUDA_FRAGMENT_BYTES, // of a warp: K = 128 of E4M3, K = 64 of BF16
     RING = 4,
     RING_BYTES = WARPS * RING * STEP_BYTES,
-    CHUNK_BYTES = 16 * 1024, // of activations
+    CHUNKS = 4, // of activations, in shared memory
+    CHUNK_BYTES = 8 * 1024,
     CHUNK_PAIRS = CHUNK_BYTES / CUDA_K_BLOCK,
     TILE_STRIDE = 132, // floats of one token in shared memory; 2*132 % 32 = 8: no bank conflicts
     CONTRIBUTION = 1,  // what a worker adds to a tile's counter
@@ -47,14 +48,12 @@ struct decode_smem {
     uint8_t ring[WARPS][RING][STEP_BYTES];
     union {
         struct {
-            uint8_t
-                activations[2]
-                           [CHUNK_BYTES]; // [block][token][128], 16-byte pieces swizzled by token
-            uint32_t scales[2][4 * CHUNK_PAIRS / 2]; // words or floats, [block][step][token]
+            uint8_t activations[CHUNKS][CHUNK_BYTES]; // [block][token][128], 16-byte pieces
+                                                      // swizzled by token
+            uint32_t scales[2][4 * CHUNK_PAIRS];      // words or floats, [block][step][token]
         };
         float tile[CUDA_DECODE_TOKENS_MAX * TILE_STRIDE]; // [token][TILE_STRIDE]
     };
-    const uint8_t *tokens[CUDA_DECODE_TOKENS_MAX]; // their activations; NULL: none
     uint32_t arrivals;
 };
 static_assert(sizeof(decode_smem) <= CUDA_SMEM_BYTES_MAX, "SM 12.0 has no more");
@@ -67,19 +66,22 @@ struct piece {
     uint32_t g, d_begin;
 };
 
-// Every warp of the block comes to the same answer.
-__device__ inline piece locate(const cuda_table *table, uint32_t unit, uint32_t end)
+// Every warp of the block comes to the same answer. Loads what it may need all at once, since their
+// latency is what a kernel's start consists of: tables have room for 32 runs.
+__device__ inline piece locate(const cuda_table *table, uint32_t unit, uint32_t end, cuda_run &r)
 {
     uint32_t lane = threadIdx.x % 32, run = 0;
+    uint32_t runs = table->decode_runs, begin = table->runs[lane].unit_begin;
+    r = table->runs[0];
     for (uint32_t first = 0;; first += 32) {
-        uint32_t i = first + lane;
-        bool before = i < table->decode_runs && table->runs[i].unit_begin <= unit;
-        uint32_t n = __popc(__ballot_sync(0xFFFFFFFF, before));
+        uint32_t n = __popc(__ballot_sync(0xFFFFFFFF, first + lane < runs && begin <= unit));
         run = first + n - 1; // unit_begin ascends; run 0 begins at 0
-        if (n < 32)
+        if (n < 32 || first + 32 >= runs)
             break;
+        begin = first + 32 + lane < runs ? table->runs[first + 32 + lane].unit_begin : 0;
     }
-    const cuda_run &r = table->runs[run];
+    if (run != 0)
+        r = table->runs[run];
     uint32_t tile = (unit - r.unit_begin) / r.tile_units;
     piece p;
     p.run = run;
@@ -102,11 +104,12 @@ struct stream {
     bool bf16;
     uint32_t unit, end;  // after this piece, of the worker
     uint32_t slot, ring; // the next; address of the warp's
+    bool waits;          // the kernel ahead has not been waited for
 
     __device__ __forceinline__ void open()
     {
-        piece p = locate(table, unit, end);
-        const cuda_run &run = table->runs[p.run];
+        cuda_run run;
+        piece p = locate(table, unit, end, run);
         uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         uint32_t d = p.d_begin + warp / run.warps_k * CUDA_PANEL_ROWS;
         bf16 = run.mode == CUDA_MODE_BF16;
@@ -132,23 +135,9 @@ struct stream {
         unit = begin;
         end = to;
         slot = 0;
+        waits = true;
         ring = shared_address(smem.ring[threadIdx.x / 32]) + threadIdx.x % 32 * 16;
         open();
-    }
-
-    // Calls up to `steps` more of this piece into L2, two steps of lines at a time.
-    __device__ __forceinline__ void prefetch(uint32_t steps) const
-    {
-        uint32_t lane = threadIdx.x % 32;
-        steps = min(steps, valid);
-        const uint8_t *line = from - lane * 16 + lane % 16 * 128;
-        for (uint32_t i = lane / 16; i < steps; i += 2) {
-            uint32_t h = half + i; // BF16: alternates between a unit's halves
-            uint64_t offset =
-                bf16 ? (uint64_t)(h / 2) * stride + h % 2 * STEP_BYTES - half * STEP_BYTES
-                     : (uint64_t)i * stride;
-            prefetch_line(line + offset);
-        }
     }
 
     // One step into the slot that was read last. Commits nothing.
@@ -176,84 +165,109 @@ struct stream {
     }
 };
 
-// The ninth warp: activations and their scales on the way to shared memory, chunk by chunk.
-template <int NT, int MODE> struct helper {
+// Activations and their scales on the way to shared memory, chunk by chunk. A thread copies the same
+// one or two tokens in every block, and looks after the scales of one pair (block, token).
+template <int NT, int MODE> struct stager {
     using S = shape<NT>;
     static constexpr bool WORDS = MODE == CUDA_MODE_UE8M0_128 || MODE == CUDA_MODE_UE8M0_32;
     static constexpr int BLOCK = MODE == CUDA_MODE_UE8M0_32 || MODE == CUDA_MODE_FP32_32 ? 32 : 128;
-    // Four floats to a pair (block, token) need the room of two chunks' words.
-    static constexpr int PAIRS = MODE == CUDA_MODE_FP32_32 ? CHUNK_PAIRS / 2 : CHUNK_PAIRS;
+    static constexpr int PAIRS = CHUNK_PAIRS;              // (block, token)
     static constexpr int CHUNK_BLOCKS = PAIRS / S::TOKENS; // of K = 128
     static constexpr int CHUNK_UNITS = CHUNK_BLOCKS / S::WARPS_K;
-    static constexpr int SCALES = WORDS || BLOCK == 128 ? 1 : 4; // of a pair
-    static_assert(CHUNK_UNITS >= 1, "");
+    static constexpr int COPIES = PAIRS * 8 / THREADS; // of 16 bytes, by a thread
+    static constexpr int SCALES = WORDS || BLOCK == 128 ? 1 : 4;
+    static constexpr int COPY_TOKENS = S::TOKENS > THREADS / 8 ? S::TOKENS / (THREADS / 8) : 1;
+    static_assert(CHUNK_UNITS >= 1 && PAIRS <= THREADS && COPIES >= COPY_TOKENS, "");
 
-    const cuda_row *rows;
-    uint32_t tokens, g, blocks;
+    const uint8_t *from[COPY_TOKENS]; // NULL: no such token
+    token_scales pair;                // at NULL: no such token
+    scales_in_flight<BLOCK> pending;
+    uint32_t blocks;
     bool wide;
 
     __device__ __forceinline__ void start(const cuda_table *table, const cuda_run &run,
-                                          const piece &p, decode_smem &smem)
+                                          const piece &p)
     {
-        rows = (const cuda_row *)((const uint8_t *)table + table->rows_offset) + run.row_begin;
-        tokens = run.rows;
-        g = p.g;
+        const cuda_row *rows =
+            (const cuda_row *)((const uint8_t *)table + table->rows_offset) + run.row_begin;
         blocks = run.reduced_dim / CUDA_K_BLOCK;
         wide = false;
-        for (uint32_t token = threadIdx.x % 32; token < S::TOKENS; token += 32)
-            smem.tokens[token] =
-                token < tokens ? (const uint8_t *)rows[token].activations +
-                                     (uint64_t)g * rows[token].activation_group * run.reduced_dim
-                               : NULL;
-        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < COPY_TOKENS; i++) {
+            uint32_t token = (threadIdx.x / 8 + i * (THREADS / 8)) % S::TOKENS;
+            from[i] = NULL;
+            if (token < run.rows)
+                from[i] = (const uint8_t *)rows[token].activations +
+                          (uint64_t)p.g * rows[token].activation_group * run.reduced_dim +
+                          threadIdx.x % 8 * 16;
+        }
+        uint32_t token = threadIdx.x % S::TOKENS;
+        pair = {};
+        if (token < run.rows)
+            pair = scales_of(rows[token], p.g);
     }
 
-    // Complete on return, for this warp.
-    __device__ __forceinline__ void bring(decode_smem &smem, uint32_t buffer, uint32_t first_block,
-                                          const void *anywhere)
+    // Calls copy(offset in the chunk, source or NULL) for this thread's share of a chunk.
+    template <class C> __device__ __forceinline__ void for_pieces(uint32_t first_block, C copy)
     {
-        constexpr int MINE = PAIRS / 32;
-        uint32_t lane = threadIdx.x % 32;
-        scales_in_flight<BLOCK> pending[MINE];
-        uint32_t fp32 = 0; // a bit for each
 #pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            uint32_t pair = i * 32 + lane, token = pair % S::TOKENS;
-            uint32_t block = first_block + pair / S::TOKENS;
-            bool valid = token < tokens && block < blocks;
-            token_scales scales = scales_of(rows[valid ? token : 0], g);
-            if (valid)
-                pending[i].load(scales, block);
-            else
-                pending[i].load_one(scales.fp32);
-            fp32 |= (uint32_t)scales.fp32 << i;
+        for (int i = 0; i < COPIES; i++) {
+            uint32_t pair_index = threadIdx.x / 8 + i * (THREADS / 8);
+            uint32_t token = pair_index % S::TOKENS, block = first_block + pair_index / S::TOKENS;
+            const uint8_t *row = from[i % COPY_TOKENS];
+            uint32_t piece16 = (threadIdx.x % 8) ^ (token & 7);
+            copy(i, pair_index * CUDA_K_BLOCK + piece16 * 16,
+                 row != NULL && block < blocks ? row + (uint64_t)block * CUDA_K_BLOCK : NULL);
         }
-        uint32_t base = shared_address(smem.activations[buffer]);
-#pragma unroll 4
-        for (uint32_t i = lane / 8; i < PAIRS; i += 4) {
-            uint32_t token = i % S::TOKENS, block = first_block + i / S::TOKENS;
-            const uint8_t *row = smem.tokens[token];
-            bool valid = row != NULL && block < blocks;
-            uint32_t piece16 = (lane % 8) ^ (token & 7);
-            copy_async(base + i * CUDA_K_BLOCK + piece16 * 16,
-                       valid ? row + (uint64_t)block * CUDA_K_BLOCK + lane % 8 * 16 : anywhere,
-                       valid);
-        }
-        copy_async_commit();
+    }
+
+    __device__ __forceinline__ void copy_chunk(uint8_t *to, uint32_t first_block,
+                                               const void *anywhere)
+    {
+        uint32_t base = shared_address(to);
+        for_pieces(first_block, [&](int, uint32_t offset, const uint8_t *source) {
+            copy_async(base + offset, source != NULL ? source : anywhere, source != NULL);
+        });
+    }
+
+    // The first chunks, through registers: waiting for asynchronous copies would wait for the ring.
+    __device__ __forceinline__ void load_chunks(decode_smem &smem, uint32_t first_block)
+    {
+        uint4 held[CHUNKS - 1][COPIES];
 #pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            uint32_t pair = i * 32 + lane;
-            if (WORDS) {
-                smem.scales[buffer][pair] = pending[i].word(wide);
-                continue;
-            }
-            uint32_t block = pair / S::TOKENS, token = pair % S::TOKENS;
+        for (int c = 0; c < CHUNKS - 1; c++)
+            for_pieces(first_block + c * CHUNK_BLOCKS, [&](int i, uint32_t, const uint8_t *source) {
+                held[c][i] = source != NULL ? *(const uint4 *)source : make_uint4(0, 0, 0, 0);
+            });
 #pragma unroll
-            for (int j = 0; j < SCALES; j++)
-                smem.scales[buffer][(block * SCALES + j) * S::TOKENS + token] =
-                    __float_as_uint(pending[i].value(j, fp32 >> i & 1, wide));
+        for (int c = 0; c < CHUNKS - 1; c++)
+            for_pieces(0, [&](int i, uint32_t offset, const uint8_t *) {
+                *(uint4 *)(smem.activations[c] + offset) = held[c][i];
+            });
+    }
+
+    __device__ __forceinline__ void load_scales(uint32_t first_block)
+    {
+        uint32_t block = first_block + threadIdx.x / S::TOKENS;
+        if (pair.at != NULL && threadIdx.x < PAIRS && block < blocks)
+            pending.load(pair, block);
+        else
+            pending.load_one(pair.fp32);
+    }
+
+    __device__ __forceinline__ void store_scales(uint32_t *to)
+    {
+        if (threadIdx.x >= PAIRS)
+            return;
+        if (WORDS) {
+            to[threadIdx.x] = pending.word(wide);
+            return;
         }
-        copy_async_wait<0>();
+        uint32_t block = threadIdx.x / S::TOKENS, token = threadIdx.x % S::TOKENS;
+#pragma unroll
+        for (int i = 0; i < SCALES; i++)
+            to[(block * SCALES + i) * S::TOKENS + token] =
+                __float_as_uint(pending.value(i, pair.fp32, wide));
     }
 };
 
@@ -279,36 +293,19 @@ template <int MODE> struct panel_scales {
     }
 };
 
-// The ninth warp's part of a piece. Returns whether a scale was wide.
+// Sums of the piece's units for this warp's panel. Returns whether a scale was wide.
 template <int NT, int MODE>
-__device__ __forceinline__ bool bring_all(bool first, decode_smem &smem, const cuda_table *table,
-                                          const cuda_run &run, const piece &p)
-{
-    using H = helper<NT, MODE>;
-    H help;
-    help.start(table, run, p, smem);
-    if (first)
-        wait_for_kernel_ahead();
-    uint32_t buffer = 0;
-#pragma unroll 1
-    for (uint32_t chunk = p.begin; chunk < p.end; chunk += H::CHUNK_UNITS, buffer ^= 1) {
-        help.bring(smem, buffer, chunk * shape<NT>::WARPS_K, table);
-        __syncthreads(); // this chunk is here, and the one before is read
-    }
-    return help.wide;
-}
-
-// The other warps': sums of the piece's units for a warp's panel.
-template <int NT, int MODE>
-__device__ __forceinline__ void accumulate(float (&acc)[1][NT][4], stream &weights,
-                                           decode_smem &smem, const cuda_run &run, const piece &p)
+__device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], stream &weights,
+                                           decode_smem &smem, const cuda_table *table,
+                                           const cuda_run &run, const piece &p)
 {
     using S = shape<NT>;
-    using H = helper<NT, MODE>;
+    using G = stager<NT, MODE>;
     constexpr bool BF16 = MODE == CUDA_MODE_BF16;
-    constexpr bool WORDS = H::WORDS;
-    constexpr int BLOCK = H::BLOCK;
+    constexpr bool WORDS = G::WORDS;
+    constexpr int BLOCK = G::BLOCK;
     constexpr int STEPS = BF16 ? 2 : 1;
+    constexpr int CHUNK_STEPS = G::CHUNK_UNITS * STEPS;
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
     // Where this lane's scales of W lie: the block-scaled mma's row, or both accumulator rows.
@@ -324,16 +321,41 @@ __device__ __forceinline__ void accumulate(float (&acc)[1][NT][4], stream &weigh
     uint32_t block_last = run.reduced_dim / CUDA_K_BLOCK - 1;
     panel.load(run, scales_w, min(block, block_last));
 
-    uint32_t buffer = 0;
+    G stage;
+    stage.start(table, run, p);
+    if (weights.waits) {
+        weights.waits = false;
+        wait_for_kernel_ahead();
+    }
+    stage.load_scales(p.begin * S::WARPS_K);
+    stage.load_chunks(smem, p.begin * S::WARPS_K);
+    stage.store_scales(smem.scales[0]);
+    __syncthreads();
+
+    uint32_t index = 0;           // of the chunk
     uint32_t slot = weights.slot; // copied first of all that are in flight
     uint32_t ring = weights.ring;
 #pragma unroll 1
-    for (uint32_t chunk = p.begin; chunk < p.end; chunk += H::CHUNK_UNITS, buffer ^= 1) {
-        __syncthreads(); // see bring_all
-        uint32_t end = min(chunk + H::CHUNK_UNITS, p.end);
-        uint32_t pairs = shared_address(smem.activations) + buffer * CHUNK_BYTES +
+    for (uint32_t chunk = p.begin; chunk < p.end; chunk += G::CHUNK_UNITS, index++) {
+        if (index != 0) {
+            // The chunk came with the first step of CHUNKS - 1 chunks before; nobody reads the one
+            // before any more.
+            constexpr int LATER = (CHUNKS - 1) * CHUNK_STEPS - 1;
+            copy_async_wait<(LATER < RING - 1 ? LATER : RING - 1)>();
+            __syncthreads();
+        }
+        uint32_t ahead = chunk + (CHUNKS - 1) * G::CHUNK_UNITS;
+        if (ahead < p.end)
+            stage.copy_chunk(smem.activations[(index + CHUNKS - 1) % CHUNKS], ahead * S::WARPS_K,
+                             table);
+        bool more = chunk + G::CHUNK_UNITS < p.end;
+        if (more)
+            stage.load_scales((chunk + G::CHUNK_UNITS) * S::WARPS_K);
+        uint32_t end = min(chunk + G::CHUNK_UNITS, p.end);
+        uint32_t pairs = shared_address(smem.activations) + index % CHUNKS * CHUNK_BYTES +
                          warp % S::WARPS_K * (S::TOKENS * CUDA_K_BLOCK);
-        const uint32_t *scales = smem.scales[buffer] + warp % S::WARPS_K * (H::SCALES * S::TOKENS);
+        const uint32_t *scales =
+            smem.scales[index % 2] + warp % S::WARPS_K * (G::SCALES * S::TOKENS);
 #pragma unroll 1
         for (uint32_t unit = chunk; unit < end; unit++) {
             auto b = [&](int n, int half) {
@@ -369,21 +391,12 @@ __device__ __forceinline__ void accumulate(float (&acc)[1][NT][4], stream &weigh
                 copy_async_commit();
             });
             pairs += S::WARPS_K * S::TOKENS * CUDA_K_BLOCK;
-            scales += S::WARPS_K * H::SCALES * S::TOKENS;
+            scales += S::WARPS_K * G::SCALES * S::TOKENS;
         }
+        if (more)
+            stage.store_scales(smem.scales[(index + 1) % 2]);
     }
-}
-
-// A piece from its activations to its outputs.
-template <int NT, int MODE>
-__device__ __forceinline__ void compute(bool first, stream &weights, decode_smem &smem,
-                                        const cuda_table *table, const cuda_run &run,
-                                        const piece &p, float (&acc)[1][NT][4], bool &wide)
-{
-    if (threadIdx.x / 32 == WARPS)
-        wide |= bring_all<NT, MODE>(first, smem, table, run, p);
-    else
-        accumulate<NT, MODE>(acc, weights, smem, run, p);
+    return stage.wide;
 }
 
 // The worker whose piece holds a unit, when `units` are dealt out evenly to `workers`.
@@ -411,7 +424,7 @@ __device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, decode
     bool tile_wide = __syncthreads_or(wide); // and the activations are free to be written over
 
     // tile[token][part of R][row]
-    if (warp < WARPS) {
+    {
         uint32_t column = warp % S::WARPS_K * S::ROWS + warp / S::WARPS_K * CUDA_PANEL_ROWS + g;
 #pragma unroll
         for (int n = 0; n < NT; n++)
@@ -478,39 +491,29 @@ __device__ __forceinline__ void finish(float (&acc)[1][NT][4], bool wide, decode
 }
 
 template <int NT>
-__device__ __forceinline__ void compute_any(bool first, stream &weights, decode_smem &smem,
-                                            const cuda_table *table, const cuda_run &run,
-                                            const piece &p, bool wide, float *partials,
-                                            uint32_t partial_floats, uint32_t *counters)
+__device__ __forceinline__ bool accumulate_any(float (&acc)[1][NT][4], stream &weights,
+                                               decode_smem &smem, const cuda_table *table,
+                                               const cuda_run &run, const piece &p)
 {
-    float acc[1][NT][4] = {};
     switch (run.mode) {
     case CUDA_MODE_UE8M0_128:
-        compute<NT, CUDA_MODE_UE8M0_128>(first, weights, smem, table, run, p, acc, wide);
-        break;
+        return accumulate<NT, CUDA_MODE_UE8M0_128>(acc, weights, smem, table, run, p);
     case CUDA_MODE_UE8M0_32:
-        compute<NT, CUDA_MODE_UE8M0_32>(first, weights, smem, table, run, p, acc, wide);
-        break;
+        return accumulate<NT, CUDA_MODE_UE8M0_32>(acc, weights, smem, table, run, p);
     case CUDA_MODE_FP32_128:
-        compute<NT, CUDA_MODE_FP32_128>(first, weights, smem, table, run, p, acc, wide);
-        break;
+        return accumulate<NT, CUDA_MODE_FP32_128>(acc, weights, smem, table, run, p);
     case CUDA_MODE_FP32_32:
-        compute<NT, CUDA_MODE_FP32_32>(first, weights, smem, table, run, p, acc, wide);
-        break;
+        return accumulate<NT, CUDA_MODE_FP32_32>(acc, weights, smem, table, run, p);
     default:
-        compute<NT, CUDA_MODE_BF16>(first, weights, smem, table, run, p, acc, wide);
-        break;
+        return accumulate<NT, CUDA_MODE_BF16>(acc, weights, smem, table, run, p);
     }
-    if (first)
-        wait_for_kernel_ahead(); // before the first output, in every warp
-    finish<NT>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
 }
 
 // For runs of up to 8*NT tokens: code for those of up to 8, and for the rest.
 template <int NT>
-__global__ void __launch_bounds__(THREADS, NT <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, NT <= 4 ? 2 : 1)
     decode_kernel(const cuda_table *__restrict__ table, float *partials, uint32_t partial_floats,
-                  uint32_t *counters, uint32_t prefetch_steps)
+                  uint32_t *counters)
 {
     extern __shared__ __align__(128) uint8_t shared_memory[];
     decode_smem &smem = *(decode_smem *)shared_memory;
@@ -518,6 +521,7 @@ __global__ void __launch_bounds__(THREADS, NT <= 2 ? 2 : 1)
 
     // ---- this worker's units
     uint32_t units = table->decode_units, workers = table->decode_workers;
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(table->runs + threadIdx.x % 32));
     if (blockIdx.x >= workers) {
         wait_for_kernel_ahead(); // who waits for this kernel counts on that one too
         return;
@@ -527,31 +531,29 @@ __global__ void __launch_bounds__(THREADS, NT <= 2 ? 2 : 1)
 
     // ---- weights before the wait: they do not depend on the kernel ahead
     stream weights;
-    if (threadIdx.x / 32 < WARPS) {
-        weights.start(table, unit, end, smem);
+    weights.start(table, unit, end, smem);
 #pragma unroll 1
-        for (int i = 0; i < RING; i++) {
-            weights.copy_step();
-            copy_async_commit();
-        }
-        weights.prefetch(prefetch_steps);
+    for (int i = 0; i < RING; i++) {
+        weights.copy_step();
+        copy_async_commit();
     }
 
-    bool first = true;
 #pragma unroll 1
     while (unit < end) {
-        piece p = locate(table, unit, end);
-        const cuda_run &run = table->runs[p.run];
+        cuda_run run;
+        piece p = locate(table, unit, end, run);
         bool wide = threadIdx.x < WARPS * CUDA_PANEL_ROWS / run.warps_k &&
                     p.d_begin + threadIdx.x < run.output_dim &&
                     weight_is_wide(run, p.g, p.d_begin + threadIdx.x);
-        if (NT == 1 || run.rows <= 8)
-            compute_any<1>(first, weights, smem, table, run, p, wide, partials, partial_floats,
-                           counters);
-        else
-            compute_any<NT>(first, weights, smem, table, run, p, wide, partials, partial_floats,
-                            counters);
-        first = false;
+        if (NT == 1 || run.rows <= 8) {
+            float acc[1][1][4] = {};
+            wide |= accumulate_any<1>(acc, weights, smem, table, run, p);
+            finish<1>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
+        } else {
+            float acc[1][NT][4] = {};
+            wide |= accumulate_any<NT>(acc, weights, smem, table, run, p);
+            finish<NT>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
+        }
         unit = p.tile_begin + p.end;
         __syncthreads(); // the tile is stored; activations may come
     }
@@ -583,7 +585,6 @@ extern "C" cudaError_t cuda_decode_init(struct cuda_bucket *bucket, int sm_count
     // One keeps the memory busy; where there is room for two, the second place is the next
     // kernel's.
     bucket->decode_workers = (uint32_t)sm_count;
-    bucket->prefetch_steps = 4;
     return cudaSuccess;
 }
 
@@ -607,8 +608,7 @@ extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
     uint64_t counters_bytes = ((uint64_t)bucket->decode_workers * 4 + 255) / 256 * 256;
     float *partials = (float *)((uint8_t *)workspace + counters_bytes);
     uint32_t partial_floats = partial_floats_of(bucket);
-    uint32_t prefetch_steps = bucket->prefetch_steps;
-    void *arguments[] = {&table, &partials, &partial_floats, &counters, &prefetch_steps};
+    void *arguments[] = {&table, &partials, &partial_floats, &counters};
 
     cudaLaunchAttribute serialization = {};
     serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -2,7 +2,7 @@
 // that one computes while the other waits.
 //
 //     stage (K = 128)   W: 8 panels of 2 KiB, as they lie in memory    A: 64 tokens x 128, swizzled
-//     eight warps       4 x 2, each 32 outputs x 32 tokens
+//     four warps        2 x 2, each 64 outputs x 32 tokens
 //
 // Blocks take tiles in turn, neighbours in the order share activations and weights in L2: outputs
 // run fastest, then tokens, then groups.
@@ -17,8 +17,7 @@ namespace
 {
 
 enum {
-    THREADS = 256,
-    WARPS_N = 2,
+    THREADS = 128,
     TOKENS = CUDA_PREFILL_TOKENS,
     ROWS = CUDA_PREFILL_ROWS,
     PANELS = ROWS / CUDA_PANEL_ROWS,
@@ -27,7 +26,7 @@ enum {
     A_BYTES = TOKENS * CUDA_K_BLOCK,
     STAGES = 2,
     TILE_STRIDE = 132, // floats; see decode.cu
-    MT = 2,            // fragments of a warp
+    MT = 4,            // fragments of a warp
     NT = 4,
 };
 
@@ -39,10 +38,11 @@ struct prefill_smem {
         } stages[STAGES];
         float tile[TOKENS * TILE_STRIDE];
     };
-    // Of the stage that is computed.
+    // Of two stages; of the one that is computed where a token has four floats.
     union {
-        uint32_t words[TOKENS];
-        float floats[4 * TOKENS]; // [step][token]
+        uint32_t words[2][TOKENS];
+        float floats[2][TOKENS];
+        float steps[4 * TOKENS]; // [step][token]
     } scales;
 };
 
@@ -92,20 +92,19 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
     constexpr int STEPS = 128 / BLOCK;
     constexpr uint32_t STAGES_PER_BLOCK = BF16 ? 2 : 1;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t warp_m = threadIdx.x / 32 / WARPS_N, warp_n = threadIdx.x / 32 % WARPS_N;
+    uint32_t warp_m = threadIdx.x / 64, warp_n = threadIdx.x / 32 % 2;
     uint32_t stages_n = run.reduced_dim / CUDA_K_BLOCK * STAGES_PER_BLOCK;
 
-    // ---- what this thread copies: 16 bytes of every other panel, of A two rows' 16 bytes
+    // ---- what this thread copies: a quarter of W's 1024 pieces of 16 bytes, of A's 512 four rows
     uint64_t tile_row = (uint64_t)(run.group_begin + at.g) * run.output_dim + at.d_begin;
     uint64_t panel_bytes = (uint64_t)stages_n * PANEL_BYTES;
-    const uint8_t *from_w = (const uint8_t *)run.elements +
-                            (tile_row / CUDA_PANEL_ROWS + threadIdx.x / 128) * panel_bytes +
-                            threadIdx.x % 128 * 16;
+    const uint8_t *from_w =
+        (const uint8_t *)run.elements + tile_row / CUDA_PANEL_ROWS * panel_bytes + threadIdx.x * 16;
     uint32_t panels = min((run.output_dim - at.d_begin) / CUDA_PANEL_ROWS, (uint32_t)PANELS);
-    const uint8_t *from_a[2];
+    const uint8_t *from_a[4];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        uint32_t token = threadIdx.x / 8 + 32 * i;
+    for (int i = 0; i < 4; i++) {
+        uint32_t token = threadIdx.x / 8 + 16 * i;
         from_a[i] = token < at.tokens
                         ? (const uint8_t *)rows[token].activations +
                               (uint64_t)at.g * rows[token].activation_group * run.reduced_dim +
@@ -117,16 +116,14 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
     auto copy_stage = [&](uint32_t stage) {
         uint32_t to = base + stage % STAGES * STAGE_BYTES;
 #pragma unroll
-        for (uint32_t i = 0; i < PANELS / 2; i++) {
-            uint32_t panel = 2 * i + threadIdx.x / 128;
-            copy_async(to + i * 2 * PANEL_BYTES + threadIdx.x * 16,
-                       panel < panels ? from_w + i * 2 * panel_bytes + stage * (uint64_t)PANEL_BYTES
+        for (uint32_t panel = 0; panel < PANELS; panel++)
+            copy_async(to + panel * PANEL_BYTES + threadIdx.x * 16,
+                       panel < panels ? from_w + panel * panel_bytes + stage * (uint64_t)PANEL_BYTES
                                       : (const uint8_t *)run.elements,
                        panel < panels);
-        }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint32_t token = threadIdx.x / 8 + 32 * i;
+        for (int i = 0; i < 4; i++) {
+            uint32_t token = threadIdx.x / 8 + 16 * i;
             copy_async(to + W_BYTES + token * CUDA_K_BLOCK + ((threadIdx.x % 8) ^ (token % 8)) * 16,
                        from_a[i] != NULL
                            ? from_a[i] + (uint64_t)(stage / STAGES_PER_BLOCK) * CUDA_K_BLOCK
@@ -159,32 +156,38 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
             (uint32_t)(weight_scales(run, BLOCK, row < row_last ? row : row_last) - scales_w);
     }
 
+    auto store_scales = [&](uint32_t stage) {
+        if (threadIdx.x >= TOKENS)
+            return;
+        if (WORDS) {
+            smem.scales.words[stage % 2][threadIdx.x] = pending.word(wide);
+        } else if (BLOCK == 128) {
+            smem.scales.floats[stage % 2][threadIdx.x] = pending.value(0, scales_a.fp32, wide);
+        } else {
+#pragma unroll
+            for (int i = 0; i < STEPS; i++)
+                smem.scales.steps[i * TOKENS + threadIdx.x] = pending.value(i, scales_a.fp32, wide);
+        }
+    };
+
     copy_stage(0);
     pending.load_one(scales_a.fp32);
     if (has_token)
         pending.load(scales_a, 0);
+    store_scales(0);
 
 #pragma unroll 1
     for (uint32_t stage = 0; stage < stages_n; stage++) {
         uint32_t block = stage / STAGES_PER_BLOCK;
-        // Everyone has computed the stage before: its place and the scales' are free.
-        if (stage + 1 < stages_n)
-            copy_stage(stage + 1);
-        else
-            copy_async_commit(); // keeps the count
-        if (threadIdx.x < TOKENS) {
-            if (WORDS)
-                smem.scales.words[threadIdx.x] = pending.word(wide);
-            else
-#pragma unroll
-                for (int i = 0; i < STEPS; i++)
-                    smem.scales.floats[i * TOKENS + threadIdx.x] =
-                        pending.value(i, scales_a.fp32, wide);
-        }
-        if (has_token && stage + 1 < stages_n)
-            pending.load(scales_a, (stage + 1) / STAGES_PER_BLOCK);
-        copy_async_wait<1>();
+        bool more = stage + 1 < stages_n;
+        // This stage is here, and everyone has computed the one before: its place is free.
+        copy_async_wait<0>();
         __syncthreads();
+        if (more) {
+            copy_stage(stage + 1);
+            if (has_token)
+                pending.load(scales_a, (stage + 1) / STAGES_PER_BLOCK);
+        }
 
         uint32_t w_at =
             base + stage % STAGES * STAGE_BYTES + warp_m * (MT * PANEL_BYTES) + lane * 16;
@@ -200,11 +203,13 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
         };
         uint32_t token = warp_n * (NT * 8);
         if constexpr (WORDS) {
-            uint32_t word_w[1] = {weight_scale_word<BLOCK>(scales_w + scales_at[0], block)};
-            uint32_t word_a[1] = {smem.scales.words[token + 8 * t + g]};
+            uint32_t word_w[2] = {weight_scale_word<BLOCK>(scales_w + scales_at[0], block),
+                                  weight_scale_word<BLOCK>(scales_w + scales_at[1], block)};
+            uint32_t word_a[1] = {smem.scales.words[stage % 2][token + 8 * t + g]};
             mma_k128_ue8m0<MT, NT, BLOCK>(acc, w, b, word_w, word_a);
         } else {
-            const float *floats = smem.scales.floats + token + 2 * t;
+            const float *floats =
+                (BLOCK == 32 ? smem.scales.steps : smem.scales.floats[stage % 2]) + token + 2 * t;
             if constexpr (!BF16) {
                 float scale_w[2 * MT][STEPS];
 #pragma unroll
@@ -224,9 +229,11 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
                 mma_k64_bf16<MT, NT>(acc, w, b, half, scale);
             }
         }
-        __syncthreads();
+        if (BLOCK == 32 && !WORDS)
+            __syncthreads(); // the one place of their four floats is read
+        if (more)
+            store_scales(stage + 1);
     }
-    copy_async_wait<0>();
     return wide;
 }
 
@@ -265,8 +272,8 @@ __global__ void __launch_bounds__(THREADS, 2) prefill_kernel(const cuda_table *_
 
         // ---- through shared memory, so that a token's outputs leave side by side
         uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        uint32_t warp_m = threadIdx.x / 32 / WARPS_N, warp_n = threadIdx.x / 32 % WARPS_N;
-        wide |= threadIdx.x < ROWS && at.d_begin + threadIdx.x < run.output_dim &&
+        uint32_t warp_m = threadIdx.x / 64, warp_n = threadIdx.x / 32 % 2;
+        wide |= at.d_begin + threadIdx.x < run.output_dim &&
                 weight_is_wide(run, at.g, at.d_begin + threadIdx.x);
         wide = __syncthreads_or(wide);
 #pragma unroll

@@ -157,13 +157,6 @@ static void table_of(const char *name, const model &m, std::vector<uint32_t> cou
 // Settings beside the defaults.
 static void tune(const model &m)
 {
-    for (uint32_t t : {1u, 16u, 32u, 64u})
-        for (uint32_t prefetch : {0u, 2u, 4u, 8u, 12u}) {
-            cuda_bucket bucket = bucket_for(t);
-            bucket.prefetch_steps = prefetch;
-            row("prefetch " + std::to_string(prefetch), t, measure(m, bucket, t, false), m.bytes,
-                operations(m, t));
-        }
     for (uint32_t t : {64u, 128u, 256u}) {
         cuda_bucket bucket = bucket_for(256);
         bucket.prefill_from = 1;
