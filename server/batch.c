@@ -12,7 +12,6 @@
 #include <stdlib.h>
 
 enum { RETRY_MS_MIN = 1, RETRY_MS_MAX = 1000 };
-enum { SCARCE_DELAY_NS = 1000000 }; // what the last free buffer may wait for another
 
 // What one job needs of a batch.
 struct room {
@@ -140,13 +139,6 @@ void batch_answering_locked(struct batcher *batcher, struct batch *batch)
 
 // --- when to launch
 
-// If the last buffer left now, whoever comes next would be refused. So it stays open a little, and
-// leaves as soon as one that runs or is being answered comes free.
-static bool another_may_come_free_locked(const struct batcher *batcher)
-{
-    return !batcher->free && batcher->queue_batches < batcher->options.batches;
-}
-
 uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
 {
     const struct batch *batch = batcher->queue;
@@ -161,8 +153,6 @@ uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
     if (batch->jobs_n == 0)
         return UINT64_MAX;
     uint64_t delay_ns = (uint64_t)batcher->options.max_queue_delay_us * 1000;
-    if (delay_ns < SCARCE_DELAY_NS && another_may_come_free_locked(batcher))
-        delay_ns = SCARCE_DELAY_NS;
     return delay_ns ? batch->first_commit_ns + delay_ns : 0;
 }
 
@@ -212,20 +202,37 @@ static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, s
     batch->tokens += room->tokens;
     batch->filling++;
     batch->held++;
-    batcher->stats.jobs++;
-    batcher->stats.queued++;
     if (batch->tokens == batcher->options.batch_tokens_max ||
         batch->held == batcher->options.batch_requests_max)
         batch_close_locked(batcher, batch);
 }
 
-static enum status refuse(const struct batcher_options *options, bool queue_full,
+enum full { FULL_NOT, FULL_REQUESTS, FULL_BYTES, FULL_BUFFERS };
+
+// Whether a job for which there is no room now may wait for some.
+static enum full full_locked(const struct batcher *batcher, bool may_wait, const struct room *room)
+{
+    const struct batcher_options *options = &batcher->options;
+    if (batcher->stats.queued >= options->queue_requests_max)
+        return FULL_REQUESTS;
+    if (!may_wait)
+        return FULL_BUFFERS;
+    bool fits =
+        batcher->waiting_bytes + room->input_bytes <= options->batches * options->batch_input_bytes;
+    return fits ? FULL_NOT : FULL_BYTES;
+}
+
+static enum status refuse(const struct batcher_options *options, enum full full,
                           uint32_t retry_after_ms, struct error *err)
 {
-    if (queue_full)
+    if (full == FULL_REQUESTS)
         error_set(err, STATUS_RESOURCE_EXHAUSTED,
                   "the queue is full: %" PRIu32 " requests wait (queue_requests_max)",
                   options->queue_requests_max);
+    else if (full == FULL_BYTES)
+        error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                  "the queue is full: %" PRIu64 " bytes wait (batches * batch_input_bytes)",
+                  options->batches * options->batch_input_bytes);
     else
         error_set(err, STATUS_RESOURCE_EXHAUSTED,
                   "all %" PRIu32 " batch buffers are in use (batches)", options->batches);
@@ -234,11 +241,20 @@ static enum status refuse(const struct batcher_options *options, bool queue_full
     return STATUS_RESOURCE_EXHAUSTED;
 }
 
-enum status batcher_reserve(struct batcher *batcher, struct job *job, struct error *err)
+static void wait_locked(struct batcher *batcher, struct job *job, const struct room *room)
+{
+    job_advance(job, JOB_IDLE, JOB_WAITING);
+    job->batch = NULL;
+    job->next_waiting = NULL;
+    *batcher->waiting_end = job;
+    batcher->waiting_end = &job->next_waiting;
+    batcher->waiting_bytes += room->input_bytes;
+}
+
+// `waits`: whether the job waits; NULL if it may not.
+static enum status reserve(struct batcher *batcher, struct job *job, bool *waits, struct error *err)
 {
     ASSERT(job->operand.tokens >= 1);
-    if (batcher_device_lost(batcher))
-        return error_set(err, STATUS_UNAVAILABLE, "the device is lost");
     struct room room = room_for(job);
     enum status status = room_fits_empty_batch(&room, &batcher->options, err);
     if (status)
@@ -247,22 +263,103 @@ enum status batcher_reserve(struct batcher *batcher, struct job *job, struct err
     uint32_t retry_after_ms = 0;
     struct batch *batch = NULL;
     pthread_mutex_lock(&batcher->lock);
+    if (batcher_device_lost(batcher)) {
+        pthread_mutex_unlock(&batcher->lock);
+        return error_set(err, STATUS_UNAVAILABLE, "the device is lost");
+    }
     bool queue_full = batcher->stats.queued >= batcher->options.queue_requests_max;
-    if (!queue_full)
+    if (!queue_full && !batcher->waiting) // nobody overtakes those who wait
         batch = batch_with_room_locked(batcher, &room);
+    enum full full = batch ? FULL_NOT : full_locked(batcher, waits != NULL, &room);
     if (batch)
         batch_reserve_locked(batcher, batch, job, &room);
-    else
+    else if (full)
         retry_after_ms = retry_advice_ms_locked(batcher);
+    else
+        wait_locked(batcher, job, &room);
+    batcher->stats.jobs += !full;
+    batcher->stats.queued += !full;
     bool wake = batcher_must_wake_locked(batcher); // a batch may have been closed
     pthread_mutex_unlock(&batcher->lock);
 
     if (wake)
         batcher_wake(batcher->waker);
-    if (!batch)
-        return refuse(&batcher->options, queue_full, retry_after_ms, err);
-    job_advance(job, JOB_IDLE, JOB_DECODING);
+    if (full)
+        return refuse(&batcher->options, full, retry_after_ms, err);
+    if (waits)
+        *waits = !batch; // a job that waits may be another's by now
+    if (batch)
+        job_advance(job, JOB_IDLE, JOB_DECODING);
     return STATUS_OK;
+}
+
+enum status batcher_reserve(struct batcher *batcher, struct job *job, struct error *err)
+{
+    return reserve(batcher, job, NULL, err);
+}
+
+enum status batcher_reserve_or_wait(struct batcher *batcher, struct job *job, bool *waits,
+                                    struct error *err)
+{
+    ASSERT(job->on_room);
+    return reserve(batcher, job, waits, err);
+}
+
+// ---- the jobs that wait
+
+// Those that got room, linked by next_waiting; to be told outside the lock.
+static struct job *give_room_locked(struct batcher *batcher)
+{
+    struct job *given = NULL, **given_end = &given;
+    while (batcher->waiting) {
+        struct job *job = batcher->waiting;
+        struct room room = room_for(job);
+        struct batch *batch = batch_with_room_locked(batcher, &room);
+        if (!batch)
+            break;
+        batcher->waiting = job->next_waiting;
+        if (!batcher->waiting)
+            batcher->waiting_end = &batcher->waiting;
+        batcher->waiting_bytes -= room.input_bytes;
+        batch_reserve_locked(batcher, batch, job, &room);
+        job_advance(job, JOB_WAITING, JOB_DECODING);
+        job->next_waiting = NULL;
+        *given_end = job;
+        given_end = &job->next_waiting;
+    }
+    return given;
+}
+
+static void tell_given(struct job *given)
+{
+    while (given) {
+        struct job *next = given->next_waiting; // the job may be gone once it has been told
+        given->on_room(given);
+        given = next;
+    }
+}
+
+void batcher_give_room(struct batcher *batcher)
+{
+    pthread_mutex_lock(&batcher->lock);
+    struct job *given = give_room_locked(batcher);
+    pthread_mutex_unlock(&batcher->lock);
+    tell_given(given);
+}
+
+struct job *batcher_take_waiting(struct batcher *batcher)
+{
+    pthread_mutex_lock(&batcher->lock);
+    struct job *taken = batcher->waiting;
+    batcher->waiting = NULL;
+    batcher->waiting_end = &batcher->waiting;
+    batcher->waiting_bytes = 0;
+    for (struct job *job = taken; job; job = job->next_waiting) {
+        batcher->stats.queued--;
+        batcher->stats.failed++;
+    }
+    pthread_mutex_unlock(&batcher->lock);
+    return taken;
 }
 
 void batcher_commit(struct batcher *batcher, struct job *job)
@@ -313,11 +410,13 @@ void batcher_abandon(struct batcher *batcher, struct job *job)
         batch_unlink_locked(batcher, batch);
         batch_free_locked(batcher, batch);
     }
+    struct job *given = give_room_locked(batcher);
     bool wake = batcher_must_wake_locked(batcher); // others may have waited for this one
     pthread_mutex_unlock(&batcher->lock);
 
     if (wake)
         batcher_wake(batcher->waker);
+    tell_given(given);
 }
 
 void batcher_release(struct batcher *batcher, struct job *job)
@@ -328,18 +427,21 @@ void batcher_release(struct batcher *batcher, struct job *job)
     ASSERT(state == JOB_DONE || state == JOB_REPLYING);
     job_advance(job, state, JOB_IDLE);
 
-    bool wake = false;
+    struct job *given = NULL;
     pthread_mutex_lock(&batcher->lock);
-    batch->held--;
     batcher->stats.jobs--;
-    if (batch->held == 0 && batch->state == BATCH_ANSWERING) {
+    if (batch) // else it was answered while it waited
+        batch->held--;
+    if (batch && batch->held == 0 && batch->state == BATCH_ANSWERING) {
         batch_free_locked(batcher, batch);
-        wake = batcher_must_wake_locked(batcher); // the last one may have stayed open for this
+        given = give_room_locked(batcher);
     }
+    bool wake = batcher_must_wake_locked(batcher); // giving room may have closed a batch
     pthread_mutex_unlock(&batcher->lock);
 
     if (wake)
         batcher_wake(batcher->waker);
+    tell_given(given);
 }
 
 bool batcher_scarce(struct batcher *batcher)
@@ -448,6 +550,7 @@ enum status batcher_create(const struct batcher_options *options, struct batcher
     batcher->options = *options;
     batcher->waker = waker;
     batcher->queue_end = &batcher->queue;
+    batcher->waiting_end = &batcher->waiting;
     batcher->lanes_free = options->lanes;
     pthread_mutex_init(&batcher->lock, NULL);
 

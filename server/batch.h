@@ -5,8 +5,7 @@
 //
 //     OPEN       takes reservations. Leaves when it is full, or when a lane is free and something
 //                is committed: at once, so that an idle daemon adds no delay, or
-//                max_queue_delay_us after the first commit if that is set. With no buffer left
-//                for those who come next, it stays open up to a millisecond for one to come free.
+//                max_queue_delay_us after the first commit if that is set.
 //     CLOSED     waits until every reservation is committed or abandoned and a lane is free. Then
 //                late and cancelled jobs are dropped and the rest is launched; with none left it
 //                skips to ANSWERING.
@@ -16,8 +15,9 @@
 // Batches launch in the order in which they were opened.
 //
 // A batch owns one buffer of input and one of output memory, given by the engine at start. Nothing
-// is allocated afterwards: when no buffer is free, or queue_requests_max jobs wait, reserving fails
-// with RESOURCE_EXHAUSTED and advice when to come again.
+// is allocated afterwards: when no buffer is free, jobs wait their turn, first come first served, in
+// a queue of limited length and bytes; past that, reserving fails with RESOURCE_EXHAUSTED and advice
+// when to come again.
 #pragma once
 
 #include "job.h"
@@ -54,9 +54,14 @@ void batcher_destroy(struct batcher *batcher);
 
 // Any thread. Finds room for a job (IDLE, operand.tokens >= 1, shapes checked by the caller) and
 // sets the operand's pointers: activations, scales and output each at 64 bytes. The job is then
-// DECODING: fill it, then commit or abandon. RESOURCE_EXHAUSTED: full, with retry advice;
-// INVALID_ARGUMENT: it would not fit an empty batch; UNAVAILABLE: the device is lost.
+// DECODING: fill it, then commit or abandon.
+// RESOURCE_EXHAUSTED: full, with retry advice; INVALID_ARGUMENT: it would not fit an empty batch;
+// UNAVAILABLE: the device is lost.
 NODISCARD enum status batcher_reserve(struct batcher *batcher, struct job *job, struct error *err);
+// The same for a job with an on_room. `*waits`: no buffer is free, so the job is WAITING until
+// on_room is called, perhaps before this returns, or on_done, should the device be lost meanwhile.
+NODISCARD enum status batcher_reserve_or_wait(struct batcher *batcher, struct job *job, bool *waits,
+                                              struct error *err);
 void batcher_commit(struct batcher *batcher, struct job *job);
 void batcher_abandon(struct batcher *batcher, struct job *job); // the job is IDLE again
 

@@ -52,8 +52,10 @@ struct batcher {
     pthread_mutex_t lock; // guards the batches and all that follows
     struct batch *free;
     struct batch *queue, **queue_end;
-    struct batch *open;     // the last in `queue`, or NULL
-    uint32_t queue_batches; // length of `queue`
+    struct batch *open;                 // the last in `queue`, or NULL
+    uint32_t queue_batches;             // length of `queue`
+    struct job *waiting, **waiting_end; // for room, in order of arrival
+    uint64_t waiting_bytes;             // that they will need of input
     uint32_t lanes_free;
     bool stopping;
     // When the scheduler will look by itself: 0 while it is awake, UINT64_MAX while it sleeps until
@@ -76,6 +78,11 @@ void batch_close_locked(struct batcher *batcher, struct batch *batch);
 struct batch *batcher_dequeue_locked(struct batcher *batcher);
 // RUNNING -> ANSWERING, and on to FREE if no job holds it.
 void batch_answering_locked(struct batcher *batcher, struct batch *batch);
+
+// Gives the jobs that wait what room there is, and tells them.
+void batcher_give_room(struct batcher *batcher);
+// Takes all that wait: the device is lost. Linked by next_waiting.
+struct job *batcher_take_waiting(struct batcher *batcher);
 
 NODISCARD enum status scheduler_start(struct batcher *batcher, struct error *err);
 void scheduler_stop(struct batcher *batcher);

@@ -6,7 +6,8 @@
 
 // The states that may follow each state.
 static const uint32_t steps[] = {
-    [JOB_IDLE] = TO(JOB_DECODING),
+    [JOB_IDLE] = TO(JOB_DECODING) | TO(JOB_WAITING),
+    [JOB_WAITING] = TO(JOB_DECODING) | TO(JOB_DONE),
     [JOB_DECODING] = TO(JOB_QUEUED) | TO(JOB_IDLE),
     [JOB_QUEUED] = TO(JOB_RUNNING) | TO(JOB_DONE),
     [JOB_RUNNING] = TO(JOB_DONE),

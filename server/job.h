@@ -3,7 +3,8 @@
 // next owner sees all that the last one wrote.
 //
 //     state      owner        leaves by
-//     IDLE       rpc thread   batcher_reserve succeeds
+//     IDLE       rpc thread   batcher_reserve finds room, or lets it wait for some
+//     WAITING    batcher      a buffer comes free, or the device is lost
 //     DECODING   rpc thread   the batch's memory is filled, or batcher_abandon
 //     QUEUED     scheduler    its batch is launched, or it is dropped: expired, cancelled
 //     RUNNING    scheduler    the engine is done
@@ -16,7 +17,15 @@
 #include "engine.h"
 #include "weights.h"
 
-enum job_state { JOB_IDLE, JOB_DECODING, JOB_QUEUED, JOB_RUNNING, JOB_DONE, JOB_REPLYING };
+enum job_state {
+    JOB_IDLE,
+    JOB_WAITING,
+    JOB_DECODING,
+    JOB_QUEUED,
+    JOB_RUNNING,
+    JOB_DONE,
+    JOB_REPLYING,
+};
 
 struct batch;
 
@@ -40,7 +49,12 @@ struct job {
     // seeing the state change is not enough.
     void (*on_done)(struct job *job);
 
+    // Told on any thread that a job which waited is DECODING now. Must not block. NULL if it never
+    // waits.
+    void (*on_room)(struct job *job);
+
     // Private to batch.c.
+    struct job *next_waiting;
     struct batch *batch;
     uint64_t input_bytes, output_bytes;
 };

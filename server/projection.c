@@ -25,23 +25,53 @@ struct projection_bytes projection_bytes(const grpc_byte_buffer *message)
 }
 
 // After this the scheduler may finish the job at any moment.
-NODISCARD static enum status submit(struct projection *projection,
-                                    const struct wire_request *request,
-                                    struct projection_bytes bytes, struct error *err)
+static void fill_and_commit(struct projection *projection, const grpc_byte_buffer *message)
 {
-    struct batcher *batcher = call_context(projection->call)->batcher;
-    enum status status = batcher_reserve(batcher, &projection->job, err);
-    if (status != STATUS_OK)
-        return status;
+    struct projection_bytes bytes = projection_bytes(message);
     // Batch memory is the daemon's to write; the operand calls it const since engines only read it.
     struct einsum_operand *operand = &projection->job.operand;
-    wire_copy(bytes.slices, bytes.slices_n, request->activations,
+    wire_copy(bytes.slices, bytes.slices_n, projection->activations,
               (void *)(uintptr_t)operand->activations);
-    wire_copy(bytes.slices, bytes.slices_n, request->activation_scales,
+    wire_copy(bytes.slices, bytes.slices_n, projection->activation_scales,
               (void *)(uintptr_t)operand->scales);
+    batcher_commit(call_context(projection->call)->batcher, &projection->job);
+}
+
+bool projection_has_room(const struct projection *projection)
+{
+    return atomic_load_explicit(&projection->job.state, memory_order_acquire) == JOB_DECODING;
+}
+
+NODISCARD static enum status submit(struct projection *projection, grpc_byte_buffer *message,
+                                    struct error *err)
+{
+    bool waits;
     call_hold(projection->call);
-    batcher_commit(batcher, &projection->job);
-    return STATUS_OK;
+    enum status status = batcher_reserve_or_wait(call_context(projection->call)->batcher,
+                                                 &projection->job, &waits, err);
+    if (status != STATUS_OK)
+        call_unhold(projection->call);
+    else if (waits) // on_room wakes this very thread, so it is not too late to keep the message
+        projection->message = grpc_byte_buffer_copy(message);
+    else
+        fill_and_commit(projection, message);
+    return status;
+}
+
+bool projection_continue(struct projection *projection)
+{
+    struct job *job = &projection->job;
+    grpc_byte_buffer *message = projection->message;
+    projection->message = NULL;
+    bool cancelled = atomic_load_explicit(&job->cancelled, memory_order_relaxed);
+    if (cancelled) {
+        batcher_abandon(call_context(projection->call)->batcher, job);
+        error_set(&job->error, STATUS_CANCELLED, "cancelled before launch");
+    } else {
+        fill_and_commit(projection, message);
+    }
+    grpc_byte_buffer_destroy(message);
+    return !cancelled;
 }
 
 static uint64_t deadline_ns(const struct projection *projection)
@@ -53,12 +83,14 @@ static uint64_t deadline_ns(const struct projection *projection)
 }
 
 enum status projection_start(struct projection *projection, const struct wire_request *request,
-                             struct projection_bytes bytes, bool *running, struct error *err)
+                             grpc_byte_buffer *message, bool *running, struct error *err)
 {
     struct service_context *context = call_context(projection->call);
     *running = false;
     projection->request_id = request->request_id;
     projection->digest_only = request->digest_only;
+    projection->activations = request->activations;
+    projection->activation_scales = request->activation_scales;
     projection->job.received_ns = now_ns();
     projection->job.deadline_ns = deadline_ns(projection);
     enum status status = request_check(request, context->weights,
@@ -66,7 +98,7 @@ enum status projection_start(struct projection *projection, const struct wire_re
     if (status != STATUS_OK)
         return status;
     if (request->tokens > 0) {
-        status = submit(projection, request, bytes, err);
+        status = submit(projection, message, err);
         *running = status == STATUS_OK;
     }
     if (status != STATUS_OK) {
@@ -106,7 +138,11 @@ static uint64_t output_bytes(const struct projection *projection)
 void projection_release(struct projection *projection)
 {
     struct call *call = projection->call;
-    batcher_release(call_context(call)->batcher, &projection->job);
+    struct job *job = &projection->job;
+    if (atomic_load_explicit(&job->state, memory_order_relaxed) != JOB_IDLE) // not given up
+        batcher_release(call_context(call)->batcher, job);
+    if (projection->message) // the device was lost while it waited
+        grpc_byte_buffer_destroy(projection->message);
     weight_unref(projection->job.weight);
     if (projection->streamed)
         free(projection);

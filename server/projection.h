@@ -16,6 +16,9 @@ struct projection {
     bool streamed; // answers as EinsumStreamResponse; on the heap, and freed by projection_release
     bool digest_only;
     uint64_t request_id;
+    // While the job waits for room: the message as it came, and where the tensors lie in it.
+    grpc_byte_buffer *message;
+    struct wire_range activations, activation_scales;
 };
 
 // The slices of a message as it came; NULL: none.
@@ -25,13 +28,20 @@ struct projection_bytes {
 };
 struct projection_bytes projection_bytes(const grpc_byte_buffer *message);
 
-// Checks the request, copies the tensors and commits the job. `*running`: on_done will come,
-// perhaps before this returns. OK without that: there are no tokens, and nothing to compute; answer
-// with projection_respond_empty. After a failure there is nothing to release.
+// Checks the request, copies the tensors and commits the job; or, where there is no room yet, keeps
+// `message` until on_room. `*running`: on_done will come, perhaps before this returns. OK without that:
+// there are no tokens, and nothing to compute; answer with projection_respond_empty. After a failure
+// there is nothing to release.
 NODISCARD enum status projection_start(struct projection *projection,
                                        const struct wire_request *request,
-                                       struct projection_bytes bytes, bool *running,
-                                       struct error *err);
+                                       grpc_byte_buffer *message, bool *running, struct error *err);
+
+// After on_room, on the rpc thread: copies and commits. False: the job had been cancelled and is given
+// up, with job.error telling so; nothing is left but to release it.
+NODISCARD bool projection_continue(struct projection *projection);
+
+// Whether on_room, not on_done, was the last to be called.
+bool projection_has_room(const struct projection *projection);
 
 // The response of a job that is DONE and went well. Takes the projection: it is released when the
 // message has been sent, or destroyed unsent.

@@ -2,6 +2,7 @@
 // answers the jobs. One turn of its loop:
 //
 //     collect the lanes that are done -> launch on all free lanes -> answer what was collected
+//     -> give the jobs that wait what room there is now
 //
 // Launching comes before answering so that the device does not wait for replies.
 //
@@ -279,6 +280,24 @@ static void batch_answer(struct batch *batch)
     }
 }
 
+// Batches came free, or none ever will again.
+static void serve_waiting(struct batcher *batcher)
+{
+    if (!batcher_device_lost(batcher)) {
+        batcher_give_room(batcher);
+        return;
+    }
+    uint64_t now = now_ns();
+    struct job *job = batcher_take_waiting(batcher);
+    while (job) {
+        struct job *next = job->next_waiting;
+        job->queued_ns = job->launched_ns = job->done_ns = now;
+        error_set(&job->error, STATUS_UNAVAILABLE, "the device is lost");
+        answer_job(job, JOB_WAITING);
+        job = next;
+    }
+}
+
 // --- the thread
 
 static bool any_lane_busy(const struct batcher *batcher)
@@ -330,6 +349,7 @@ static void *scheduler_run(void *argument)
             batch_answer(done);
             done = next;
         }
+        serve_waiting(batcher);
     } while (sleep_until_needed(batcher));
     return NULL;
 }

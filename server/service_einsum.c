@@ -7,7 +7,8 @@
 
 // ---- Einsum
 
-static void on_unary_done(struct job *job)
+// Done, or given room after it had waited.
+static void on_unary_job(struct job *job)
 {
     call_wake(CONTAINER_OF(job, struct projection, job)->call);
 }
@@ -24,13 +25,13 @@ static void on_unary_message(struct call *call, grpc_byte_buffer *message)
     atomic_fetch_add_explicit(&context->counters.received, 1, memory_order_relaxed);
     struct projection *projection = call_inline_state(call, sizeof *projection);
     projection->call = call;
-    projection->job.on_done = on_unary_done;
+    projection->job.on_done = projection->job.on_room = on_unary_job;
     struct projection_bytes bytes = projection_bytes(message);
     struct wire_request request;
     struct error err;
     bool running;
     if (wire_read_request(bytes.slices, bytes.slices_n, &request, &err) != STATUS_OK ||
-        projection_start(projection, &request, bytes, &running, &err) != STATUS_OK) {
+        projection_start(projection, &request, message, &running, &err) != STATUS_OK) {
         fail_unary(call, &err);
     } else if (!running) {
         service_count(context, STATUS_OK);
@@ -38,10 +39,12 @@ static void on_unary_message(struct call *call, grpc_byte_buffer *message)
     }
 }
 
-// The only waker is on_unary_done, so the job is done; the call itself may be over by now.
+// The only waker is on_unary_job; the call itself may be over by now.
 static void on_unary_wake(struct call *call)
 {
     struct projection *projection = call_state(call);
+    if (projection_has_room(projection) && projection_continue(projection))
+        return;
     const struct error *err = &projection->job.error;
     service_count(call_context(call), err->status);
     if (err->status == STATUS_OK) {
@@ -200,7 +203,8 @@ static void unlink_running(struct item *item)
         item->next->previous = item->previous;
 }
 
-static void on_stream_done(struct job *job)
+// Done, or given room after it had waited.
+static void on_stream_job(struct job *job)
 {
     struct item *item = CONTAINER_OF(job, struct item, projection.job);
     struct stream *stream = item->stream;
@@ -220,6 +224,8 @@ static void collect(struct item *item)
 {
     struct stream *stream = item->stream;
     struct projection *projection = &item->projection;
+    if (projection_has_room(projection) && projection_continue(projection))
+        return;
     struct error err = projection->job.error;
     unlink_running(item);
     service_count(call_context(stream->call), err.status);
@@ -258,7 +264,7 @@ static void refuse_request(struct stream *stream, uint64_t request_id, const str
 }
 
 static void start_item(struct stream *stream, const struct wire_request *request,
-                       struct projection_bytes bytes)
+                       grpc_byte_buffer *message)
 {
     struct error err;
     struct item *item = calloc(1, sizeof *item);
@@ -270,10 +276,11 @@ static void start_item(struct stream *stream, const struct wire_request *request
     item->stream = stream;
     item->projection.call = stream->call;
     item->projection.streamed = true;
-    item->projection.job.on_done = on_stream_done;
+    item->projection.job.on_done = on_stream_job;
+    item->projection.job.on_room = on_stream_job;
     link_running(item);
     bool running;
-    enum status status = projection_start(&item->projection, request, bytes, &running, &err);
+    enum status status = projection_start(&item->projection, request, message, &running, &err);
     if (status == STATUS_OK && running)
         return;
     unlink_running(item);
@@ -312,7 +319,7 @@ static void on_stream_message(struct call *call, grpc_byte_buffer *message)
         error_set(&err, STATUS_UNAVAILABLE, "draining");
         refuse_request(stream, request.request_id, &err);
     } else {
-        start_item(stream, &request, bytes);
+        start_item(stream, &request, message);
     }
     go_on(stream);
 }

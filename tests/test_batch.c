@@ -767,6 +767,157 @@ START_TEST(no_free_buffer_refuses_until_one_is_released)
 }
 END_TEST
 
+// --- waiting for room
+
+static _Atomic int rooms; // given so far
+static int room_order[JOBS_MAX];
+
+static void on_room(struct job *job)
+{
+    int index = (int)(CONTAINER_OF(job, struct test_job, job) - jobs);
+    room_order[atomic_fetch_add(&rooms, 1)] = index;
+}
+
+static void wait_for_room(int index, uint32_t tokens)
+{
+    struct error err = {.text = ""};
+    struct job *job = job_init(index, tokens);
+    job->on_room = on_room;
+    bool waits = false;
+    ck_assert_msg(!batcher_reserve_or_wait(batcher, job, &waits, &err), "%s", err.text);
+    ck_assert(waits);
+    ck_assert_int_eq((int)atomic_load(&job->state), JOB_WAITING);
+}
+
+// All three buffers full: the first runs, the others wait to be launched.
+static void fill_all_buffers(void)
+{
+    atomic_store(&rooms, 0);
+    for (int i = 0; i < 3; i++)
+        commit(i, 8);
+    wait_submitted(1);
+}
+
+static void expect_rooms(const int *order, int n)
+{
+    ck_assert_int_eq(atomic_load(&rooms), n);
+    for (int i = 0; i < n; i++) {
+        ck_assert_int_eq(room_order[i], order[i]);
+        ck_assert_int_eq((int)atomic_load(&jobs[order[i]].job.state), JOB_DECODING);
+    }
+}
+
+static void finish_three(uint32_t from)
+{
+    for (uint32_t i = from; i < 3; i++) {
+        wait_submitted(i + 1);
+        fake_complete(&engine, i, STATUS_OK);
+        wait_release((int)i, STATUS_OK);
+    }
+}
+
+START_TEST(waiting_jobs_get_room_in_order_of_arrival)
+{
+    start(&base);
+    fill_all_buffers();
+    wait_for_room(10, 5);
+    wait_for_room(11, 6); // does not fit beside the one before
+    wait_for_room(12, 1); // would, but overtakes nobody
+    ck_assert_uint_eq(stats().jobs, 6);
+    ck_assert_uint_eq(stats().queued, 5);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_done(0, STATUS_OK);
+    ck_assert_int_eq(atomic_load(&rooms), 0); // the buffer is being answered
+    batcher_release(batcher, &jobs[0].job);
+    expect_rooms((const int[]){10}, 1);
+    wait_submitted(2);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(1, STATUS_OK);
+    expect_rooms((const int[]){10, 11, 12}, 3); // 12 beside 11
+    struct error err;
+    ck_assert_ptr_eq(jobs[11].job.batch, jobs[12].job.batch);
+    ck_assert_int_eq(reserve_fails(13, 8, &err), STATUS_RESOURCE_EXHAUSTED);
+    finish_three(2);
+    for (int i = 10; i <= 12; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    all_buffers_free(&base, 20);
+}
+END_TEST
+
+START_TEST(nobody_overtakes_those_who_wait)
+{
+    start(&base);
+    fill_all_buffers();
+    wait_for_room(10, 8);
+    wait_for_room(11, 8);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    expect_rooms((const int[]){10}, 1);
+    batcher_abandon(batcher, &jobs[10].job); // its room goes to the next in line
+    ck_assert_int_eq(atomic_load(&rooms), 2);
+    ck_assert_int_eq(room_order[1], 11);
+    finish_three(1);
+    batcher_abandon(batcher, &jobs[11].job);
+    all_buffers_free(&base, 20);
+}
+END_TEST
+
+START_TEST(the_queue_of_those_who_wait_has_limits)
+{
+    struct batcher_options options = base;
+    options.queue_requests_max = 6;
+    options.batch_input_bytes = 8 * REDUCED_DIM + CACHE_LINE_BYTES; // one request of 8 tokens
+    start(&options);
+    fill_all_buffers(); // two of these are not yet launched
+    struct error err;
+    struct job *job = job_init(14, 8);
+    job->on_room = on_room;
+    bool waits;
+    for (int i = 10; i < 13; i++)
+        wait_for_room(i, 8); // as many bytes as all buffers hold
+    ck_assert_int_eq(batcher_reserve_or_wait(batcher, job, &waits, &err),
+                     STATUS_RESOURCE_EXHAUSTED);
+    ck_assert_ptr_nonnull(strstr(err.text, "bytes wait"));
+    finish_three(0);
+    for (int i = 10; i < 13; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+
+    atomic_store(&rooms, 0);
+    for (int i = 0; i < 3; i++)
+        reserve(i, 8);
+    for (int i = 10; i < 13; i++)
+        wait_for_room(i, 1);
+    ck_assert_int_eq(batcher_reserve_or_wait(batcher, job, &waits, &err),
+                     STATUS_RESOURCE_EXHAUSTED);
+    ck_assert_ptr_nonnull(strstr(err.text, "queue_requests_max"));
+    ck_assert_uint_ge(err.retry_after_ms, 1);
+    for (int i = 0; i < 3; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    for (int i = 10; i < 13; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
+START_TEST(those_who_wait_hear_of_a_lost_device)
+{
+    start(&base);
+    fill_all_buffers();
+    wait_for_room(10, 8);
+    wait_for_room(11, 1);
+    fake_complete(&engine, 0, STATUS_UNAVAILABLE);
+    for (int i = 0; i < 3; i++)
+        wait_release(i, STATUS_UNAVAILABLE);
+    wait_release(10, STATUS_UNAVAILABLE);
+    wait_release(11, STATUS_UNAVAILABLE);
+    ck_assert_int_eq(atomic_load(&rooms), 0);
+    ck_assert_uint_eq(stats().jobs, 0);
+    ck_assert_uint_eq(stats().queued, 0);
+    struct error err;
+    ck_assert_int_eq(reserve_fails(12, 1, &err), STATUS_UNAVAILABLE);
+}
+END_TEST
+
 START_TEST(a_buffer_is_held_by_its_slowest_job)
 {
     struct batcher_options options = base;
@@ -867,7 +1018,7 @@ enum { STRESS_THREADS = 3, STRESS_JOBS = 6000, STRESS_BURST = 24 };
 struct stress {
     _Atomic bool stop;
     _Atomic uint64_t launched; // jobs seen by the engine
-    _Atomic uint64_t answered, dropped, failed, abandoned, refused;
+    _Atomic uint64_t answered, dropped, failed, abandoned, refused, waited;
     _Atomic uint32_t faults; // invariants found broken
     uint64_t seed;
 };
@@ -876,7 +1027,7 @@ static struct stress stress;
 struct stress_job {
     struct job job;
     uint8_t number;
-    _Atomic int done;
+    _Atomic int done, room;
 };
 
 static void fault_unless(bool condition, const char *what)
@@ -957,11 +1108,18 @@ static void stress_on_done(struct job *job)
     atomic_fetch_add(&((struct stress_job *)job)->done, 1);
 }
 
-static bool stress_reserve(struct stress_job *it, uint64_t *random)
+static void stress_on_room(struct job *job)
+{
+    atomic_fetch_add(&((struct stress_job *)job)->room, 1);
+}
+
+// Who holds other jobs must not wait for room that only their release may make.
+static bool stress_reserve(struct stress_job *it, bool may_wait, uint64_t *random)
 {
     struct error err;
     uint64_t dice = random_next(random);
     atomic_store(&it->done, 0);
+    atomic_store(&it->room, 0);
     it->number = (uint8_t)(dice >> 8);
     it->job = (struct job){
         .weight = &weights[dice % WEIGHTS],
@@ -973,10 +1131,19 @@ static bool stress_reserve(struct stress_job *it, uint64_t *random)
                     .output_type = EINSUM_OUTPUT_BF16},
         .deadline_ns = (dice >> 24) % 8 ? UINT64_MAX : now_ns() + (dice >> 32) % 200000,
         .on_done = stress_on_done,
+        .on_room = stress_on_room,
     };
-    enum status status = batcher_reserve(batcher, &it->job, &err);
-    if (!status)
+    bool waits = false;
+    enum status status = may_wait ? batcher_reserve_or_wait(batcher, &it->job, &waits, &err)
+                                  : batcher_reserve(batcher, &it->job, &err);
+    if (waits)
+        atomic_fetch_add(&stress.waited, 1);
+    while (waits && !atomic_load(&it->room))
+        sched_yield();
+    if (!status) {
+        fault_unless(atomic_load(&it->job.state) == JOB_DECODING, "room without the right to it");
         return true;
+    }
     fault_unless(status == STATUS_RESOURCE_EXHAUSTED, "refused for another reason");
     fault_unless(err.retry_after_ms >= 1, "refused without advice");
     atomic_fetch_add(&stress.refused, 1);
@@ -1032,7 +1199,7 @@ static void *stress_client(void *argument)
     int order[STRESS_BURST];
     for (int left = STRESS_JOBS; left > 0;) {
         int n = 0, wanted = 1 + (int)(random_next(&random) % STRESS_BURST);
-        while (n < wanted && left > 0 && stress_reserve(&burst[n], &random)) {
+        while (n < wanted && left > 0 && stress_reserve(&burst[n], n == 0, &random)) {
             left--;
             n += stress_fill(&burst[n], &random);
         }
@@ -1122,6 +1289,10 @@ int main(void)
     tcase_add_loop_test(rules, a_lost_device_answers_everything, 0, 2);
     tcase_add_test(rules, a_full_queue_refuses_and_advises);
     tcase_add_test(rules, no_free_buffer_refuses_until_one_is_released);
+    tcase_add_test(rules, waiting_jobs_get_room_in_order_of_arrival);
+    tcase_add_test(rules, nobody_overtakes_those_who_wait);
+    tcase_add_test(rules, the_queue_of_those_who_wait_has_limits);
+    tcase_add_test(rules, those_who_wait_hear_of_a_lost_device);
     tcase_add_test(rules, a_buffer_is_held_by_its_slowest_job);
     tcase_add_test(rules, what_fits_no_batch_is_invalid);
     tcase_add_loop_test(rules, create_fails_without_leaking, 1, 7);
