@@ -316,18 +316,18 @@ static enum status cuda_memory_alloc(struct engine *engine, uint64_t bytes, void
                                      struct error *err)
 {
     struct buffer buffer = {.bytes = bytes};
-    void *host = NULL, *device = NULL;
+    void *host, *device = NULL;
+    enum status status = engine_host_memory_alloc(bytes, &host, err);
+    if (status != STATUS_OK)
+        return status;
     cudaError_t error = cudaSetDevice(engine->device);
     if (error == cudaSuccess)
-        error = cudaHostAlloc(&host, bytes, cudaHostAllocPortable);
-    if (error == cudaSuccess)
-        error = cudaMalloc(&device, bytes);
-    if (error != cudaSuccess) {
-        cudaFreeHost(host);
-        cudaGetLastError();
-        return cuda_failed(error, "pinned memory of a batch and its twin on the device", err);
-    }
-    memset(host, 0, bytes);
+        error = cudaHostRegister(host, bytes, cudaHostRegisterPortable);
+    if (error != cudaSuccess)
+        goto free_host;
+    error = cudaMalloc(&device, bytes);
+    if (error != cudaSuccess)
+        goto unregister_host;
     buffer.host = host;
     buffer.device = device;
     pthread_mutex_lock(&engine->buffers_lock);
@@ -338,6 +338,13 @@ static enum status cuda_memory_alloc(struct engine *engine, uint64_t bytes, void
     pthread_mutex_unlock(&engine->buffers_lock);
     *out = host;
     return STATUS_OK;
+
+unregister_host:
+    cudaHostUnregister(host);
+free_host:
+    cudaGetLastError(); // running out of memory is not sticky
+    engine_host_memory_free(host, bytes);
+    return cuda_failed(error, "pinned memory of a batch and its twin on the device", err);
 }
 
 static void cuda_memory_free(struct engine *engine, void *memory, uint64_t bytes)
@@ -346,7 +353,8 @@ static void cuda_memory_free(struct engine *engine, void *memory, uint64_t bytes
     struct buffer *buffer = (struct buffer *)(uintptr_t)buffer_of(engine, memory);
     ASSERT(buffer->bytes == bytes);
     cudaFree(buffer->device);
-    cudaFreeHost(memory);
+    cudaHostUnregister(memory);
+    engine_host_memory_free(memory, bytes);
     uint32_t n = atomic_load_explicit(&engine->buffers_n, memory_order_relaxed);
     *buffer = engine->buffers[n - 1];
     atomic_store_explicit(&engine->buffers_n, n - 1, memory_order_release);

@@ -1,0 +1,41 @@
+#!/bin/bash
+# The whole daemon on a GPU: the engine's test, every number of its replies against FP64, and a load
+# over a unix socket with 43 layers in turn. Needs no compiler:
+#
+#     deploy/bundle.sh build/bundle            where nvcc is
+#     tests/gpu/daemon.sh build/bundle         where the GPU is
+set -euo pipefail
+bundle=$(readlink -f "${1:?usage: tests/gpu/daemon.sh BUNDLE}")
+work=$(mktemp -d)
+trap 'kill "${daemon:-}" 2>/dev/null || true; rm -rf "$work"' EXIT
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+"$bundle/test_engine_cuda" 2>&1 | grep -vE 'SEED|graphs captured'
+
+"$bundle/einsumctl" make-checkpoint --model v4-flash "$work/checkpoint"
+cat >"$work/einsumd.json" <<JSON
+{"engine": "cuda", "listen": ["unix:$work/einsumd.sock"],
+ "batch_tokens_max": 4096, "request_tokens_max": 4096,
+ "weights_roots": ["$work"], "weights": [{"path": "checkpoint"}]}
+JSON
+"$bundle/einsumd" --config "$work/einsumd.json" 2>"$work/log" &
+daemon=$!
+export EINSUMD_ENDPOINT=unix:$work/einsumd.sock
+for _ in $(seq 100); do
+    "$bundle/einsumctl" health >/dev/null 2>&1 && break
+    sleep 0.2
+done
+cat "$work/log"
+"$bundle/einsumctl" check --checkpoint "$work/checkpoint" --weights 2 --tokens 1,8,64,300
+"$bundle/einsumctl" selftest | tail -1
+for tokens in 1 8 32 256; do
+    for concurrency in 1 32; do
+        echo "== $tokens tokens, $concurrency in flight"
+        "$bundle/einsumctl" bench --tokens "$tokens" --concurrency "$concurrency" --connections 4 \
+            --duration 3 --warmup 1 | grep -E '^(calls|latency|batches|errors)'
+    done
+done
+"$bundle/einsumctl" info | grep -E '^(requests|batches|memory)'
+kill -TERM "$daemon"
+wait "$daemon"
+echo "drained, exit status 0"
