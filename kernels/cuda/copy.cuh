@@ -4,6 +4,19 @@
 
 #include <stdint.h>
 
+// 16 bytes, or zeros without touching memory.
+__device__ inline uint4 load_if(bool valid, const void *from)
+{
+    uint4 v;
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0;"
+        "  mov.u32 %3, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(from), "r"((uint32_t)valid)
+        : "memory");
+    return v;
+}
+
 __device__ inline uint32_t shared_address(const void *at)
 {
     return (uint32_t)__cvta_generic_to_shared(at);

@@ -29,8 +29,8 @@ enum {
     STEP_BYTES = 4 * CUDA_FRAGMENT_BYTES, // of a warp: K = 128 of E4M3, K = 64 of BF16
     RING = 4,
     RING_BYTES = WARPS * RING * STEP_BYTES,
-    CHUNKS = 4, // of activations, in shared memory
-    CHUNK_BYTES = 8 * 1024,
+    CHUNKS = 2, // of activations, in shared memory
+    CHUNK_BYTES = 16 * 1024,
     CHUNK_PAIRS = CHUNK_BYTES / CUDA_K_BLOCK,
     TILE_STRIDE = 132, // floats of one token in shared memory; 2*132 % 32 = 8: no bank conflicts
     CONTRIBUTION = 1,  // what a worker adds to a tile's counter
@@ -50,7 +50,7 @@ struct decode_smem {
         struct {
             uint8_t activations[CHUNKS][CHUNK_BYTES]; // [block][token][128], 16-byte pieces
                                                       // swizzled by token
-            uint32_t scales[2][4 * CHUNK_PAIRS];      // words or floats, [block][step][token]
+            uint32_t scales[2][2 * CHUNK_PAIRS];      // words or floats, [block][step][token]
         };
         float tile[CUDA_DECODE_TOKENS_MAX * TILE_STRIDE]; // [token][TILE_STRIDE]
     };
@@ -66,22 +66,21 @@ struct piece {
     uint32_t g, d_begin;
 };
 
-// Every warp of the block comes to the same answer. Loads what it may need all at once, since their
-// latency is what a kernel's start consists of: tables have room for 32 runs.
+// Every warp of the block comes to the same answer. All blocks read the table at once, at the very
+// start: it must cost few cache lines, and one run's fit into the first.
 __device__ inline piece locate(const cuda_table *table, uint32_t unit, uint32_t end, cuda_run &r)
 {
-    uint32_t lane = threadIdx.x % 32, run = 0;
-    uint32_t runs = table->decode_runs, begin = table->runs[lane].unit_begin;
-    r = table->runs[0];
-    for (uint32_t first = 0;; first += 32) {
-        uint32_t n = __popc(__ballot_sync(0xFFFFFFFF, first + lane < runs && begin <= unit));
-        run = first + n - 1; // unit_begin ascends; run 0 begins at 0
-        if (n < 32 || first + 32 >= runs)
-            break;
-        begin = first + 32 + lane < runs ? table->runs[first + 32 + lane].unit_begin : 0;
-    }
-    if (run != 0)
-        r = table->runs[run];
+    uint32_t lane = threadIdx.x % 32, run = 0, runs = table->decode_runs;
+    if (runs > 1)
+        for (uint32_t first = 0;; first += 32) {
+            uint32_t i = first + lane;
+            bool before = i < runs && table->runs[i].unit_begin <= unit;
+            uint32_t n = __popc(__ballot_sync(0xFFFFFFFF, before));
+            run = first + n - 1; // unit_begin ascends; run 0 begins at 0
+            if (n < 32)
+                break;
+        }
+    r = table->runs[run];
     uint32_t tile = (unit - r.unit_begin) / r.tile_units;
     piece p;
     p.run = run;
@@ -171,7 +170,8 @@ template <int NT, int MODE> struct stager {
     using S = shape<NT>;
     static constexpr bool WORDS = MODE == CUDA_MODE_UE8M0_128 || MODE == CUDA_MODE_UE8M0_32;
     static constexpr int BLOCK = MODE == CUDA_MODE_UE8M0_32 || MODE == CUDA_MODE_FP32_32 ? 32 : 128;
-    static constexpr int PAIRS = CHUNK_PAIRS;              // (block, token)
+    // (block, token); four floats each need the room of two.
+    static constexpr int PAIRS = MODE == CUDA_MODE_FP32_32 ? CHUNK_PAIRS / 2 : CHUNK_PAIRS;
     static constexpr int CHUNK_BLOCKS = PAIRS / S::TOKENS; // of K = 128
     static constexpr int CHUNK_UNITS = CHUNK_BLOCKS / S::WARPS_K;
     static constexpr int COPIES = PAIRS * 8 / THREADS; // of 16 bytes, by a thread
@@ -179,8 +179,10 @@ template <int NT, int MODE> struct stager {
     static constexpr int COPY_TOKENS = S::TOKENS > THREADS / 8 ? S::TOKENS / (THREADS / 8) : 1;
     static_assert(CHUNK_UNITS >= 1 && PAIRS <= THREADS && COPIES >= COPY_TOKENS, "");
 
-    const uint8_t *from[COPY_TOKENS]; // NULL: no such token
-    token_scales pair;                // at NULL: no such token
+    // Of the run's first token where there are fewer: every address is good to read.
+    const uint8_t *from[COPY_TOKENS];
+    token_scales pair;
+    uint32_t tokens;
     scales_in_flight<BLOCK> pending;
     uint32_t blocks;
     bool wide;
@@ -191,42 +193,38 @@ template <int NT, int MODE> struct stager {
         const cuda_row *rows =
             (const cuda_row *)((const uint8_t *)table + table->rows_offset) + run.row_begin;
         blocks = run.reduced_dim / CUDA_K_BLOCK;
+        tokens = run.rows;
         wide = false;
 #pragma unroll
         for (int i = 0; i < COPY_TOKENS; i++) {
             uint32_t token = (threadIdx.x / 8 + i * (THREADS / 8)) % S::TOKENS;
-            from[i] = NULL;
-            if (token < run.rows)
-                from[i] = (const uint8_t *)rows[token].activations +
-                          (uint64_t)p.g * rows[token].activation_group * run.reduced_dim +
-                          threadIdx.x % 8 * 16;
+            const cuda_row &row = rows[token < run.rows ? token : 0];
+            from[i] = (const uint8_t *)row.activations +
+                      (uint64_t)p.g * row.activation_group * run.reduced_dim + threadIdx.x % 8 * 16;
         }
         uint32_t token = threadIdx.x % S::TOKENS;
-        pair = {};
-        if (token < run.rows)
-            pair = scales_of(rows[token], p.g);
+        pair = scales_of(rows[token < run.rows ? token : 0], p.g);
     }
 
-    // Calls copy(offset in the chunk, source or NULL) for this thread's share of a chunk.
+    // Calls copy(i, offset in the chunk, source, whether it counts) for this thread's share.
     template <class C> __device__ __forceinline__ void for_pieces(uint32_t first_block, C copy)
     {
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
             uint32_t pair_index = threadIdx.x / 8 + i * (THREADS / 8);
             uint32_t token = pair_index % S::TOKENS, block = first_block + pair_index / S::TOKENS;
-            const uint8_t *row = from[i % COPY_TOKENS];
             uint32_t piece16 = (threadIdx.x % 8) ^ (token & 7);
             copy(i, pair_index * CUDA_K_BLOCK + piece16 * 16,
-                 row != NULL && block < blocks ? row + (uint64_t)block * CUDA_K_BLOCK : NULL);
+                 from[i % COPY_TOKENS] + min(block, blocks - 1) * CUDA_K_BLOCK,
+                 token < tokens && block < blocks);
         }
     }
 
-    __device__ __forceinline__ void copy_chunk(uint8_t *to, uint32_t first_block,
-                                               const void *anywhere)
+    __device__ __forceinline__ void copy_chunk(uint8_t *to, uint32_t first_block)
     {
         uint32_t base = shared_address(to);
-        for_pieces(first_block, [&](int, uint32_t offset, const uint8_t *source) {
-            copy_async(base + offset, source != NULL ? source : anywhere, source != NULL);
+        for_pieces(first_block, [&](int, uint32_t offset, const uint8_t *source, bool valid) {
+            copy_async(base + offset, source, valid);
         });
     }
 
@@ -236,12 +234,13 @@ template <int NT, int MODE> struct stager {
         uint4 held[CHUNKS - 1][COPIES];
 #pragma unroll
         for (int c = 0; c < CHUNKS - 1; c++)
-            for_pieces(first_block + c * CHUNK_BLOCKS, [&](int i, uint32_t, const uint8_t *source) {
-                held[c][i] = source != NULL ? *(const uint4 *)source : make_uint4(0, 0, 0, 0);
-            });
+            for_pieces(first_block + c * CHUNK_BLOCKS,
+                       [&](int i, uint32_t, const uint8_t *source, bool valid) {
+                           held[c][i] = load_if(valid, source);
+                       });
 #pragma unroll
         for (int c = 0; c < CHUNKS - 1; c++)
-            for_pieces(0, [&](int i, uint32_t offset, const uint8_t *) {
+            for_pieces(0, [&](int i, uint32_t offset, const uint8_t *, bool) {
                 *(uint4 *)(smem.activations[c] + offset) = held[c][i];
             });
     }
@@ -249,7 +248,7 @@ template <int NT, int MODE> struct stager {
     __device__ __forceinline__ void load_scales(uint32_t first_block)
     {
         uint32_t block = first_block + threadIdx.x / S::TOKENS;
-        if (pair.at != NULL && threadIdx.x < PAIRS && block < blocks)
+        if (threadIdx.x % S::TOKENS < tokens && threadIdx.x < PAIRS && block < blocks)
             pending.load(pair, block);
         else
             pending.load_one(pair.fp32);
@@ -346,8 +345,7 @@ __device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], stream &weigh
         }
         uint32_t ahead = chunk + (CHUNKS - 1) * G::CHUNK_UNITS;
         if (ahead < p.end)
-            stage.copy_chunk(smem.activations[(index + CHUNKS - 1) % CHUNKS], ahead * S::WARPS_K,
-                             table);
+            stage.copy_chunk(smem.activations[(index + CHUNKS - 1) % CHUNKS], ahead * S::WARPS_K);
         bool more = chunk + G::CHUNK_UNITS < p.end;
         if (more)
             stage.load_scales((chunk + G::CHUNK_UNITS) * S::WARPS_K);
@@ -370,7 +368,11 @@ __device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], stream &weigh
                 copy_async_wait<RING - 1>();
                 uint32_t at = ring + slot * STEP_BYTES;
                 slot = (slot + 1) % RING;
-                auto w = [&](int, int i) { return load_shared(at + i * CUDA_FRAGMENT_BYTES); };
+                uint4 fragments[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    fragments[i] = load_shared(at + i * CUDA_FRAGMENT_BYTES);
+                auto w = [&](int, int i) { return fragments[i]; };
                 if constexpr (WORDS) {
                     uint32_t word_a[(NT + 3) / 4];
 #pragma unroll
@@ -511,7 +513,7 @@ __device__ __forceinline__ bool accumulate_any(float (&acc)[1][NT][4], stream &w
 
 // For runs of up to 8*NT tokens: code for those of up to 8, and for the rest.
 template <int NT>
-__global__ void __launch_bounds__(THREADS, NT <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, NT <= 2 ? 2 : 1)
     decode_kernel(const cuda_table *__restrict__ table, float *partials, uint32_t partial_floats,
                   uint32_t *counters)
 {
@@ -521,7 +523,6 @@ __global__ void __launch_bounds__(THREADS, NT <= 4 ? 2 : 1)
 
     // ---- this worker's units
     uint32_t units = table->decode_units, workers = table->decode_workers;
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(table->runs + threadIdx.x % 32));
     if (blockIdx.x >= workers) {
         wait_for_kernel_ahead(); // who waits for this kernel counts on that one too
         return;

@@ -163,12 +163,21 @@ __device__ __forceinline__ void for_k128(W w, B b, P product)
     unrolled<2>([&](auto half) {
         constexpr constant<2 * decltype(half)::value> even;
         constexpr constant<2 * decltype(half)::value + 1> odd;
-        if constexpr (MT == 1) { // W is what repeats
+        if constexpr (MT == 1) { // four token tiles side by side: enough to hide mma's latency
+            constexpr int SIDE = NT < 4 ? NT : 4;
             w_operand w_even = w_operand_of(w(0, even)), w_odd = w_operand_of(w(0, odd));
-            unrolled<NT>([&](auto n) {
-                uint4 bs = b(n, half);
-                product(constant<0>{}, n, even, w_even, a_operand_of(bs.x, bs.y));
-                product(constant<0>{}, n, odd, w_odd, a_operand_of(bs.z, bs.w));
+            unrolled<NT / SIDE>([&](auto side) {
+                constexpr int first = decltype(side)::value * SIDE;
+                uint4 bs[SIDE];
+                unrolled<SIDE>([&](auto i) { bs[i] = b(first + i, half); });
+                unrolled<SIDE>([&](auto i) {
+                    constexpr constant<first + decltype(i)::value> n;
+                    product(constant<0>{}, n, even, w_even, a_operand_of(bs[i].x, bs[i].y));
+                });
+                unrolled<SIDE>([&](auto i) {
+                    constexpr constant<first + decltype(i)::value> n;
+                    product(constant<0>{}, n, odd, w_odd, a_operand_of(bs[i].z, bs[i].w));
+                });
             });
         } else {
             auto products = [&](auto step) {

@@ -105,11 +105,9 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         uint32_t token = threadIdx.x / 8 + 16 * i;
-        from_a[i] = token < at.tokens
-                        ? (const uint8_t *)rows[token].activations +
-                              (uint64_t)at.g * rows[token].activation_group * run.reduced_dim +
-                              threadIdx.x % 8 * 16
-                        : NULL;
+        const cuda_row &row = rows[token < at.tokens ? token : 0]; // always good to read
+        from_a[i] = (const uint8_t *)row.activations +
+                    (uint64_t)at.g * row.activation_group * run.reduced_dim + threadIdx.x % 8 * 16;
     }
     uint32_t base = shared_address(smem.stages);
     constexpr uint32_t STAGE_BYTES = W_BYTES + A_BYTES;
@@ -125,10 +123,8 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
         for (int i = 0; i < 4; i++) {
             uint32_t token = threadIdx.x / 8 + 16 * i;
             copy_async(to + W_BYTES + token * CUDA_K_BLOCK + ((threadIdx.x % 8) ^ (token % 8)) * 16,
-                       from_a[i] != NULL
-                           ? from_a[i] + (uint64_t)(stage / STAGES_PER_BLOCK) * CUDA_K_BLOCK
-                           : (const uint8_t *)run.elements,
-                       from_a[i] != NULL);
+                       from_a[i] + (uint64_t)(stage / STAGES_PER_BLOCK) * CUDA_K_BLOCK,
+                       token < at.tokens);
         }
         copy_async_commit();
     };
@@ -211,16 +207,19 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
             const float *floats =
                 (BLOCK == 32 ? smem.scales.steps : smem.scales.floats[stage % 2]) + token + 2 * t;
             if constexpr (!BF16) {
-                float scale_w[2 * MT][STEPS];
+                // Of four steps they would not fit into registers: read where they are used.
+                float scale_w[2 * MT];
+                if (BLOCK == 128)
 #pragma unroll
-                for (int i = 0; i < 2 * MT; i++)
-#pragma unroll
-                    for (int j = 0; j < STEPS; j++)
-                        scale_w[i][j] = weight_scale(run.scales_fp32, scales_w + scales_at[i],
-                                                     block * STEPS + j);
+                    for (int i = 0; i < 2 * MT; i++)
+                        scale_w[i] = weight_scale(run.scales_fp32, scales_w + scales_at[i], block);
                 auto scale = [&](int m, int n, int i, int step) {
-                    step = BLOCK == 32 ? step : 0;
-                    return scale_w[2 * m + i / 2][step] * floats[step * TOKENS + n * 8 + i % 2];
+                    int row = 2 * m + i / 2;
+                    if (BLOCK == 128)
+                        return scale_w[row] * floats[n * 8 + i % 2];
+                    return weight_scale(run.scales_fp32, scales_w + scales_at[row],
+                                        block * STEPS + step) *
+                           floats[step * TOKENS + n * 8 + i % 2];
                 };
                 mma_k128_rescaled<MT, NT, BLOCK>(acc, w, b, scale);
             } else {

@@ -10,8 +10,6 @@ uint64_t cuda_table_bytes(const struct cuda_bucket *bucket, uint32_t segments_ma
     uint64_t runs = (uint64_t)segments_max + bucket->tokens_max / 8 + 1;
     if (runs > bucket->tokens_max)
         runs = bucket->tokens_max;
-    if (runs < 32)
-        runs = 32; // decode reads the first 32 whether they are in use or not
     return sizeof(struct cuda_table) + runs * sizeof(struct cuda_run) +
            (uint64_t)bucket->tokens_max * sizeof(struct cuda_row);
 }
@@ -224,8 +222,7 @@ void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segmen
     }
 
     uint32_t runs = table->decode_runs + table->prefill_runs;
-    table->rows_offset =
-        (uint32_t)(sizeof *table + (runs < 32 ? 32 : runs) * sizeof(struct cuda_run));
+    table->rows_offset = (uint32_t)(sizeof *table + runs * sizeof(struct cuda_run));
     struct cuda_row *rows = (struct cuda_row *)((unsigned char *)table + table->rows_offset);
     for (uint32_t i = 0; i < n; i++) {
         fill_rows(&segments[order[i]], rows);

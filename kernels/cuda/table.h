@@ -71,6 +71,6 @@ struct cuda_table {
     uint32_t decode_runs, decode_units, decode_workers;
     uint32_t prefill_runs, prefill_tiles;
     uint32_t rows_offset; // in bytes, from the table's start
-    uint32_t padding[10];
+    uint32_t padding[2];  // the first run ends with the first 128 bytes
     struct cuda_run runs[];
 };
