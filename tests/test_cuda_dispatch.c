@@ -1,0 +1,297 @@
+// Which kernels a device takes, and the table of a batch: the part of the CUDA engine that needs
+// no device.
+#include <check.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda/cuda.h"
+
+static struct einsum_weight_format format_of(uint32_t groups, enum einsum_weight_type type,
+                                             enum einsum_scale_type scale, uint32_t block_r)
+{
+    return (struct einsum_weight_format){
+        .groups = groups,
+        .output_dim = 1024,
+        .reduced_dim = 4096,
+        .weight_type = type,
+        .scale_type = scale,
+        .block_d = type == EINSUM_WEIGHT_BF16 ? 1 : block_r,
+        .block_r = block_r,
+    };
+}
+
+// ---- dispatch
+
+static const struct {
+    int major, minor;
+    uint64_t tokens;
+    const char *forced, *name;
+} choices[] = {
+    {12, 0, 1, NULL, "sm120-decode"},
+    {12, 1, 128, NULL, "sm120-decode"},
+    {12, 1, 129, "auto", "sm120-prefill"},
+    {12, 0, 8192, "sm120", "sm120-prefill"},
+    {12, 0, 1, "portable", "none"},
+    {12, 2, 1, NULL, "none"},
+    {9, 0, 1, NULL, "portable-decode"},
+    {9, 0, 129, "portable", "portable-prefill"},
+    {9, 0, 1, "sm120", "none"},
+    {9, 0, 1, "sm90", "none"},
+    {9, 0, 1, "", "none"},
+    {8, 9, 64, NULL, "portable-decode"},
+    {8, 6, 1, NULL, "none"},
+    {7, 5, 1, "portable", "none"},
+    {10, 0, 1, NULL, "none"},
+    {13, 0, 1, NULL, "none"},
+    {0, 0, 1, NULL, "none"},
+    {-1, 0, 1, NULL, "none"},
+};
+
+START_TEST(dispatch_names_the_kernel)
+{
+    struct einsum_weight_format format = format_of(8, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128);
+    struct cuda_choice choice =
+        cuda_dispatch(choices[_i].major, choices[_i].minor, &format, EINSUM_SCALE_UE8M0,
+                      choices[_i].tokens, choices[_i].forced);
+    ck_assert_str_eq(choice.name, choices[_i].name);
+    ck_assert_int_eq(choice.arm == CUDA_ARM_NONE, strcmp(choice.name, "none") == 0);
+    ck_assert_ptr_nonnull(choice.reason);
+    ck_assert_uint_gt(strlen(choice.reason), 5);
+}
+END_TEST
+
+START_TEST(dispatch_scales_in_hardware_only_what_is_a_power_of_two)
+{
+    static const struct {
+        enum einsum_weight_type type;
+        enum einsum_scale_type weight, activation;
+        uint32_t block_r;
+        enum cuda_mode mode;
+    } cases[] = {
+        {EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, EINSUM_SCALE_UE8M0, 128, CUDA_MODE_UE8M0_128},
+        {EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, EINSUM_SCALE_UE8M0, 32, CUDA_MODE_UE8M0_32},
+        {EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, EINSUM_SCALE_FP32, 128, CUDA_MODE_FP32_128},
+        {EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, EINSUM_SCALE_UE8M0, 32, CUDA_MODE_FP32_32},
+        {EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, EINSUM_SCALE_FP32, 128, CUDA_MODE_FP32_128},
+        {EINSUM_WEIGHT_BF16, EINSUM_SCALE_NONE, EINSUM_SCALE_UE8M0, 128, CUDA_MODE_BF16},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct einsum_weight_format format =
+            format_of(8, cases[i].type, cases[i].weight, cases[i].block_r);
+        struct cuda_choice choice = cuda_dispatch(12, 0, &format, cases[i].activation, 1, NULL);
+        ck_assert_int_eq(choice.mode, cases[i].mode);
+    }
+}
+END_TEST
+
+// ---- the table
+
+enum { SEGMENTS_MAX = 64 };
+
+static uint32_t next_random(void)
+{
+    static uint32_t state = 7;
+    state ^= state << 13;
+    state ^= state >> 17;
+    state ^= state << 5;
+    return state;
+}
+
+static struct cuda_bucket bucket_of(uint32_t tokens_max)
+{
+    return (struct cuda_bucket){
+        .tokens_max = tokens_max,
+        .decode_tokens = tokens_max <= 8    ? 8
+                         : tokens_max <= 16 ? 16
+                         : tokens_max <= 32 ? 32
+                                            : 64,
+        .decode_workers = 132,
+        .prefill_blocks = tokens_max >= CUDA_PREFILL_TOKENS_MIN ? 264 : 0,
+        .prefill_from = CUDA_PREFILL_TOKENS_MIN,
+    };
+}
+
+static struct cuda_segment segment_of(const struct cuda_weight *weight, uint32_t tokens,
+                                      uint32_t group_begin, uint32_t groups, uint64_t address)
+{
+    return (struct cuda_segment){
+        .weight = weight,
+        .operand = {.tokens = tokens,
+                    .group_begin = group_begin,
+                    .groups = groups,
+                    .activation_layout =
+                        address % 3 ? EINSUM_ACTIVATIONS_TGR : EINSUM_ACTIVATIONS_GTR,
+                    .scale_layout = address % 5 ? EINSUM_SCALES_TGK : EINSUM_SCALES_GKT,
+                    .scale_type = address % 7 ? EINSUM_SCALE_UE8M0 : EINSUM_SCALE_FP32,
+                    .output_type = address % 2 ? EINSUM_OUTPUT_BF16 : EINSUM_OUTPUT_FP32,
+                    .activations = (const void *)(uintptr_t)(address << 40),
+                    .scales = (const void *)(uintptr_t)(address << 40 | (uint64_t)1 << 39),
+                    .output = (void *)(uintptr_t)(address << 40 | (uint64_t)3 << 38)},
+    };
+}
+
+// Which row of the table has this activation address; UINT32_MAX if there is not exactly one.
+static uint32_t find_row(const struct cuda_row *rows, uint32_t n, uint64_t activations)
+{
+    uint32_t found = UINT32_MAX, times = 0;
+    for (uint32_t i = 0; i < n; i++)
+        if (rows[i].activations == activations) {
+            found = i;
+            times++;
+        }
+    return times == 1 ? found : UINT32_MAX;
+}
+
+static const struct cuda_run *run_of_row(const struct cuda_table *table, uint32_t row)
+{
+    const struct cuda_run *found = NULL;
+    for (uint32_t i = 0; i < table->decode_runs + table->prefill_runs; i++)
+        if (row - table->runs[i].row_begin < table->runs[i].rows) {
+            ck_assert_ptr_null(found); // in one run only
+            found = &table->runs[i];
+        }
+    return found;
+}
+
+// Every token of every segment has one row, in one run, of its weight and groups, with its strides.
+START_TEST(table_holds_every_token_once)
+{
+    static const uint32_t rooms[] = {8, 16, 32, 64, 256, 1024};
+    uint32_t room = rooms[_i % 6];
+    struct cuda_bucket bucket = bucket_of(room);
+    struct cuda_weight weights[4];
+    for (uint32_t i = 0; i < 4; i++)
+        weights[i] = (struct cuda_weight){
+            .format = format_of(8, EINSUM_WEIGHT_E4M3,
+                                i % 2 ? EINSUM_SCALE_FP32 : EINSUM_SCALE_UE8M0, i < 2 ? 128 : 32),
+            .elements = (uint8_t *)(uintptr_t)(0x1000 * (i + 1)),
+        };
+    struct cuda_segment segments[SEGMENTS_MAX];
+    uint32_t n = 0, tokens = 0;
+    while (n < SEGMENTS_MAX) {
+        uint32_t t = next_random() % (n % 5 == 0 ? room : 7);
+        if (tokens + t > room)
+            break;
+        uint32_t begin = next_random() % 3 == 0 ? next_random() % 8 : 0;
+        segments[n] = segment_of(&weights[next_random() % 4], t, begin, 8 - begin, n + 1);
+        tokens += t;
+        n++;
+    }
+    uint32_t order[SEGMENTS_MAX];
+    uint64_t bytes = cuda_table_bytes(&bucket, SEGMENTS_MAX);
+    struct cuda_table *table = malloc(bytes); // exact: a sanitizer sees what goes beyond
+    cuda_table_build(&bucket, segments, n, order, table);
+    ck_assert_uint_le(cuda_table_used(table), bytes);
+    const struct cuda_row *rows =
+        (const struct cuda_row *)((const unsigned char *)table + table->rows_offset);
+
+    for (uint32_t i = 0; i < n; i++) {
+        const struct einsum_operand *o = &segments[i].operand;
+        bool tgr = o->activation_layout == EINSUM_ACTIVATIONS_TGR;
+        uint64_t blocks = 4096 / segments[i].weight->format.block_r;
+        struct einsum_scale_strides strides =
+            einsum_scale_strides(o->scale_layout, o->scale_type, o->tokens, o->groups, blocks);
+        for (uint32_t t = 0; t < o->tokens; t++) {
+            uint64_t at =
+                (uint64_t)(uintptr_t)o->activations + (uint64_t)t * (tgr ? o->groups : 1) * 4096;
+            uint32_t row = find_row(rows, tokens, at);
+            ck_assert_uint_ne(row, UINT32_MAX);
+            const struct cuda_run *run = run_of_row(table, row);
+            ck_assert_ptr_nonnull(run);
+            ck_assert_uint_eq(run->elements, (uint64_t)(uintptr_t)segments[i].weight->elements);
+            ck_assert_uint_eq(run->group_begin, o->group_begin);
+            ck_assert_uint_eq(run->groups, o->groups);
+            ck_assert_uint_eq(rows[row].activation_group, tgr ? 1 : o->tokens);
+            ck_assert_uint_eq(rows[row].scales, (uint64_t)(uintptr_t)o->scales + t * strides.token);
+            ck_assert_uint_eq(rows[row].scale_group, strides.group);
+            ck_assert_uint_eq(rows[row].scale_word, strides.word);
+            ck_assert_uint_eq(rows[row].scale_byte, strides.byte);
+            ck_assert_uint_eq(rows[row].output,
+                              (uint64_t)(uintptr_t)o->output +
+                                  (uint64_t)t * o->groups * 1024 *
+                                      einsum_output_element_bytes(o->output_type));
+            // A run that scales in hardware has no FP32 scale in it.
+            bool fp32 = rows[row].flags & CUDA_ROW_SCALES_FP32;
+            ck_assert_int_eq(fp32, o->scale_type == EINSUM_SCALE_FP32);
+            if (run->mode == CUDA_MODE_UE8M0_128 || run->mode == CUDA_MODE_UE8M0_32)
+                ck_assert(!fp32);
+        }
+    }
+    free(table);
+}
+END_TEST
+
+// Units are numbered without gaps, runs are no longer than their kernel takes, and long ones go to
+// prefill where there is one.
+START_TEST(table_numbers_units)
+{
+    uint32_t room = (uint32_t)1 << (3 + _i);
+    struct cuda_bucket bucket = bucket_of(room);
+    struct cuda_weight weight = {.format =
+                                     format_of(8, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128)};
+    struct cuda_segment segment = segment_of(&weight, room, 0, 8, 1);
+    uint32_t order[1];
+    struct cuda_table *table = malloc(cuda_table_bytes(&bucket, 1));
+    cuda_table_build(&bucket, &segment, 1, order, table);
+    uint32_t units = 0, rows = 0;
+    for (uint32_t i = 0; i < table->decode_runs; i++) {
+        const struct cuda_run *run = &table->runs[i];
+        ck_assert_uint_eq(run->unit_begin, units);
+        ck_assert_uint_le(run->rows, bucket.decode_tokens);
+        units += run->groups * run->tiles_d * run->tile_units;
+        rows += run->rows;
+        // A unit is 16 KiB whatever its shape.
+        ck_assert_uint_eq((uint64_t)run->groups * run->tiles_d * run->tile_units * 16384,
+                          einsum_weight_bytes(&weight.format));
+    }
+    ck_assert_uint_eq(units, table->decode_units);
+    if (room >= CUDA_PREFILL_TOKENS_MIN) {
+        ck_assert_uint_eq(table->decode_runs, 0);
+        ck_assert_uint_eq(table->decode_workers, 0);
+        ck_assert_uint_eq(table->prefill_runs, 1);
+        ck_assert_uint_eq(table->prefill_tiles, 8 * 8 * (room / CUDA_PREFILL_TOKENS));
+    } else {
+        ck_assert_uint_eq(rows, room);
+        ck_assert_uint_eq(table->prefill_runs, 0);
+        // Of 132 places 128: then no tile, or a half of each, is one worker's.
+        ck_assert_uint_eq(table->decode_workers, 128);
+    }
+    free(table);
+}
+END_TEST
+
+START_TEST(table_of_nothing_is_empty)
+{
+    struct cuda_bucket bucket = bucket_of(8);
+    struct cuda_weight weight = {.format =
+                                     format_of(8, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128)};
+    struct cuda_segment segment = segment_of(&weight, 0, 0, 8, 1);
+    uint32_t order[1];
+    struct cuda_table *table = malloc(cuda_table_bytes(&bucket, 1));
+    for (uint32_t n = 0; n < 2; n++) {
+        cuda_table_build(&bucket, &segment, n, order, table);
+        ck_assert_uint_eq(table->decode_units + table->decode_workers + table->prefill_tiles, 0);
+        ck_assert_uint_eq(cuda_table_used(table), sizeof *table);
+    }
+    free(table);
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("cuda_dispatch");
+    TCase *dispatch = tcase_create("dispatch");
+    tcase_add_loop_test(dispatch, dispatch_names_the_kernel, 0, sizeof choices / sizeof choices[0]);
+    tcase_add_test(dispatch, dispatch_scales_in_hardware_only_what_is_a_power_of_two);
+    suite_add_tcase(suite, dispatch);
+    TCase *table = tcase_create("table");
+    tcase_add_loop_test(table, table_holds_every_token_once, 0, 60);
+    tcase_add_loop_test(table, table_numbers_units, 0, 8);
+    tcase_add_test(table, table_of_nothing_is_empty);
+    suite_add_tcase(suite, table);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_ENV);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
