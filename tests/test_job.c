@@ -8,9 +8,10 @@
 enum { STATES = JOB_REPLYING + 1, PAIRS = STATES * STATES };
 
 static const char *const allowed[STATES] = {
-    // to: IDLE, DECODING, QUEUED, RUNNING, DONE, REPLYING
-    [JOB_IDLE] = ".x....",    [JOB_DECODING] = "x.x...", [JOB_QUEUED] = "...xx.",
-    [JOB_RUNNING] = "....x.", [JOB_DONE] = "x....x",     [JOB_REPLYING] = "x.....",
+    // to: IDLE, WAITING, DECODING, QUEUED, RUNNING, DONE, REPLYING
+    [JOB_IDLE] = ".xx....",     [JOB_WAITING] = "..x..x.", [JOB_DECODING] = "x..x...",
+    [JOB_QUEUED] = "....xx.",   [JOB_RUNNING] = ".....x.", [JOB_DONE] = "x.....x",
+    [JOB_REPLYING] = "x......",
 };
 
 // Pairs of states, each (from * STATES + to), by whether the table has them.
