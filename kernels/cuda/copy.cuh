@@ -22,7 +22,7 @@ __device__ inline uint32_t shared_address(const void *at)
     return (uint32_t)__cvta_generic_to_shared(at);
 }
 
-// Global to shared memory, 16 bytes, zeros if `valid` is false; `from` must be mapped either way.
+// Global to shared memory, 16 bytes, zeros if not `valid`: then it touches nothing at `from`.
 __device__ inline void copy_async(uint32_t to, const void *from, bool valid)
 {
     uint32_t bytes = valid ? 16 : 0;

@@ -179,7 +179,7 @@ template <int NT, int MODE> struct stager {
     static constexpr int COPY_TOKENS = S::TOKENS > THREADS / 8 ? S::TOKENS / (THREADS / 8) : 1;
     static_assert(CHUNK_UNITS >= 1 && PAIRS <= THREADS && COPIES >= COPY_TOKENS, "");
 
-    // Of the run's first token where there are fewer: every address is good to read.
+    // Anything where there are fewer tokens: copies that do not count touch no memory.
     const uint8_t *from[COPY_TOKENS];
     token_scales pair;
     uint32_t tokens;
@@ -198,12 +198,16 @@ template <int NT, int MODE> struct stager {
 #pragma unroll
         for (int i = 0; i < COPY_TOKENS; i++) {
             uint32_t token = (threadIdx.x / 8 + i * (THREADS / 8)) % S::TOKENS;
-            const cuda_row &row = rows[token < run.rows ? token : 0];
-            from[i] = (const uint8_t *)row.activations +
-                      (uint64_t)p.g * row.activation_group * run.reduced_dim + threadIdx.x % 8 * 16;
+            from[i] = (const uint8_t *)table;
+            if (token < run.rows)
+                from[i] = (const uint8_t *)rows[token].activations +
+                          (uint64_t)p.g * rows[token].activation_group * run.reduced_dim +
+                          threadIdx.x % 8 * 16;
         }
         uint32_t token = threadIdx.x % S::TOKENS;
-        pair = scales_of(rows[token < run.rows ? token : 0], p.g);
+        pair = {};
+        if (token < run.rows)
+            pair = scales_of(rows[token], p.g);
     }
 
     // Calls copy(i, offset in the chunk, source, whether it counts) for this thread's share.
@@ -215,8 +219,7 @@ template <int NT, int MODE> struct stager {
             uint32_t token = pair_index % S::TOKENS, block = first_block + pair_index / S::TOKENS;
             uint32_t piece16 = (threadIdx.x % 8) ^ (token & 7);
             copy(i, pair_index * CUDA_K_BLOCK + piece16 * 16,
-                 from[i % COPY_TOKENS] + min(block, blocks - 1) * CUDA_K_BLOCK,
-                 token < tokens && block < blocks);
+                 from[i % COPY_TOKENS] + block * CUDA_K_BLOCK, token < tokens && block < blocks);
         }
     }
 

@@ -207,19 +207,21 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
             const float *floats =
                 (BLOCK == 32 ? smem.scales.steps : smem.scales.floats[stage % 2]) + token + 2 * t;
             if constexpr (!BF16) {
-                // Of four steps they would not fit into registers: read where they are used.
+                // Those of four steps would not fit into registers: a step's first product fetches
+                // the step's.
                 float scale_w[2 * MT];
-                if (BLOCK == 128)
+                auto fetch = [&](int step) {
 #pragma unroll
                     for (int i = 0; i < 2 * MT; i++)
-                        scale_w[i] = weight_scale(run.scales_fp32, scales_w + scales_at[i], block);
+                        scale_w[i] = weight_scale(run.scales_fp32, scales_w + scales_at[i],
+                                                  block * STEPS + step);
+                };
+                if (BLOCK == 128)
+                    fetch(0);
                 auto scale = [&](int m, int n, int i, int step) {
-                    int row = 2 * m + i / 2;
-                    if (BLOCK == 128)
-                        return scale_w[row] * floats[n * 8 + i % 2];
-                    return weight_scale(run.scales_fp32, scales_w + scales_at[row],
-                                        block * STEPS + step) *
-                           floats[step * TOKENS + n * 8 + i % 2];
+                    if (BLOCK == 32 && m == 0 && n == 0 && i == 0)
+                        fetch(step);
+                    return scale_w[2 * m + i / 2] * floats[step * TOKENS + n * 8 + i % 2];
                 };
                 mma_k128_rescaled<MT, NT, BLOCK>(acc, w, b, scale);
             } else {
