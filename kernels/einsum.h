@@ -38,12 +38,14 @@ enum einsum_recipe {
 enum einsum_activation_layout {
     EINSUM_ACTIVATIONS_TGR = 1, // [T, G, R] row-major
     EINSUM_ACTIVATIONS_GTR = 2, // [G, T, R] row-major, as vLLM's quantisation step leaves it
+    EINSUM_ACTIVATIONS_IN_PLACE = 3, // what attention.h leaves where it found BF16; never on the wire
 };
 
 enum einsum_scale_layout {
     EINSUM_SCALES_TGK = 1, // [T, G, K] row-major
     EINSUM_SCALES_GKT = 2, // token fastest, padded to align4(T): FP32 as [G][K][align4(T)];
     // UE8M0 four to a little-endian 32-bit word as [G][K/4][align4(T)], byte k%4 of word k/4
+    EINSUM_SCALES_IN_PLACE = 3, // UE8M0, behind the row of activations that they scale: attention.h
 };
 
 enum einsum_scale_type {
@@ -71,6 +73,8 @@ enum {
     EINSUM_REDUCED_DIM_MULTIPLE = 128,
 };
 
+struct attention_rotation;
+
 // How one weight is stored in a checkpoint: B and sB row-major, sB as [G * D/block_d, K].
 struct einsum_weight_format {
     uint32_t groups;      // G
@@ -94,6 +98,9 @@ struct einsum_operand {
     const void *activations; // any alignment
     const void *scales;      // any alignment
     void *output;            // aligned to 64 bytes
+    // Not NULL: `activations` holds attention's output, to be quantised where it lies before anything
+    // else reads it; both layouts are IN_PLACE. One for each token. See attention.h.
+    const struct attention_rotation *rotations;
 };
 
 // Byte strides of sA: element (t, g, k) lies at  t*token + g*group + (k/4)*word + (k%4)*byte.
