@@ -74,11 +74,20 @@ cudaError_t cuda_relayout_scales(const struct cuda_weight *weight, const void *s
 
 // ---- a batch's table (table.c); needs no device
 
+// What computes a segment. Names are those of ServerInfo and of a request's `kernel`.
+enum cuda_kernel {
+    CUDA_KERNEL_AUTO,    // by the tokens that share a reading of the weight
+    CUDA_KERNEL_DECODE,  // "decode"
+    CUDA_KERNEL_PREFILL, // "prefill"; not in a bucket without prefill_blocks
+    CUDA_KERNEL_HOPPER,  // "hopper": capability 9.0 only
+};
+
 // One request: a weight and its operand, whose pointers are device addresses: activations and
 // outputs aligned to 16, scales to 4.
 struct cuda_segment {
     const struct cuda_weight *weight;
     struct einsum_operand operand;
+    enum cuda_kernel kernel; // forced; segments that differ in it never share a reading
 };
 
 struct cuda_bucket {
