@@ -1,8 +1,8 @@
 // The batches, the room in them, and the lock around both. Called by rpc threads (reserve, commit,
 // abandon, release) and by the scheduler thread (batch_internal.h).
 //
-//     input  | activations | scales | activations | scales | ...        each at 64 bytes;
-//     output | result               | result               | ...        bump allocation
+//     input  | activations | scales | attention | rotations | ...       each at 64 bytes;
+//     output | result               | result                | ...       bump allocation
 //
 // Room that is abandoned is dead until its batch is free again, unless it was the last or the only
 // room taken. A held lock never covers a tensor's copy, a system call or an engine's work.
@@ -11,31 +11,46 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+#include "../kernels/attention.h"
+
 enum { RETRY_MS_MIN = 1, RETRY_MS_MAX = 1000 };
 
 // What one job needs of a batch.
 struct room {
     uint32_t tokens;
-    uint64_t scales_offset; // in its input; where its activations end
+    uint64_t second_offset; // in its input; of scales, or rotations if it is attention
     uint64_t input_bytes, output_bytes;
 };
 
-static struct room room_for(const struct job *job)
+static uint64_t activation_bytes(const struct job *job)
+{
+    const struct einsum_operand *operand = &job->operand;
+    uint32_t reduced_dim = job->weight->format.reduced_dim;
+    if (job->attention)
+        return attention_bytes(operand->tokens, operand->groups, reduced_dim);
+    return einsum_activation_bytes(operand->tokens, operand->groups, reduced_dim);
+}
+
+static uint64_t scale_or_rotation_bytes(const struct job *job)
 {
     const struct einsum_weight_format *format = &job->weight->format;
     const struct einsum_operand *operand = &job->operand;
-    uint64_t activations =
-        einsum_activation_bytes(operand->tokens, operand->groups, format->reduced_dim);
-    uint64_t scales =
-        einsum_scale_bytes(operand->scale_layout, operand->scale_type, operand->tokens,
-                           operand->groups, format->reduced_dim / format->block_r);
+    if (job->attention)
+        return operand->tokens * sizeof(struct attention_rotation);
+    return einsum_scale_bytes(operand->scale_layout, operand->scale_type, operand->tokens,
+                              operand->groups, format->reduced_dim / format->block_r);
+}
+
+static struct room room_for(const struct job *job)
+{
+    const struct einsum_operand *operand = &job->operand;
     uint64_t output = einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
-                                          format->output_dim);
-    uint64_t scales_offset = align_up(activations, CACHE_LINE_BYTES);
+                                          job->weight->format.output_dim);
+    uint64_t second_offset = align_up(activation_bytes(job), CACHE_LINE_BYTES);
     return (struct room){
         .tokens = operand->tokens,
-        .scales_offset = scales_offset,
-        .input_bytes = scales_offset + align_up(scales, CACHE_LINE_BYTES),
+        .second_offset = second_offset,
+        .input_bytes = second_offset + align_up(scale_or_rotation_bytes(job), CACHE_LINE_BYTES),
         .output_bytes = align_up(output, CACHE_LINE_BYTES),
     };
 }
@@ -186,12 +201,26 @@ static struct batch *batch_with_room_locked(struct batcher *batcher, const struc
     return batch_open_locked(batcher);
 }
 
+static void set_input(struct job *job, uint8_t *input, const struct room *room)
+{
+    struct einsum_operand *operand = &job->operand;
+    operand->activations = input;
+    if (!job->attention) {
+        operand->scales = input + room->second_offset;
+        operand->rotations = NULL;
+        return;
+    }
+    operand->scales = input + job->weight->format.reduced_dim; // behind the first row
+    operand->rotations = (const struct attention_rotation *)(input + room->second_offset);
+    operand->activation_layout = EINSUM_ACTIVATIONS_IN_PLACE;
+    operand->scale_layout = EINSUM_SCALES_IN_PLACE;
+    operand->scale_type = EINSUM_SCALE_UE8M0;
+}
+
 static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, struct job *job,
                                  const struct room *room)
 {
-    uint8_t *input = (uint8_t *)batch->input + batch->input_used;
-    job->operand.activations = input;
-    job->operand.scales = input + room->scales_offset;
+    set_input(job, (uint8_t *)batch->input + batch->input_used, room);
     job->operand.output = (uint8_t *)batch->output + batch->output_used;
     job->batch = batch;
     job->input_bytes = room->input_bytes;

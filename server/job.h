@@ -34,9 +34,11 @@ struct job {
     // Set by whoever asks for it; the owner looks before launch and after.
     _Atomic bool cancelled;
 
-    // The request, valid from IDLE on. operand's pointers are set by batcher_reserve.
+    // The request, valid from IDLE on. operand's pointers are set by batcher_reserve; for attention
+    // its layouts and scale type, too.
     struct weight *weight; // a reference
     struct einsum_operand operand;
+    bool attention;       // what arrives is attention's output and rotations: kernels/attention.h
     uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
     uint64_t received_ns;
 

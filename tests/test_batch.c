@@ -11,6 +11,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "kernels/attention.h"
 #include "server/batch.h"
 
 enum {
@@ -346,6 +347,97 @@ START_TEST(one_job_from_end_to_end)
     sleep_ms(2);
     ck_assert_uint_eq(stats().busy_ns, end.busy_ns);
     all_buffers_free(&base, 1);
+}
+END_TEST
+
+// --- attention's output and rotations for activations and scales
+
+enum { ATTENTION_GROUPS = 2, ATTENTION_REDUCED_DIM = 2 * ATTENTION_HEAD_DIM };
+
+static struct job *attention_init(int index, uint32_t tokens)
+{
+    struct einsum_weight_format *format = &weights[1].format;
+    format->groups = ATTENTION_GROUPS;
+    format->reduced_dim = ATTENTION_REDUCED_DIM;
+    struct job *job = job_init(index, tokens);
+    job->weight = &weights[1];
+    job->attention = true;
+    job->operand.groups = ATTENTION_GROUPS;
+    job->operand.activation_layout = 0; // whatever they were
+    job->operand.scale_layout = 0;
+    job->operand.scale_type = EINSUM_SCALE_NONE;
+    return job;
+}
+
+static uint64_t attention_input_bytes(uint32_t tokens)
+{
+    return (uint64_t)tokens *
+           (ATTENTION_GROUPS * ATTENTION_REDUCED_DIM * 2 + sizeof(struct attention_rotation));
+}
+
+START_TEST(attention_gets_rotations_behind_its_rows)
+{
+    static const uint32_t tokens[] = {1, 3, 8};
+    uint32_t n = tokens[_i];
+    struct batcher_options options = base;
+    options.batch_tokens_max = n + 1; // one more for the job in front
+    options.buckets = &options.batch_tokens_max;
+    options.buckets_n = 1;
+    options.batch_input_bytes = REDUCED_DIM + CACHE_LINE_BYTES + attention_input_bytes(n);
+    options.batch_output_bytes = 64 * 1024;
+    start(&options);
+
+    struct job *ordinary = reserve(0, 1);
+    ck_assert_ptr_null(ordinary->operand.rotations);
+    struct job *job = attention_init(1, n);
+    struct error err = {.text = ""};
+    ck_assert_msg(!batcher_reserve(batcher, job, &err), "%s", err.text);
+    ck_assert_ptr_eq(job->batch, ordinary->batch); // it fits to the byte
+
+    const struct einsum_operand *operand = &job->operand;
+    const uint8_t *rows = operand->activations;
+    ck_assert_ptr_eq(rows, (const uint8_t *)ordinary->operand.activations + REDUCED_DIM + 64);
+    ck_assert_ptr_eq(operand->scales, rows + ATTENTION_REDUCED_DIM);
+    const uint8_t *rotations = (const uint8_t *)operand->rotations;
+    ck_assert_ptr_eq(rotations, rows + (size_t)n * ATTENTION_GROUPS * ATTENTION_REDUCED_DIM * 2);
+    ck_assert_uint_eq((uintptr_t)rotations % 64, 0);
+    ck_assert_int_eq((int)operand->activation_layout, EINSUM_ACTIVATIONS_IN_PLACE);
+    ck_assert_int_eq((int)operand->scale_layout, EINSUM_SCALES_IN_PLACE);
+    ck_assert_int_eq((int)operand->scale_type, EINSUM_SCALE_UE8M0);
+
+    batcher_commit(batcher, ordinary);
+    batcher_commit(batcher, job);
+    const struct engine_batch *batch = wait_submitted(1);
+    ck_assert_uint_eq(batch->input_bytes, options.batch_input_bytes);
+    ck_assert_uint_eq(batch->segments_n, 2);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    wait_release(1, STATUS_OK);
+
+    // The same struct in an ordinary request: nothing of attention is left.
+    job->attention = false;
+    job->weight = &weights[0];
+    job->operand.groups = 1;
+    job->operand.activation_layout = EINSUM_ACTIVATIONS_GTR;
+    job->operand.scale_layout = EINSUM_SCALES_TGK;
+    ck_assert_msg(!batcher_reserve(batcher, job, &err), "%s", err.text);
+    ck_assert_ptr_null(operand->rotations);
+    ck_assert_int_eq((int)operand->activation_layout, EINSUM_ACTIVATIONS_GTR);
+    batcher_abandon(batcher, job);
+}
+END_TEST
+
+START_TEST(attention_too_large_for_a_batch_is_invalid)
+{
+    struct batcher_options options = base;
+    options.batch_input_bytes = attention_input_bytes(2) - 1;
+    start(&options);
+    struct error err = {.text = ""};
+    ck_assert_int_eq(batcher_reserve(batcher, attention_init(0, 2), &err), STATUS_INVALID_ARGUMENT);
+    ck_assert_str_eq(err.field, "activations");
+    ck_assert_ptr_null(jobs[0].job.operand.rotations);
+    ck_assert_msg(!batcher_reserve(batcher, attention_init(0, 1), &err), "%s", err.text);
+    batcher_abandon(batcher, &jobs[0].job);
 }
 END_TEST
 
@@ -1273,6 +1365,8 @@ int main(void)
     tcase_set_timeout(rules, 60);
     tcase_add_checked_fixture(rules, setup, teardown);
     tcase_add_test(rules, one_job_from_end_to_end);
+    tcase_add_loop_test(rules, attention_gets_rotations_behind_its_rows, 0, 3);
+    tcase_add_test(rules, attention_too_large_for_a_batch_is_invalid);
     tcase_add_test(rules, jobs_gather_while_the_lane_is_busy);
     tcase_add_loop_test(rules, closes_when_full, 0, ARRAY_LEN(fulls));
     tcase_add_test(rules, launches_in_order_of_opening);
