@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -32,6 +33,29 @@ const char *engine_auto_note(void)
 #else
     return "this build has no CUDA engine";
 #endif
+}
+
+enum status engine_kernel_find(const struct engine_ops *ops, const struct engine *engine,
+                               const char *name, uint32_t *kernel, struct error *err)
+{
+    *kernel = 0;
+    if (name[0] == '\0')
+        return STATUS_OK;
+    struct engine_info info;
+    ops->describe(engine, &info);
+    char names[256] = "none";
+    size_t used = 0;
+    for (uint32_t i = 0; i < info.kernels_n; i++) {
+        if (strcmp(name, info.kernels[i]) == 0) {
+            *kernel = i + 1;
+            return STATUS_OK;
+        }
+        if (used < sizeof names)
+            used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", i ? ", " : "",
+                                     info.kernels[i]);
+    }
+    return error_field(err, STATUS_UNIMPLEMENTED, "kernel",
+                       "\"%s\" cannot be chosen here; what can: %s", name, names);
 }
 
 // Kernels since 5.14 populate a range at once, and say so when they cannot: a fault would kill.

@@ -40,10 +40,13 @@ struct engine_weight_source {
                      uint64_t bytes); // since the last call; may be NULL
 };
 
+enum { ENGINE_KERNELS_MAX = 8 };
+
 // One request's share of a batch. All pointers of the operand lie in the batch's memory.
 struct engine_segment {
     const struct engine_weight *weight;
     struct einsum_operand operand;
+    uint32_t kernel; // 0: the engine's choice; else 1 + index into engine_info.kernels
 };
 
 struct engine_batch {
@@ -66,6 +69,8 @@ struct engine_result {
 struct engine_info {
     char device[128]; // "AMD EPYC 7763, 2 threads"
     char kernel[128]; // "avx2: best that this CPU supports"
+    uint32_t kernels_n;
+    const char *kernels[ENGINE_KERNELS_MAX]; // that a segment may ask for; static
     uint32_t threads;
     uint64_t scratch_bytes;
 };
@@ -110,6 +115,11 @@ extern const struct engine_ops engine_null;
 const struct engine_ops *engine_find(const char *name);
 // Why "auto" is not a GPU here; NULL if it is.
 const char *engine_auto_note(void);
+
+// What a segment's `kernel` is for this name; "" is the engine's choice. UNIMPLEMENTED, naming those
+// that there are.
+NODISCARD enum status engine_kernel_find(const struct engine_ops *ops, const struct engine *engine,
+                                         const char *name, uint32_t *kernel, struct error *err);
 
 // Host memory for engines whose device is the host: page-aligned, zero, in huge pages where there
 // are any, and touched. RESOURCE_EXHAUSTED.

@@ -8,8 +8,8 @@
 //              task: weight b, operand  3       items 64 .. 127
 //     lane 1   ...
 //
-// A task is all that one batch asks of one weight, which is then read once however many requests
-// share it.
+// A task is all that one batch asks of one weight by one kernel; the weight is then read once however
+// many requests share it.
 //
 // Threads: submit and poll on the scheduler's, compute_run on the pool's, the rest on any. A lane's
 // tables are written by submit, published by the release store to `work` and read by whoever takes
@@ -31,11 +31,16 @@ enum {
     LANES_DEFAULT = 2,
 };
 
+struct task {
+    struct cpu_task cpu;
+    const struct cpu_kernel *kernel;
+};
+
 struct lane {
     bool submitted; // scheduler thread only
     uint32_t tasks_n;
-    struct cpu_task *tasks; // batch_segments_max, as the next two
-    uint32_t *item_begin;   // of each task, and one more: where the last one ends
+    struct task *tasks;   // batch_segments_max, as the next two
+    uint32_t *item_begin; // of each task, and one more: where the last one ends
     struct einsum_operand *operands;
     uint64_t started_ns; // by the thread that takes item 0
     uint64_t ended_ns;   // by the thread that finishes last
@@ -55,7 +60,8 @@ struct worker {
 
 struct engine {
     struct engine_info info;
-    const struct cpu_kernel *kernel;
+    // As segments number them: 0 is the engine's choice, then all that this CPU runs.
+    const struct cpu_kernel *kernels[1 + ENGINE_KERNELS_MAX];
     uint32_t reduced_dim_max;
     uint32_t segments_max;
     void (*wake)(void *context);
@@ -63,7 +69,7 @@ struct engine {
 
     uint32_t lanes_n;
     struct lane *lanes;
-    struct cpu_task *tasks; // the lanes' tables point into these three
+    struct task *tasks; // the lanes' tables point into these three
     uint32_t *item_begins;
     struct einsum_operand *operands;
     uint64_t submitted_n; // scheduler thread only
@@ -145,7 +151,8 @@ static void run_item(struct engine *engine, struct lane *lane, uint32_t item, vo
             high = middle;
     }
     uint32_t begin = lane->item_begin[low], items = lane->item_begin[low + 1] - begin;
-    cpu_task_run(engine->kernel, &lane->tasks[low], item - begin, items, scratch);
+    const struct task *task = &lane->tasks[low];
+    cpu_task_run(task->kernel, &task->cpu, item - begin, items, scratch);
     if (atomic_fetch_sub_explicit(&lane->items_left, 1, memory_order_acq_rel) == 1)
         finish_batch(engine, lane);
 }
@@ -181,21 +188,28 @@ static void wake_workers(struct engine *engine, uint32_t threads)
 
 // --- submit, poll
 
-// Gathers segments of equal weight that stand side by side into one task; returns the items of all.
+// Gathers segments of equal weight and kernel that stand side by side into one task; returns the
+// items of all.
 static uint32_t lane_fill(const struct engine *engine, struct lane *lane,
                           const struct engine_batch *batch)
 {
     uint32_t items = 0;
     lane->tasks_n = 0;
     for (uint32_t i = 0; i < batch->segments_n;) {
-        const struct engine_weight *weight = batch->segments[i].weight;
-        struct cpu_task *task = &lane->tasks[lane->tasks_n];
-        *task = (struct cpu_task){.weight = &weight->cpu, .operands = &lane->operands[i]};
-        for (; i < batch->segments_n && batch->segments[i].weight == weight; i++) {
+        const struct engine_segment *first = &batch->segments[i];
+        ASSERT(first->kernel <= engine->info.kernels_n);
+        struct task *task = &lane->tasks[lane->tasks_n];
+        *task = (struct task){
+            .cpu = {.weight = &first->weight->cpu, .operands = &lane->operands[i]},
+            .kernel = engine->kernels[first->kernel],
+        };
+        for (; i < batch->segments_n && batch->segments[i].weight == first->weight &&
+               batch->segments[i].kernel == first->kernel;
+             i++) {
             lane->operands[i] = batch->segments[i].operand;
-            task->operands_n++;
+            task->cpu.operands_n++;
         }
-        uint32_t task_items = cpu_task_items(task, engine->workers_n);
+        uint32_t task_items = cpu_task_items(&task->cpu, engine->workers_n);
         if (task_items == 0)
             continue;
         lane->item_begin[lane->tasks_n++] = items;
@@ -390,6 +404,18 @@ static enum status refuse_kernel(const char *name, struct error *err)
                        name ? name : "auto");
 }
 
+static void list_kernels(struct engine *engine)
+{
+    struct engine_info *info = &engine->info;
+    for (const struct cpu_kernel *const *kernel = cpu_kernels(); *kernel; kernel++) {
+        if (!cpu_kernel_supported(*kernel))
+            continue;
+        ASSERT(info->kernels_n < ENGINE_KERNELS_MAX);
+        info->kernels[info->kernels_n++] = cpu_kernel_name(*kernel);
+        engine->kernels[info->kernels_n] = *kernel;
+    }
+}
+
 static void tables_free(struct engine *engine)
 {
     free(engine->workers);
@@ -483,7 +509,7 @@ static enum status cpu_open(const struct engine_options *options, struct engine 
     uint32_t threads = options->threads ? options->threads : cores_available();
     *engine = (struct engine){
         .info.threads = threads,
-        .kernel = kernel,
+        .kernels = {kernel},
         .reduced_dim_max = options->reduced_dim_max,
         .segments_max = options->batch_segments_max,
         .wake = options->wake,
@@ -496,6 +522,7 @@ static enum status cpu_open(const struct engine_options *options, struct engine 
              threads == 1 ? "" : "s");
     snprintf(engine->info.kernel, sizeof engine->info.kernel, "%s: %s", cpu_kernel_name(kernel),
              options->kernel ? "asked for by name" : "the best that this CPU supports");
+    list_kernels(engine);
 
     enum status status = tables_alloc(engine, threads, err);
     if (status)

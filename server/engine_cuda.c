@@ -63,6 +63,7 @@ struct engine {
     int device;
     uint32_t buckets_n;
     struct cuda_bucket *buckets;
+    enum cuda_kernel kernels[1 + ENGINE_KERNELS_MAX]; // as segments number them
     uint32_t lanes_n;
     struct lane *lanes;
     uint32_t segments_max;
@@ -98,6 +99,28 @@ static enum status out_of_memory(struct error *err, const char *what)
     return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory for %s", what);
 }
 
+// ---- kernels by name
+
+static bool bucket_has(const struct cuda_bucket *bucket, enum cuda_kernel kernel)
+{
+    return kernel != CUDA_KERNEL_PREFILL || bucket->prefill_blocks > 0;
+}
+
+// What a request may ask for: all that the largest bucket has.
+static void list_kernels(struct engine *engine)
+{
+    static const struct {
+        const char *name;
+        enum cuda_kernel kernel;
+    } known[] = {{"decode", CUDA_KERNEL_DECODE}, {"prefill", CUDA_KERNEL_PREFILL}};
+    struct engine_info *info = &engine->info;
+    for (size_t i = 0; i < ARRAY_LEN(known); i++)
+        if (bucket_has(&engine->buckets[engine->buckets_n - 1], known[i].kernel)) {
+            info->kernels[info->kernels_n++] = known[i].name;
+            engine->kernels[info->kernels_n] = known[i].kernel;
+        }
+}
+
 // ---- batches
 
 static const struct buffer *buffer_of(const struct engine *engine, const void *host)
@@ -116,16 +139,31 @@ static void *on_device(const struct buffer *buffer, const void *host)
     return buffer->device + offset;
 }
 
+// The smallest bucket that holds the batch and has the kernels that it asks for.
+static uint32_t bucket_for(const struct engine *engine, const struct engine_batch *batch)
+{
+    uint32_t bucket = batch->bucket;
+    for (uint32_t i = 0; i < batch->segments_n; i++)
+        while (!bucket_has(&engine->buckets[bucket], engine->kernels[batch->segments[i].kernel])) {
+            bucket++;
+            ASSERT(bucket < engine->buckets_n); // else the kernel was not listed
+        }
+    return bucket;
+}
+
 static cudaError_t enqueue(struct engine *engine, struct lane *lane,
                            const struct engine_batch *batch)
 {
     const struct buffer *input = buffer_of(engine, batch->input);
     const struct buffer *output = buffer_of(engine, batch->output);
-    const struct cuda_bucket *bucket = &engine->buckets[batch->bucket];
+    const uint32_t bucket = bucket_for(engine, batch);
     for (uint32_t i = 0; i < batch->segments_n; i++) {
         const struct engine_segment *segment = &batch->segments[i];
-        lane->segments[i] =
-            (struct cuda_segment){.weight = &segment->weight->cuda, .operand = segment->operand};
+        lane->segments[i] = (struct cuda_segment){
+            .weight = &segment->weight->cuda,
+            .operand = segment->operand,
+            .kernel = engine->kernels[segment->kernel],
+        };
         struct einsum_operand *operand = &lane->segments[i].operand;
         operand->activations = on_device(input, operand->activations);
         operand->scales = on_device(input, operand->scales);
@@ -135,11 +173,12 @@ static cudaError_t enqueue(struct engine *engine, struct lane *lane,
                                         cudaMemcpyHostToDevice, lane->stream);
     if (error != cudaSuccess)
         return error;
-    cuda_table_build(bucket, lane->segments, batch->segments_n, lane->order, lane->table);
+    cuda_table_build(&engine->buckets[bucket], lane->segments, batch->segments_n, lane->order,
+                     lane->table);
     error = cudaMemcpyAsync(lane->table_device, lane->table, cuda_table_used(lane->table),
                             cudaMemcpyHostToDevice, lane->stream);
     if (error == cudaSuccess)
-        error = cudaGraphLaunch(lane->graphs[batch->bucket], lane->stream);
+        error = cudaGraphLaunch(lane->graphs[bucket], lane->stream);
     if (error == cudaSuccess)
         error = cudaMemcpyAsync((void *)(uintptr_t)output->host, output->device,
                                 batch->output_bytes, cudaMemcpyDeviceToHost, lane->stream);
@@ -548,6 +587,8 @@ static enum status cuda_open(const struct engine_options *options, struct engine
     snprintf(engine->info.kernel, sizeof engine->info.kernel, "%s: %s", choice.name, choice.reason);
 
     status = fill_buckets(engine, options, err);
+    if (status == STATUS_OK)
+        list_kernels(engine);
     uint64_t before = device_bytes_free(), started_ns = now_ns();
     if (status == STATUS_OK)
         status = staging_open(engine, err);

@@ -38,6 +38,7 @@ struct job {
     // its layouts and scale type, too.
     struct weight *weight; // a reference
     struct einsum_operand operand;
+    uint32_t kernel;      // see struct engine_segment
     bool attention;       // what arrives is attention's output and rotations: kernels/attention.h
     uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
     uint64_t received_ns;

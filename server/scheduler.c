@@ -83,9 +83,12 @@ static uint32_t batch_drop_jobs(struct batch *batch, uint64_t now, bool device_l
     return keep;
 }
 
-static uintptr_t weight_order(const struct job *job)
+// Jobs that can share a reading of their weight are equal under this order.
+static bool stands_behind(const struct job *a, const struct job *b)
 {
-    return (uintptr_t)job->weight->engine_weight;
+    uintptr_t weight_a = (uintptr_t)a->weight->engine_weight;
+    uintptr_t weight_b = (uintptr_t)b->weight->engine_weight;
+    return weight_a != weight_b ? weight_a > weight_b : a->kernel > b->kernel;
 }
 
 // Shell's sort: in place, no allocation, and little work on the usual batch, which is in order or
@@ -98,7 +101,7 @@ static void jobs_sort_by_weight(struct job **jobs, uint32_t n)
         for (uint32_t i = gap; i < n; i++) {
             struct job *job = jobs[i];
             uint32_t at = i;
-            for (; at >= gap && weight_order(jobs[at - gap]) > weight_order(job); at -= gap)
+            for (; at >= gap && stands_behind(jobs[at - gap], job); at -= gap)
                 jobs[at] = jobs[at - gap];
             jobs[at] = job;
         }
@@ -122,6 +125,7 @@ static void batch_prepare(struct batcher *batcher, struct batch *batch, uint32_t
         const struct job *job = batch->jobs[i];
         batch->segments[i].weight = job->weight->engine_weight;
         batch->segments[i].operand = job->operand;
+        batch->segments[i].kernel = job->kernel;
         tokens += job->operand.tokens;
     }
     uint32_t bucket = bucket_for(&batcher->options, tokens);

@@ -618,10 +618,12 @@ START_TEST(equal_weights_stand_side_by_side)
     commit(0, 1);
     wait_submitted(1);
     static const int order[] = {2, 0, 1, 0, 2, 1, 0};
+    static const uint32_t kernels[] = {0, 1, 0, 0, 0, 0, 1}; // so the first weight is read twice
     enum { N = ARRAY_LEN(order) };
     for (int i = 0; i < N; i++) {
         struct job *job = job_init(i + 1, 1);
         job->weight = &weights[order[i]];
+        job->kernel = kernels[i];
         ck_assert_int_eq(batcher_reserve(batcher, job, NULL), STATUS_OK);
         batcher_commit(batcher, job);
     }
@@ -631,15 +633,17 @@ START_TEST(equal_weights_stand_side_by_side)
     int changes = 0;
     for (uint32_t s = 0; s < N; s++) {
         const struct engine_segment *segment = &batch->segments[s];
-        changes += s > 0 && segment->weight != segment[-1].weight;
+        changes += s > 0 &&
+                   (segment->weight != segment[-1].weight || segment->kernel != segment[-1].kernel);
         int owner = -1; // the job whose output this is must be one of this weight
         for (int i = 0; i < N; i++)
             if (jobs[i + 1].job.operand.output == segment->operand.output)
                 owner = i;
         ck_assert_int_ge(owner, 0);
         ck_assert_ptr_eq(segment->weight, weights[order[owner]].engine_weight);
+        ck_assert_uint_eq(segment->kernel, kernels[owner]);
     }
-    ck_assert_int_eq(changes, WEIGHTS - 1);
+    ck_assert_int_eq(changes, WEIGHTS);
     fake_complete(&engine, 1, STATUS_OK);
     for (int i = 0; i <= N; i++)
         wait_release(i, STATUS_OK);

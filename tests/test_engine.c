@@ -192,6 +192,7 @@ static struct engine_options options_for(const char *kernel, uint32_t threads)
 
 static const struct engine_ops *const ops = &ENGINE_UNDER_TEST;
 static struct engine *engine;
+static uint32_t kernels_offered;
 static struct source sources[FORMATS];
 static struct engine_weight *weights[FORMATS];
 
@@ -201,6 +202,11 @@ static void open_engine(const char *kernel, uint32_t threads)
     struct error err = {.text = ""};
     enum status status = ops->open(&options, &engine, &err);
     ck_assert_msg(!status, "%s", err.text);
+    struct engine_info info;
+    ops->describe(engine, &info);
+    kernels_offered = info.kernels_n;
+    ck_assert_uint_ge(kernels_offered, 1);
+    ck_assert_uint_le(kernels_offered, ENGINE_KERNELS_MAX);
 }
 
 static struct engine_weight *load(struct source *source)
@@ -319,6 +325,7 @@ static void batch_fill(struct test_batch *it, bool sorted)
         operand->output = it->output + output_used;
         it->formats[s] = which;
         it->segments[s].weight = weights[which];
+        it->segments[s].kernel = one_in(2) ? 0 : random_below(kernels_offered + 1);
         // One line more than it needs: must stay as it is.
         output_used += align_up(operand_output_bytes(it, s) + 1, CACHE_LINE_BYTES);
         ck_assert_uint_le(output_used, OUTPUT_BYTES);
@@ -440,6 +447,44 @@ START_TEST(every_cpu_kernel_matches_the_reference)
     open_engine(cpu_kernel_name(kernel), threads_of[_i % (int)ARRAY_LEN(threads_of)]);
     load_all();
     run_batches(2);
+    free_all();
+}
+END_TEST
+
+// The bits of one batch of one format's weight, every segment by the kernel of this number.
+static void run_with(struct test_batch *it, uint32_t kernel, uint8_t *output)
+{
+    for (uint32_t s = 0; s < it->batch.segments_n; s++)
+        it->segments[s].kernel = kernel;
+    memset(it->output, CANARY, it->batch.output_bytes);
+    ops->submit(engine, 0, &it->batch);
+    poll_until_done(0);
+    batch_check(it);
+    memcpy(output, it->output, it->batch.output_bytes);
+}
+
+// Kernels add in different orders, so that bits tell which one has run.
+START_TEST(a_segment_gets_the_kernel_that_it_asks_for)
+{
+    static uint8_t chosen[ENGINE_KERNELS_MAX + 1][OUTPUT_BYTES], alone[OUTPUT_BYTES];
+    open_engine("portable", 2);
+    load_all();
+    uint64_t state = random_state;
+    struct test_batch it;
+    batch_init(&it);
+    batch_fill(&it, true);
+    run_with(&it, 0, alone);
+    uint64_t bytes = it.batch.output_bytes;
+    for (uint32_t kernel = 1; kernel <= kernels_offered; kernel++)
+        run_with(&it, kernel, chosen[kernel]);
+    uint32_t portable;
+    ck_assert_int_eq(engine_kernel_find(ops, engine, "portable", &portable, NULL), STATUS_OK);
+    ck_assert_int_eq(memcmp(alone, chosen[portable], bytes), 0);
+    for (uint32_t kernel = 1; kernel <= kernels_offered; kernel++)
+        if (kernel != portable)
+            ck_assert_msg(memcmp(alone, chosen[kernel], bytes) != 0,
+                          "kernel %u is portable, seed %llu", kernel, (unsigned long long)state);
+    batch_deinit(&it);
     free_all();
 }
 END_TEST
@@ -624,6 +669,34 @@ START_TEST(an_unknown_kernel_is_refused_by_name)
 }
 END_TEST
 
+START_TEST(kernels_are_found_by_name)
+{
+    static const char *const unknown[] = {"AVX2", "portable ", "auto", "p", "none"};
+    open_engine(NULL, 1);
+    struct engine_info info;
+    ops->describe(engine, &info);
+    uint32_t kernel = 99;
+    ck_assert_int_eq(engine_kernel_find(ops, engine, "", &kernel, NULL), STATUS_OK);
+    ck_assert_uint_eq(kernel, 0);
+    for (uint32_t i = 0; i < info.kernels_n; i++) {
+        ck_assert_int_eq(engine_kernel_find(ops, engine, info.kernels[i], &kernel, NULL),
+                         STATUS_OK);
+        ck_assert_uint_eq(kernel, i + 1);
+    }
+    ck_assert_str_eq(info.kernels[info.kernels_n - 1], "portable");
+    for (size_t i = 0; i < ARRAY_LEN(unknown); i++) {
+        struct error err = {.text = ""};
+        ck_assert_int_eq(engine_kernel_find(ops, engine, unknown[i], &kernel, &err),
+                         STATUS_UNIMPLEMENTED);
+        ck_assert_uint_eq(kernel, 0);
+        ck_assert_str_eq(err.field, "kernel");
+        ck_assert_ptr_nonnull(strstr(err.text, unknown[i]));
+        for (uint32_t k = 0; k < info.kernels_n; k++)
+            ck_assert_ptr_nonnull(strstr(err.text, info.kernels[k]));
+    }
+}
+END_TEST
+
 START_TEST(engines_are_found_by_name)
 {
     const struct engine_ops *best = &engine_cpu;
@@ -666,6 +739,12 @@ START_TEST(the_null_engine_answers_at_once)
     struct engine_batch batch = {
         .segments = &segment, .segments_n = 1, .tokens = 1, .output = output};
     struct engine_result result;
+    uint32_t kernel;
+    struct error err = {.text = ""};
+    ck_assert_int_eq(engine_kernel_find(&engine_null, null, "", &kernel, &err), STATUS_OK);
+    ck_assert_int_eq(engine_kernel_find(&engine_null, null, "avx2", &kernel, &err),
+                     STATUS_UNIMPLEMENTED);
+    ck_assert_str_eq(err.text, "kernel: \"avx2\" cannot be chosen here; what can: none");
     for (uint32_t lane = 0; lane < LANES; lane++) {
         ck_assert(!engine_null.poll(null, lane, &result));
         engine_null.submit(null, lane, &batch);
@@ -700,6 +779,7 @@ static void add_cpu_tests(Suite *suite)
     tcase_add_checked_fixture(batches, setup, teardown);
     tcase_add_loop_test(batches, every_cpu_kernel_matches_the_reference, 0,
                         kernels_n() * (int)ARRAY_LEN(threads_of));
+    tcase_add_test(batches, a_segment_gets_the_kernel_that_it_asks_for);
     tcase_add_test(batches, no_memory_for_a_weight_is_said);
     suite_add_tcase(suite, batches);
 
@@ -707,6 +787,7 @@ static void add_cpu_tests(Suite *suite)
     tcase_add_checked_fixture(opening, setup, teardown);
     tcase_add_test(opening, a_kernel_is_picked_or_asked_for);
     tcase_add_loop_test(opening, an_unknown_kernel_is_refused_by_name, 0, 4);
+    tcase_add_test(opening, kernels_are_found_by_name);
     tcase_add_test(opening, engines_are_found_by_name);
     tcase_add_test(opening, the_null_engine_answers_at_once);
     suite_add_tcase(suite, opening);
