@@ -16,11 +16,18 @@
 #include <string.h>
 
 #include "catalog.h"
+#include "rope.h"
 
 enum {
     WEIGHTS_MAX = 1 << 16, // resident
     LOAD_THREADS_MAX = 64,
     PROGRESS_PERIOD_NS = 10 * 1000 * 1000,
+};
+
+// Which weights use a rope.
+struct rope_rule {
+    char *pattern;
+    struct rope *rope;
 };
 
 struct weights {
@@ -32,7 +39,9 @@ struct weights {
     pthread_mutex_t change_lock; // held through a load or unload
     // The largest generation of any weight unloaded so far. Names that are new start above it, so
     // that a name which comes back never repeats a generation, and no list of past names is kept.
-    uint64_t generation_floor; // guarded by change_lock
+    uint64_t generation_floor;    // guarded by change_lock
+    struct rope_rule *rope_rules; // in the order of asking; guarded by change_lock
+    size_t rope_rules_n;
 
     pthread_rwlock_t lock;
     struct weight **list; // in order of name; guarded by lock; written under change_lock too
@@ -89,12 +98,22 @@ void weight_unref(struct weight *weight)
     if (weight->engine_weight)
         weight->owner->ops->weight_free(weight->owner->engine, weight->engine_weight);
     selftest_answers_destroy(weight->answers);
+    rope_unref(weight->rope);
     free(weight);
 }
 
-// With one reference, and nothing on the engine yet.
+// Of the first rule that matches; NULL: none does. Under change_lock.
+static struct rope *rope_for(const struct weights *weights, const char *name)
+{
+    for (size_t i = 0; i < weights->rope_rules_n; i++)
+        if (fnmatch(weights->rope_rules[i].pattern, name, 0) == 0)
+            return rope_ref(weights->rope_rules[i].rope);
+    return NULL;
+}
+
+// With one reference, and nothing on the engine yet. `rope` NULL: by the rules.
 static struct weight *weight_create(struct weights *weights, const struct weights_load *load,
-                                    const struct catalog_entry *entry)
+                                    const struct catalog_entry *entry, struct rope *rope)
 {
     struct weight *weight = calloc(1, sizeof *weight);
     if (!weight)
@@ -106,6 +125,7 @@ static struct weight *weight_create(struct weights *weights, const struct weight
     weight->format = entry->format;
     weight->tensor_parallel_rank = load->tensor_parallel_rank;
     weight->tensor_parallel_size = load->tensor_parallel_size ? load->tensor_parallel_size : 1;
+    weight->rope = rope ? rope_ref(rope) : rope_for(weights, weight->name);
     return weight;
 }
 
@@ -148,10 +168,46 @@ void weights_destroy(struct weights *weights)
         weight_unref(weights->list[i]);
     }
     free(weights->list);
+    for (size_t i = 0; i < weights->rope_rules_n; i++) {
+        rope_unref(weights->rope_rules[i].rope);
+        free(weights->rope_rules[i].pattern);
+    }
+    free(weights->rope_rules);
     pthread_rwlock_destroy(&weights->lock);
     pthread_mutex_destroy(&weights->change_lock);
     roots_deinit(&weights->roots);
     free(weights);
+}
+
+// One more rule, which takes `rope`.
+NODISCARD static enum status append_rule(struct weights *weights, const char *pattern,
+                                         struct rope *rope, struct error *err)
+{
+    char *copy = strdup(pattern);
+    struct rope_rule *rules =
+        realloc(weights->rope_rules, (weights->rope_rules_n + 1) * sizeof *rules);
+    if (rules)
+        weights->rope_rules = rules;
+    if (!copy || !rules) {
+        free(copy);
+        rope_unref(rope);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
+    }
+    rules[weights->rope_rules_n++] = (struct rope_rule){.pattern = copy, .rope = rope};
+    return STATUS_OK;
+}
+
+enum status weights_add_rope(struct weights *weights, const char *pattern,
+                             const struct rope_options *options, struct error *err)
+{
+    struct rope *rope;
+    enum status status = rope_create(options, &weights->roots, &rope, err);
+    if (status != STATUS_OK)
+        return status;
+    pthread_mutex_lock(&weights->change_lock);
+    status = append_rule(weights, pattern, rope, err);
+    pthread_mutex_unlock(&weights->change_lock);
+    return status;
 }
 
 static struct weight *find_locked(const struct weights *weights, const char *name, size_t bytes)
@@ -427,8 +483,8 @@ static void load_all(struct loading *loading, uint32_t threads)
 
 // Reads and re-lays all entries into new weights, which `list` gets. Frees them again on failure.
 static enum status load_entries(struct weights *weights, const struct weights_load *load,
-                                const struct catalog *catalog, struct weight **list,
-                                struct error *err)
+                                const struct catalog *catalog, struct rope *rope,
+                                struct weight **list, struct error *err)
 {
     struct loading loading = {.weights = weights,
                               .load = load,
@@ -438,7 +494,7 @@ static enum status load_entries(struct weights *weights, const struct weights_lo
     bool complete = true;
     for (uint32_t i = 0; i < catalog->entries_n; i++) {
         loading.bytes_total += entry_bytes(&catalog->entries[i]);
-        list[i] = weight_create(weights, load, &catalog->entries[i]);
+        list[i] = weight_create(weights, load, &catalog->entries[i], rope);
         complete = complete && list[i];
     }
     if (!complete) {
@@ -507,7 +563,7 @@ static enum status check_names(const struct weights *weights, const struct catal
 // Everything between opening the files and the moment the weights are visible. All that can fail
 // comes before the swap.
 static enum status load_catalog(struct weights *weights, const struct weights_load *load,
-                                const struct catalog *catalog, struct error *err)
+                                const struct catalog *catalog, struct rope *rope, struct error *err)
 {
     // Reading the list needs no lock here: only the holder of change_lock writes it.
     enum status status = check_names(weights, catalog, load->replace, err);
@@ -521,7 +577,7 @@ static enum status load_catalog(struct weights *weights, const struct weights_lo
         status = error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
         goto free_lists;
     }
-    status = load_entries(weights, load, catalog, added, err);
+    status = load_entries(weights, load, catalog, rope, added, err);
     if (status != STATUS_OK)
         goto free_lists;
     uint32_t merged_n, replaced_n;
@@ -542,17 +598,22 @@ free_lists:
 enum status weights_load(struct weights *weights, const struct weights_load *load, uint32_t *loaded,
                          struct error *err)
 {
+    struct rope *rope = NULL;
+    enum status status =
+        load->rope ? rope_create(load->rope, &weights->roots, &rope, err) : STATUS_OK;
+    if (status != STATUS_OK)
+        return status;
     pthread_mutex_lock(&weights->change_lock);
     struct catalog catalog;
-    enum status status =
-        catalog_init(&catalog, &weights->roots, weights->reduced_dim_max, load, err);
+    status = catalog_init(&catalog, &weights->roots, weights->reduced_dim_max, load, err);
     if (status == STATUS_OK) {
-        status = load_catalog(weights, load, &catalog, err);
+        status = load_catalog(weights, load, &catalog, rope, err);
         if (status == STATUS_OK && loaded)
             *loaded = catalog.entries_n;
         catalog_deinit(&catalog);
     }
     pthread_mutex_unlock(&weights->change_lock);
+    rope_unref(rope);
     return status;
 }
 

@@ -13,6 +13,8 @@
 
 enum { WEIGHT_NAME_BYTES = 256, WEIGHT_SOURCE_BYTES = 1024 };
 
+struct rope;
+struct rope_options;
 struct weights;
 
 struct weight {
@@ -23,6 +25,7 @@ struct weight {
     char source[WEIGHT_SOURCE_BYTES]; // file, below its root
     uint32_t tensor_parallel_rank, tensor_parallel_size;
     uint64_t generation;
+    struct rope *rope; // a reference; NULL: it has none
     struct selftest_answers *answers;
     // Private to weights.c:
     struct weights *owner;
@@ -38,7 +41,8 @@ struct weights_load {
     uint32_t tensor_parallel_size; // 0 means 1
     uint32_t output_dim;           // of 2-D weights; 0 means 1024
     bool replace;
-    uint32_t threads; // that load side by side; 0 means 1
+    const struct rope_options *rope; // of every weight; NULL: the first that weights_add_rope gave
+    uint32_t threads;                // that load side by side; 0 means 1
     // Called from loading threads as work proceeds; may be NULL. Returns false to give up
     // (CANCELLED).
     bool (*progress)(void *context, uint32_t weights_done, uint32_t weights_total,
@@ -56,6 +60,11 @@ NODISCARD enum status weights_create(const struct engine_ops *ops, struct engine
                                      uint32_t reduced_dim_max, struct weights **weights,
                                      struct error *err);
 void weights_destroy(struct weights *weights); // no reference left but the registry's own
+
+// Weights whose canonical name matches `pattern`, a shell pattern, and no earlier one have this rope
+// when they are loaded from now on. Fails as rope_create does.
+NODISCARD enum status weights_add_rope(struct weights *weights, const char *pattern,
+                                       const struct rope_options *options, struct error *err);
 
 // Blocks until all named weights are visible, or none. `loaded` (may be NULL) gets their number.
 NODISCARD enum status weights_load(struct weights *weights, const struct weights_load *load,
