@@ -213,7 +213,7 @@ static void self_test_weight(void *argument, struct weight *weight)
     if (test->error.status != STATUS_OK)
         return;
     struct verify_result result;
-    if (verify_weight(test->batcher, weight, &result, &test->error) != STATUS_OK)
+    if (verify_weight(test->batcher, weight, 0, &result, &test->error) != STATUS_OK)
         return;
     test->weights_n++;
     if (!result.verdict.passed)

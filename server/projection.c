@@ -93,8 +93,11 @@ enum status projection_start(struct projection *projection, const struct wire_re
     projection->activation_scales = request->activation_scales;
     projection->job.received_ns = now_ns();
     projection->job.deadline_ns = deadline_ns(projection);
-    enum status status = request_check(request, context->weights,
-                                       context->config->request_tokens_max, &projection->job, err);
+    enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
+                                            &projection->job.kernel, err);
+    if (status == STATUS_OK)
+        status = request_check(request, context->weights, context->config->request_tokens_max,
+                               &projection->job, err);
     if (status != STATUS_OK)
         return status;
     if (request->tokens > 0) {

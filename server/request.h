@@ -11,7 +11,8 @@ extern const char request_equation[];
 // Whether a request for a weight of this format may name this recipe.
 bool request_recipe_fits(enum einsum_recipe recipe, const struct einsum_weight_format *format);
 
-// Checks all fields against each other, the weight and the limits. On success `job` holds a
+// Checks all fields against each other, the weight and the limits; all but `kernel`, which is the
+// engine's to know (engine_kernel_find). On success `job` holds a
 // reference to its weight and an operand without pointers; the caller has set nothing else yet.
 // Errors name the field, what was expected and what came.
 NODISCARD enum status request_check(const struct wire_request *request, struct weights *weights,

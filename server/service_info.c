@@ -80,6 +80,9 @@ static void on_server_info(struct call *call, grpc_byte_buffer *bytes)
     (void)bytes; // the request has no fields
     struct engine_info engine;
     context->engine_ops->describe(context->engine, &engine);
+    char *kernels[ENGINE_KERNELS_MAX];
+    for (uint32_t i = 0; i < engine.kernels_n; i++)
+        kernels[i] = (char *)(uintptr_t)engine.kernels[i];
     struct batcher_stats batches;
     batcher_stats(context->batcher, &batches);
 
@@ -106,6 +109,8 @@ static void on_server_info(struct call *call, grpc_byte_buffer *bytes)
     response.engine = (char *)(uintptr_t)context->engine_ops->name;
     response.device = engine.device;
     response.kernel = engine.kernel;
+    response.kernels = kernels;
+    response.n_kernels = engine.kernels_n;
     response.engine_threads = engine.threads;
     response.limits = &limits;
     response.buckets = buckets;
@@ -131,6 +136,7 @@ struct verdict {
 struct self_test {
     struct control_task task;
     struct call *call;
+    uint32_t kernel;
     struct verdict *verdicts;
     size_t verdicts_n, verdicts_max;
     // Written by the task, read after `done`.
@@ -157,7 +163,8 @@ static void run_self_test(struct control_task *task)
         if (call_cancelled(test->call) || control_stopping(context->control))
             break;
         struct verdict *verdict = &test->verdicts[test->judged_n];
-        verify_weight(context->batcher, verdict->weight, &verdict->result, &verdict->error);
+        verify_weight(context->batcher, verdict->weight, test->kernel, &verdict->result,
+                      &verdict->error);
     }
     atomic_store_explicit(&test->done, true, memory_order_release);
     call_wake(test->call);
@@ -191,7 +198,12 @@ NODISCARD static enum status start_self_test(struct self_test *test, grpc_byte_b
         message_unpack(&einsum__v1__self_test_request__descriptor, bytes, &message, err);
     if (status != STATUS_OK)
         return status;
-    status = choose_weights(test, ((Einsum__V1__SelfTestRequest *)message)->weight, err);
+    const Einsum__V1__SelfTestRequest *request = (const Einsum__V1__SelfTestRequest *)message;
+    const struct service_context *context = call_context(test->call);
+    status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
+                                &test->kernel, err);
+    if (status == STATUS_OK)
+        status = choose_weights(test, request->weight, err);
     message_free(message);
     if (status != STATUS_OK)
         return status;

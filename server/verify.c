@@ -54,12 +54,13 @@ static void run_to_done(struct batcher *batcher, struct check *check)
     pthread_mutex_destroy(&check->lock);
 }
 
-enum status verify_weight(struct batcher *batcher, struct weight *weight,
+enum status verify_weight(struct batcher *batcher, struct weight *weight, uint32_t kernel,
                           struct verify_result *result, struct error *err)
 {
     uint64_t started_ns = now_ns();
     struct check check = {.job = {
                               .weight = weight,
+                              .kernel = kernel,
                               .operand =
                                   {
                                       .tokens = SELFTEST_TOKENS,

@@ -11,5 +11,6 @@ struct verify_result {
 
 // Blocks; never on an rpc or scheduler thread. A full queue is waited out, for some seconds. An
 // error means that no verdict could be reached: the engine failed, or the daemon is too busy.
-enum status verify_weight(struct batcher *batcher, struct weight *weight,
+// `kernel`: see struct engine_segment.
+enum status verify_weight(struct batcher *batcher, struct weight *weight, uint32_t kernel,
                           struct verify_result *result, struct error *err);

@@ -250,6 +250,7 @@ static const struct field_rule request_rules[] = {
     [12] = FIELD(FIELD_BOOL, digest_only),
     [13] = FIELD(FIELD_RANGE, activations),
     [14] = FIELD(FIELD_RANGE, activation_scales),
+    [15] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
 };
 
 static const struct field_rule *find_rule(uint32_t number)
@@ -351,7 +352,7 @@ static enum status read_request(struct wire_cursor *cursor, uint64_t end,
 static void clear_request(struct wire_request *request)
 {
     request->request_id = 0;
-    request->weight[0] = request->equation[0] = '\0';
+    request->weight[0] = request->equation[0] = request->kernel[0] = '\0';
     memset(&request->recipe, 0, sizeof *request - offsetof(struct wire_request, recipe));
 }
 

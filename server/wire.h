@@ -53,13 +53,14 @@ void wire_take(struct wire_cursor *cursor, uint64_t bytes, void *to);
 // The length of the longest prefix that is text: UTF-8 without NUL.
 size_t wire_text_prefix(const void *text, size_t bytes);
 
-enum { WIRE_WEIGHT_BYTES_MAX = 256, WIRE_EQUATION_BYTES_MAX = 64 };
+enum { WIRE_WEIGHT_BYTES_MAX = 256, WIRE_EQUATION_BYTES_MAX = 64, WIRE_KERNEL_BYTES_MAX = 64 };
 
 struct wire_request {
     uint64_t request_id;
     char weight[WIRE_WEIGHT_BYTES_MAX +
                 1]; // terminated; longer, or holding a NUL, is INVALID_ARGUMENT
     char equation[WIRE_EQUATION_BYTES_MAX + 1];
+    char kernel[WIRE_KERNEL_BYTES_MAX + 1];
     int32_t recipe, activation_layout, scale_layout, scale_type, output_type; // as sent: any value
     uint32_t tokens, group_begin, group_end;
     bool digest_only;
