@@ -83,7 +83,7 @@ enum cuda_kernel {
 };
 
 // One request: a weight and its operand, whose pointers are device addresses: activations and
-// outputs aligned to 16, scales to 4.
+// outputs aligned to 16, scales to 4; with rotations, activations to 64 and rotations to 16.
 struct cuda_segment {
     const struct cuda_weight *weight;
     struct einsum_operand operand;
@@ -96,6 +96,7 @@ struct cuda_bucket {
     uint32_t decode_workers; // thread blocks that the device holds at once
     uint32_t prefill_blocks; // 0: this bucket needs no prefill
     uint32_t prefill_from;   // tokens of one weight from which they go to prefill
+    uint32_t attention_blocks; // of a launch with attention
 };
 
 // Bytes of a table in the worst case, and what of them a built one uses.
@@ -107,7 +108,7 @@ uint64_t cuda_table_used(const struct cuda_table *table);
 void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
                       uint32_t segments_n, uint32_t *order, struct cuda_table *table);
 
-// ---- launches (decode.cu, prefill.cu)
+// ---- launches (attention.cu, decode.cu, prefill.cu)
 
 // Which kernels and how many blocks; asks the current device.
 cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max);
@@ -118,8 +119,11 @@ uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket);
 // Computes everything in `table` (device memory). Launched with programmatic stream serialization:
 // the table and the weights may be read before the kernel ahead in the stream has ended, so that
 // kernel must not write them; activations are read, and outputs written, after it.
+//
+// `attention`: segments may have rotations. Then attention.cu's kernel goes first, and overlaps with
+// none before or after it.
 cudaError_t cuda_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
-                        void *workspace, cudaStream_t stream);
+                        void *workspace, bool attention, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -604,9 +604,10 @@ extern "C" uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket)
     return counters + (uint64_t)bucket->decode_workers * 2 * partial_floats_of(bucket) * 4;
 }
 
+// `overlaps`: may start before the kernel ahead has ended.
 extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
                                           const struct cuda_table *table, void *workspace,
-                                          cudaStream_t stream)
+                                          bool overlaps, cudaStream_t stream)
 {
     uint32_t *counters = (uint32_t *)workspace;
     uint64_t counters_bytes = ((uint64_t)bucket->decode_workers * 4 + 255) / 256 * 256;
@@ -623,6 +624,6 @@ extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
     config.dynamicSmemBytes = sizeof(decode_smem);
     config.stream = stream;
     config.attrs = &serialization;
-    config.numAttrs = 1;
+    config.numAttrs = overlaps ? 1 : 0;
     return cudaLaunchKernelExC(&config, kernel_of(bucket->decode_tokens), arguments);
 }

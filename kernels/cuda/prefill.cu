@@ -304,7 +304,10 @@ __global__ void __launch_bounds__(THREADS, 2) prefill_kernel(const cuda_table *_
 extern "C" cudaError_t cuda_decode_init(struct cuda_bucket *bucket, int sm_count);
 extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
                                           const struct cuda_table *table, void *workspace,
-                                          cudaStream_t stream);
+                                          bool overlaps, cudaStream_t stream);
+extern "C" void cuda_attention_init(struct cuda_bucket *bucket, int sm_count);
+extern "C" cudaError_t cuda_attention_launch(const struct cuda_bucket *bucket,
+                                             const struct cuda_table *table, cudaStream_t stream);
 
 extern "C" cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max)
 {
@@ -331,13 +334,16 @@ extern "C" cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tok
             return error;
         bucket->prefill_blocks = (uint32_t)(blocks * sm_count);
     }
+    cuda_attention_init(bucket, sm_count);
     return cuda_decode_init(bucket, sm_count);
 }
 
 extern "C" cudaError_t cuda_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
-                                   void *workspace, cudaStream_t stream)
+                                   void *workspace, bool attention, cudaStream_t stream)
 {
-    cudaError_t error = cuda_decode_launch(bucket, table, workspace, stream);
+    cudaError_t error = attention ? cuda_attention_launch(bucket, table, stream) : cudaSuccess;
+    if (error == cudaSuccess)
+        error = cuda_decode_launch(bucket, table, workspace, !attention, stream);
     if (error != cudaSuccess || bucket->prefill_blocks == 0)
         return error;
     void *arguments[] = {&table};

@@ -10,7 +10,9 @@ uint64_t cuda_table_bytes(const struct cuda_bucket *bucket, uint32_t segments_ma
     uint64_t runs = (uint64_t)segments_max + bucket->tokens_max / 8 + 1;
     if (runs > bucket->tokens_max)
         runs = bucket->tokens_max;
+    uint64_t spans = segments_max < bucket->tokens_max ? segments_max : bucket->tokens_max;
     return sizeof(struct cuda_table) + runs * sizeof(struct cuda_run) +
+           spans * sizeof(struct cuda_attention) +
            (uint64_t)bucket->tokens_max * sizeof(struct cuda_row);
 }
 
@@ -82,15 +84,19 @@ static void fill_rows(const struct cuda_segment *segment, struct cuda_row *rows)
     uint64_t blocks = format->reduced_dim / format->block_r;
     struct einsum_scale_strides strides = einsum_scale_strides(
         operand->scale_layout, operand->scale_type, operand->tokens, operand->groups, blocks);
-    bool tgr = operand->activation_layout == EINSUM_ACTIVATIONS_TGR;
-    uint64_t activation_step = (tgr ? operand->groups : 1) * (uint64_t)format->reduced_dim;
+    // From token to token and from group to group, in rows of R bytes.
+    bool gtr = operand->activation_layout == EINSUM_ACTIVATIONS_GTR;
+    uint32_t in_place = operand->activation_layout == EINSUM_ACTIVATIONS_IN_PLACE ? 2 : 1;
+    uint32_t token_rows = gtr ? 1 : operand->groups * in_place;
+    uint32_t group_rows = gtr ? operand->tokens : in_place;
+    uint64_t activation_step = token_rows * (uint64_t)format->reduced_dim;
     uint64_t output_step = (uint64_t)operand->groups * format->output_dim *
                            einsum_output_element_bytes(operand->output_type);
     struct cuda_row row = {
         .activations = (uint64_t)(uintptr_t)operand->activations,
         .scales = (uint64_t)(uintptr_t)operand->scales,
         .output = (uint64_t)(uintptr_t)operand->output,
-        .activation_group = tgr ? 1 : operand->tokens,
+        .activation_group = group_rows,
         .scale_group = (uint32_t)strides.group,
         .scale_word = (uint32_t)strides.word,
         .scale_byte = (uint32_t)strides.byte,
@@ -103,6 +109,21 @@ static void fill_rows(const struct cuda_segment *segment, struct cuda_row *rows)
         row.scales += strides.token;
         row.output += output_step;
     }
+}
+
+static void add_attention(struct cuda_table *table, struct cuda_attention *spans,
+                          const struct cuda_segment *segment)
+{
+    const struct einsum_operand *operand = &segment->operand;
+    spans[table->attention_spans++] = (struct cuda_attention){
+        .rows = (uint64_t)(uintptr_t)operand->activations,
+        .rotations = (uint64_t)(uintptr_t)operand->rotations,
+        .row_begin = table->attention_rows,
+        .groups = operand->groups,
+        .reduced_dim = segment->weight->format.reduced_dim,
+        .block_r = segment->weight->format.block_r,
+    };
+    table->attention_rows += operand->tokens * operand->groups;
 }
 
 static uint32_t log2_of(uint32_t power_of_two)
@@ -222,7 +243,12 @@ void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segmen
     }
 
     uint32_t runs = table->decode_runs + table->prefill_runs;
-    table->rows_offset = (uint32_t)(sizeof *table + runs * sizeof(struct cuda_run));
+    struct cuda_attention *spans = (struct cuda_attention *)&table->runs[runs];
+    for (uint32_t i = 0; i < n; i++)
+        if (segments[order[i]].operand.rotations)
+            add_attention(table, spans, &segments[order[i]]);
+    table->rows_offset = (uint32_t)(sizeof *table + runs * sizeof(struct cuda_run) +
+                                    table->attention_spans * sizeof(struct cuda_attention));
     struct cuda_row *rows = (struct cuda_row *)((unsigned char *)table + table->rows_offset);
     for (uint32_t i = 0; i < n; i++) {
         fill_rows(&segments[order[i]], rows);

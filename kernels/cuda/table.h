@@ -1,9 +1,8 @@
 // The table that travels with a batch: what the kernels read to learn which weights meet which
-// tokens. Written on the host by table.c, read on the device by decode.cu and prefill.cu; plain
-// data for both.
+// tokens. Written on the host by table.c, read on the device by the kernels; plain data for both.
 //
-//     header | runs: one per weight, group range and token tile | rows: one per token
-//              decode's first, then prefill's
+//     header | runs: one per weight, group range and token tile | attention's spans | rows: one per
+//              decode's first, then prefill's                                         token
 //
 // Decode's work is a line of units, each 16 KiB of E4M3 weights: run after run, in a run tile after
 // tile (group, rows of D), in a tile along R. Each worker, a thread block, takes an equal piece of
@@ -67,10 +66,20 @@ struct cuda_run {
     uint32_t padding[5];  // 96 bytes
 };
 
+// Rows (token, group) of one segment, 2R bytes each, that attention.cu turns into activations.
+struct cuda_attention {
+    uint64_t rows;      // the first, aligned to 64
+    uint64_t rotations; // one struct attention_rotation for each token
+    uint32_t row_begin; // how many rows the spans before it have
+    uint32_t groups;    // rows of a token
+    uint32_t reduced_dim, block_r;
+};
+
 struct cuda_table {
     uint32_t decode_runs, decode_units, decode_workers;
     uint32_t prefill_runs, prefill_tiles;
-    uint32_t rows_offset; // in bytes, from the table's start
-    uint32_t padding[2];  // the first run ends with the first 128 bytes
+    uint32_t rows_offset;                     // in bytes, from the table's start
+    uint32_t attention_spans, attention_rows; // the spans end where the rows begin
+    // The first run ends with the first 128 bytes.
     struct cuda_run runs[];
 };

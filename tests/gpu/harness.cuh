@@ -313,6 +313,6 @@ struct launcher {
     {
         CHECK(cudaDeviceSynchronize()); // inputs and poison come from the default stream
         build(segments, n, table, stream);
-        CHECK(cuda_launch(&bucket, table, workspace, stream));
+        CHECK(cuda_launch(&bucket, table, workspace, false, stream));
     }
 };

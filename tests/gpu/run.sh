@@ -28,7 +28,7 @@ compile() { # source, further flags
     nvcc -O3 -I"$root" "$@" -c "$root/$source" -o "$build/$(basename "$source").o" &
     pids="$pids $!"
 }
-for source in decode prefill relayout; do
+for source in attention decode prefill relayout; do
     compile kernels/cuda/$source.cu -std=c++17 -gencode "$target"
 done
 for source in test_kernels bench; do
@@ -41,8 +41,8 @@ for pid in $pids; do
     wait "$pid"
 done
 for program in test_kernels bench; do
-    nvcc -o "$build/$program" "$build/$program.cu.o" "$build"/*.c.o "$build"/decode.cu.o \
-        "$build"/prefill.cu.o "$build"/relayout.cu.o
+    nvcc -o "$build/$program" "$build/$program.cu.o" "$build"/*.c.o "$build"/attention.cu.o \
+        "$build"/decode.cu.o "$build"/prefill.cu.o "$build"/relayout.cu.o
 done
 
 status=0
