@@ -118,6 +118,7 @@ static struct einsum_client_request request_of(const struct bench_options *optio
         .output_type = options->output_type,
         .tokens = tokens,
         .digest_only = options->digest_only,
+        .kernel = options->kernel,
     };
     if (!request.activation_layout)
         request.activation_layout = (enum einsum_client_activation_layout)(1 + (variant & 1));

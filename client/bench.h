@@ -43,6 +43,7 @@ struct bench_options {
     enum einsum_client_scale_type scale_type;
     enum einsum_client_output_type output_type;
     bool digest_only;
+    const char *kernel; // NULL: the server's choice
     bool zeros_allowed; // as the null engine answers
     uint64_t warmup_ns, duration_ns;
     uint64_t requests_max; // to measure; 0: as many as `duration_ns` lets

@@ -415,13 +415,14 @@ static void report_result(const Einsum__V1__SelfTestResult *from,
 }
 
 enum einsum_client_status einsum_client_self_test(
-    struct einsum_client *client, const char *weight, bool *passed,
+    struct einsum_client *client, const char *weight, const char *kernel, bool *passed,
     void (*on_result)(void *context, const struct einsum_client_selftest_result *result),
     void *context, struct einsum_client_error *error)
 {
     *passed = false;
     Einsum__V1__SelfTestRequest request = EINSUM__V1__SELF_TEST_REQUEST__INIT;
     request.weight = (char *)(weight ? weight : "");
+    request.kernel = (char *)(kernel ? kernel : "");
     void *message = NULL;
     enum einsum_client_status status =
         call_control(client, "/einsum.v1.Einsum/SelfTest", &request.base, long_effort(client),
@@ -495,6 +496,8 @@ static void copy_info(struct einsum_client_info *info, const Einsum__V1__ServerI
         COPY_TEXT(library->name, from->libraries[i]->name);
         COPY_TEXT(library->version, from->libraries[i]->version);
     }
+    for (size_t i = 0; i < from->n_kernels && i < EINSUM_CLIENT_KERNELS_MAX; i++)
+        COPY_TEXT(info->kernels[info->kernels_n++], from->kernels[i]);
 }
 
 enum einsum_client_status einsum_client_server_info(struct einsum_client *client,

@@ -28,6 +28,9 @@ static enum einsum_client_status check_request(const struct einsum_client_reques
     else if (strnlen(equation, EINSUM_CLIENT_EQUATION_BYTES_MAX + 1) >
              EINSUM_CLIENT_EQUATION_BYTES_MAX)
         field = "equation", why = "longer than 64 bytes";
+    else if (request->kernel &&
+             strnlen(request->kernel, EINSUM_CLIENT_KERNEL_BYTES) >= EINSUM_CLIENT_KERNEL_BYTES)
+        field = "kernel", why = "longer than 64 bytes";
     else if (!request->activations && request->activations_bytes)
         field = "activations", why = "a size without memory";
     else if (!request->scales && request->scales_bytes)

@@ -64,7 +64,8 @@ static uint8_t *put_scalars(uint8_t *to, const struct einsum_client_request *req
     to = put_number(to, 9, request->tokens);
     to = put_number(to, 10, request->group_begin);
     to = put_number(to, 11, request->group_end);
-    return put_number(to, 12, request->digest_only);
+    to = put_number(to, 12, request->digest_only);
+    return put_string(to, 15, request->kernel ? request->kernel : "");
 }
 
 void einsum_client_frame_write(struct einsum_client_frame *frame,

@@ -124,6 +124,12 @@ extern const char *const ctl_recipes[],
 
 json_t *ctl_weight_json(const struct einsum_client_weight *weight);
 
+// The entry of an option that several commands have.
+#define CTL_OPTION_KERNEL                                                                          \
+    {                                                                                              \
+        "kernel", "NAME", "one of those that info shows; default the server's choice"              \
+    }
+
 // Random tensors of one request.
 struct ctl_inputs {
     uint8_t *activations, *scales; // to be freed

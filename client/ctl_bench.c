@@ -24,6 +24,7 @@ enum {
     OPT_DIGEST,
     OPT_RETRY,
     OPT_SEED,
+    OPT_KERNEL,
 };
 
 static const struct ctl_option options[] = {
@@ -45,6 +46,7 @@ static const struct ctl_option options[] = {
     [OPT_DIGEST] = {"digest", NULL, "ask for digests in place of outputs"},
     [OPT_RETRY] = {"retry", NULL, "try again what the server refuses; default count it"},
     [OPT_SEED] = {"seed", "N", "default 1"},
+    [OPT_KERNEL] = CTL_OPTION_KERNEL,
     {0},
 };
 
@@ -73,6 +75,7 @@ static bool read_layouts(const struct ctl_args *args, struct bench_options *benc
     bench->scale_type = (enum einsum_client_scale_type)scale_type;
     bench->output_type = (enum einsum_client_output_type)output;
     bench->digest_only = ctl_has(args, OPT_DIGEST);
+    bench->kernel = ctl_value(args, OPT_KERNEL);
     return true;
 }
 

@@ -16,7 +16,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OPT_CHECKPOINT, OPT_TOKENS, OPT_WEIGHTS, OPT_REPEAT, OPT_SEED, OPT_PREFIX, OPT_TENSORS };
+enum {
+    OPT_CHECKPOINT,
+    OPT_TOKENS,
+    OPT_WEIGHTS,
+    OPT_REPEAT,
+    OPT_SEED,
+    OPT_PREFIX,
+    OPT_TENSORS,
+    OPT_KERNEL
+};
 enum { TOKENS_MAX = 32, REPEAT_MAX = 10000 };
 
 static const struct ctl_option options[] = {
@@ -27,12 +36,13 @@ static const struct ctl_option options[] = {
     [OPT_SEED] = {"seed", "N", "of the activations; default 1"},
     [OPT_PREFIX] = {"name-prefix", "P", "with which the weights were loaded; default none"},
     [OPT_TENSORS] = {"tensors", "PATTERN", "of tensor names; default *.attn.wo_a.weight"},
+    [OPT_KERNEL] = CTL_OPTION_KERNEL,
     {0},
 };
 
 struct check {
     struct ctl *ctl;
-    const char *directory, *name_prefix, *tensors;
+    const char *directory, *name_prefix, *tensors, *kernel;
     uint32_t tokens[TOKENS_MAX];
     size_t tokens_n;
     uint64_t repeat, seed;
@@ -250,6 +260,7 @@ static void set_request(const struct check *check, struct check_case *each)
             (turn ^ turn >> 2) & 1 && packs ? EINSUM_CLIENT_SCALE_UE8M0 : EINSUM_CLIENT_SCALE_FP32,
         .output_type = turn % 3 == 2 ? EINSUM_CLIENT_OUTPUT_FP32 : EINSUM_CLIENT_OUTPUT_BF16,
         .tokens = each->tokens,
+        .kernel = check->kernel,
     };
     request->output_bytes =
         each->outputs * (request->output_type == EINSUM_CLIENT_OUTPUT_FP32 ? 4 : 2);
@@ -406,6 +417,7 @@ static enum ctl_exit run_check(struct ctl *ctl, const struct ctl_args *args)
                           .directory = ctl_value(args, OPT_CHECKPOINT),
                           .name_prefix = ctl_value(args, OPT_PREFIX),
                           .tensors = ctl_value(args, OPT_TENSORS),
+                          .kernel = ctl_value(args, OPT_KERNEL),
                           .repeat = 5,
                           .seed = 1};
     const char *tokens = ctl_value(args, OPT_TOKENS);

@@ -55,12 +55,15 @@ static json_t *info_json(const struct einsum_client_info *info)
     json_t *buckets = json_array();
     for (uint32_t i = 0; i < info->buckets_n; i++)
         json_array_append_new(buckets, json_integer(info->buckets[i]));
+    json_t *kernels = json_array();
+    for (uint32_t i = 0; i < info->kernels_n; i++)
+        json_array_append_new(kernels, json_string(info->kernels[i]));
     json_t *libraries = json_object();
     for (uint32_t i = 0; i < info->libraries_n; i++)
         json_object_set_new(libraries, info->libraries[i].name,
                             json_string(info->libraries[i].version));
     return json_pack(
-        "{s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:o, s:o, s:{s:I, s:I, s:I}, s:o, s:o}",
+        "{s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:o, s:o, s:{s:I, s:I, s:I}, s:o, s:o, s:o}",
         "version", info->version, "state", info->state, "engine", info->engine, "device",
         info->device, "kernel", info->kernel, "engine_threads", (json_int_t)info->engine_threads,
         "lanes", (json_int_t)info->lanes, "uptime_ns", (json_int_t)info->uptime_ns, "buckets",
@@ -68,7 +71,7 @@ static json_t *info_json(const struct einsum_client_info *info)
         (json_int_t)info->memory.weights_bytes, "batches_bytes",
         (json_int_t)info->memory.batches_bytes, "scratch_bytes",
         (json_int_t)info->memory.scratch_bytes, "counters", counters_json(info), "libraries",
-        libraries);
+        libraries, "kernels", kernels);
 }
 
 static void print_info(const struct einsum_client_info *info)
@@ -79,7 +82,10 @@ static void print_info(const struct einsum_client_info *info)
            info->lanes);
     printf("device      %s\n", info->device);
     printf("kernel      %s\n", info->kernel);
-    printf("buckets    ");
+    printf("to choose  ");
+    for (uint32_t i = 0; i < info->kernels_n; i++)
+        printf(" %s", info->kernels[i]);
+    printf("\nbuckets    ");
     for (uint32_t i = 0; i < info->buckets_n; i++)
         printf(" %u", info->buckets[i]);
     printf("\nmemory      weights %s, batches %s, scratch %s\n",
@@ -135,8 +141,10 @@ const struct ctl_command ctl_command_info = {
     .operands = "",
     .summary = "what runs there: engine, device, limits, memory, counters",
     .help =
-        "Prints what the server says of itself: version, state, engine, device and kernel, token\n"
-        "buckets, memory, limits, counters since its start, libraries.\n\n"
+        "Prints what the server says of itself: version, state, engine, device and kernel, the\n"
+        "kernels that a request may name, token buckets, memory, limits, counters since its "
+        "start,\n"
+        "libraries.\n\n"
         "  einsumctl info\n"
         "  einsumctl info --json | jq .counters.refused",
     .options = no_options,
@@ -182,6 +190,9 @@ const struct ctl_command ctl_command_health = {
 
 // ---- selftest -----------------------------------------------------------------------------------
 
+enum { OPT_KERNEL };
+static const struct ctl_option selftest_options[] = {[OPT_KERNEL] = CTL_OPTION_KERNEL, {0}};
+
 struct selftest_output {
     const struct ctl *ctl;
     json_t *results;
@@ -214,8 +225,8 @@ static enum ctl_exit run_selftest(struct ctl *ctl, const struct ctl_args *args)
     bool passed;
     struct einsum_client_error error;
     enum einsum_client_status status =
-        einsum_client_self_test(ctl->client, args->operands_n ? args->operands[0] : NULL, &passed,
-                                on_result, &output, &error);
+        einsum_client_self_test(ctl->client, args->operands_n ? args->operands[0] : NULL,
+                                ctl_value(args, OPT_KERNEL), &passed, on_result, &output, &error);
     if (status != EINSUM_CLIENT_OK) {
         json_decref(output.results);
         return ctl_fail(ctl, &error);
@@ -237,8 +248,8 @@ const struct ctl_command ctl_command_selftest = {
             "with\n"
             "answers that it computed in FP64 at load. Exits 1 if one is wrong.\n\n"
             "  einsumctl selftest\n"
-            "  einsumctl selftest layers.3.attn.wo_a",
-    .options = no_options,
+            "  einsumctl selftest layers.3.attn.wo_a --kernel portable",
+    .options = selftest_options,
     .operands_max = 1,
     .run = run_selftest,
 };

@@ -23,6 +23,7 @@ enum {
     OPT_TOKENS,
     OPT_OUTPUT,
     OPT_DIGEST,
+    OPT_KERNEL,
 };
 
 static const struct ctl_option options[] = {
@@ -40,6 +41,7 @@ static const struct ctl_option options[] = {
     [OPT_TOKENS] = {"tokens", "N", "needed if the activations' file is not 3-D"},
     [OPT_OUTPUT] = {"output", "FILE", "write [T, G, D] as .npy (BF16 as uint16) or .safetensors"},
     [OPT_DIGEST] = {"digest", NULL, "ask for a digest in place of the output"},
+    [OPT_KERNEL] = CTL_OPTION_KERNEL,
     {0},
 };
 
@@ -79,6 +81,7 @@ static bool read_words(struct run *run)
     request->scale_type = (enum einsum_client_scale_type)scale_type;
     request->output_type = (enum einsum_client_output_type)output;
     request->digest_only = ctl_has(args, OPT_DIGEST);
+    request->kernel = ctl_value(args, OPT_KERNEL);
     return true;
 }
 

@@ -90,10 +90,12 @@ enum {
     EINSUM_CLIENT_FIELD_BYTES = 64,
     EINSUM_CLIENT_NAME_BYTES = 257, // of a weight, terminated
     EINSUM_CLIENT_SOURCE_BYTES = 1024,
-    EINSUM_CLIENT_TEXT_BYTES = 256, // of a version, device and the like; longer ones are cut
+    EINSUM_CLIENT_KERNEL_BYTES = 65, // of a kernel's name, terminated
+    EINSUM_CLIENT_TEXT_BYTES = 256,  // of a version, device and the like; longer ones are cut
     EINSUM_CLIENT_RECIPES_MAX = 8,
     EINSUM_CLIENT_BUCKETS_MAX = 64,
     EINSUM_CLIENT_LIBRARIES_MAX = 16,
+    EINSUM_CLIENT_KERNELS_MAX = 16,
     EINSUM_CLIENT_DIGEST_HEAD_MAX = 8,
 };
 
@@ -187,6 +189,7 @@ struct einsum_client_request {
     void *output;
     uint64_t output_bytes; // room there
     uint32_t deadline_ms;  // from now; 0: the client's
+    const char *kernel;    // one of info.kernels; NULL: the server's choice
 };
 
 struct einsum_client_digest {
@@ -354,11 +357,12 @@ struct einsum_client_selftest_result {
     char message[EINSUM_CLIENT_TEXT_BYTES]; // why it did not pass
 };
 
-// Has the server check one weight, or all if `weight` is NULL. `passed` is its verdict; `on_result`
+// Has the server check one weight, or all if `weight` is NULL, by its own choice of kernel or, if not
+// NULL, by this one. `passed` is its verdict; `on_result`
 // (may be NULL) is called with each weight's, before the return. A test that did not pass is OK
 // here. Fails; the deadline is load_deadline_ms.
 EINSUM_CLIENT_API EINSUM_CLIENT_NODISCARD enum einsum_client_status einsum_client_self_test(
-    struct einsum_client *client, const char *weight, bool *passed,
+    struct einsum_client *client, const char *weight, const char *kernel, bool *passed,
     void (*on_result)(void *context, const struct einsum_client_selftest_result *result),
     void *context, struct einsum_client_error *error);
 
@@ -408,6 +412,8 @@ struct einsum_client_info {
     } counters;
     uint32_t libraries_n;
     struct einsum_client_library libraries[EINSUM_CLIENT_LIBRARIES_MAX];
+    uint32_t kernels_n;
+    char kernels[EINSUM_CLIENT_KERNELS_MAX][EINSUM_CLIENT_KERNEL_BYTES];
 };
 
 // Fails.

@@ -10,6 +10,7 @@
 #include "digest.h"
 #include "message.h"
 #include "request.h"
+#include "rope.h"
 #include "service.h"
 
 // ---- a request becomes a job
@@ -24,17 +25,51 @@ struct projection_bytes projection_bytes(const grpc_byte_buffer *message)
                                      message->data.raw.slice_buffer.count};
 }
 
-// After this the scheduler may finish the job at any moment.
-static void fill_and_commit(struct projection *projection, const grpc_byte_buffer *message)
+// A few positions at a time, so that they need no memory of their own.
+NODISCARD static enum status fill_rotations(const struct projection *projection,
+                                            struct projection_bytes bytes,
+                                            struct attention_rotation *rotations, struct error *err)
 {
+    enum { POSITIONS_AT_A_TIME = 64 };
+    uint32_t tokens = projection->job.operand.tokens;
+    struct wire_cursor cursor;
+    wire_cursor_init(&cursor, bytes.slices, bytes.slices_n);
+    wire_skip(&cursor, projection->positions.offset);
+    for (uint32_t t = 0, n; t < tokens; t += n) {
+        int64_t positions[POSITIONS_AT_A_TIME];
+        n = tokens - t < POSITIONS_AT_A_TIME ? tokens - t : POSITIONS_AT_A_TIME;
+        wire_take(&cursor, n * sizeof *positions, positions);
+        enum status status =
+            rope_rotations(projection->job.weight->rope, positions, n, rotations + t, err);
+        if (status != STATUS_OK)
+            return status;
+    }
+    return STATUS_OK;
+}
+
+// After this the scheduler may finish the job at any moment; or it failed, and the job is given up.
+NODISCARD static enum status fill_and_commit(struct projection *projection,
+                                             const grpc_byte_buffer *message, struct error *err)
+{
+    struct batcher *batcher = call_context(projection->call)->batcher;
     struct projection_bytes bytes = projection_bytes(message);
     // Batch memory is the daemon's to write; the operand calls it const since engines only read it.
-    struct einsum_operand *operand = &projection->job.operand;
+    const struct einsum_operand *operand = &projection->job.operand;
+    enum status status = STATUS_OK;
+    if (projection->job.attention)
+        status = fill_rotations(projection, bytes,
+                                (struct attention_rotation *)(uintptr_t)operand->rotations, err);
+    else
+        wire_copy(bytes.slices, bytes.slices_n, projection->activation_scales,
+                  (void *)(uintptr_t)operand->scales);
+    if (status != STATUS_OK) {
+        batcher_abandon(batcher, &projection->job);
+        return status;
+    }
     wire_copy(bytes.slices, bytes.slices_n, projection->activations,
               (void *)(uintptr_t)operand->activations);
-    wire_copy(bytes.slices, bytes.slices_n, projection->activation_scales,
-              (void *)(uintptr_t)operand->scales);
-    batcher_commit(call_context(projection->call)->batcher, &projection->job);
+    batcher_commit(batcher, &projection->job);
+    return STATUS_OK;
 }
 
 bool projection_has_room(const struct projection *projection)
@@ -49,12 +84,15 @@ NODISCARD static enum status submit(struct projection *projection, grpc_byte_buf
     call_hold(projection->call);
     enum status status = batcher_reserve_or_wait(call_context(projection->call)->batcher,
                                                  &projection->job, &waits, err);
+    if (status == STATUS_OK && waits) {
+        // on_room wakes this very thread, so it is not too late to keep the message
+        projection->message = grpc_byte_buffer_copy(message);
+        return STATUS_OK;
+    }
+    if (status == STATUS_OK)
+        status = fill_and_commit(projection, message, err);
     if (status != STATUS_OK)
         call_unhold(projection->call);
-    else if (waits) // on_room wakes this very thread, so it is not too late to keep the message
-        projection->message = grpc_byte_buffer_copy(message);
-    else
-        fill_and_commit(projection, message);
     return status;
 }
 
@@ -63,15 +101,18 @@ bool projection_continue(struct projection *projection)
     struct job *job = &projection->job;
     grpc_byte_buffer *message = projection->message;
     projection->message = NULL;
-    bool cancelled = atomic_load_explicit(&job->cancelled, memory_order_relaxed);
-    if (cancelled) {
+    struct error err;
+    enum status status;
+    if (atomic_load_explicit(&job->cancelled, memory_order_relaxed)) {
         batcher_abandon(call_context(projection->call)->batcher, job);
-        error_set(&job->error, STATUS_CANCELLED, "cancelled before launch");
+        status = error_set(&err, STATUS_CANCELLED, "cancelled before launch");
     } else {
-        fill_and_commit(projection, message);
+        status = fill_and_commit(projection, message, &err);
     }
     grpc_byte_buffer_destroy(message);
-    return !cancelled;
+    if (status != STATUS_OK) // a job that was committed may be the scheduler's by now
+        job->error = err;
+    return status == STATUS_OK;
 }
 
 static uint64_t deadline_ns(const struct projection *projection)
@@ -89,8 +130,10 @@ enum status projection_start(struct projection *projection, const struct wire_re
     *running = false;
     projection->request_id = request->request_id;
     projection->digest_only = request->digest_only;
-    projection->activations = request->activations;
+    bool attention = request->kind == WIRE_OUTPUT_PROJECT;
+    projection->activations = attention ? request->attention : request->activations;
     projection->activation_scales = request->activation_scales;
+    projection->positions = request->positions;
     projection->job.received_ns = now_ns();
     projection->job.deadline_ns = deadline_ns(projection);
     enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
@@ -100,7 +143,12 @@ enum status projection_start(struct projection *projection, const struct wire_re
                                &projection->job, err);
     if (status != STATUS_OK)
         return status;
-    if (request->tokens > 0) {
+    if (attention) {
+        struct projection_bytes bytes = projection_bytes(message);
+        status = request_check_positions(bytes.slices, bytes.slices_n, request->positions,
+                                         projection->job.weight, err);
+    }
+    if (status == STATUS_OK && request->tokens > 0) {
         status = submit(projection, message, err);
         *running = status == STATUS_OK;
     }

@@ -18,7 +18,8 @@ struct projection {
     uint64_t request_id;
     // While the job waits for room: the message as it came, and where the tensors lie in it.
     grpc_byte_buffer *message;
-    struct wire_range activations, activation_scales;
+    struct wire_range activations, activation_scales; // of attention: its output; none
+    struct wire_range positions;                      // of attention alone
 };
 
 // The slices of a message as it came; NULL: none.
@@ -36,8 +37,8 @@ NODISCARD enum status projection_start(struct projection *projection,
                                        const struct wire_request *request,
                                        grpc_byte_buffer *message, bool *running, struct error *err);
 
-// After on_room, on the rpc thread: copies and commits. False: the job had been cancelled and is given
-// up, with job.error telling so; nothing is left but to release it.
+// After on_room, on the rpc thread: copies and commits. False: the job is given up, since it had been
+// cancelled or could not be filled; job.error tells which, and nothing is left but to release it.
 NODISCARD bool projection_continue(struct projection *projection);
 
 // Whether on_room, not on_done, was the last to be called.

@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "rope.h"
+
 const char request_equation[] = "bhr,hdr->bhd";
 
 // The names of an enum's values from 1 on.
@@ -158,36 +160,120 @@ NODISCARD static enum status check_tensors(const struct wire_request *request,
         request->activation_scales.bytes, shape, err);
 }
 
+NODISCARD static enum status check_rope(const struct weight *weight, struct error *err)
+{
+    if (!weight->rope)
+        return error_field(err, STATUS_FAILED_PRECONDITION, "weight",
+                           "\"%s\" has no rope: no entry of the configuration's \"ropes\" matches "
+                           "it, and LoadWeights named none",
+                           weight->name);
+    if (weight->format.reduced_dim % ATTENTION_HEAD_DIM != 0)
+        return error_field(err, STATUS_FAILED_PRECONDITION, "weight",
+                           "\"%s\" has R = %u, which is no multiple of a head's %d", weight->name,
+                           weight->format.reduced_dim, ATTENTION_HEAD_DIM);
+    return STATUS_OK;
+}
+
+NODISCARD static enum status check_attention(const struct wire_request *request,
+                                             const struct einsum_weight_format *format,
+                                             const struct einsum_operand *operand,
+                                             struct error *err)
+{
+    uint32_t tokens = operand->tokens, groups = operand->groups;
+    char shape[96];
+    snprintf(shape, sizeof shape, "T %u * %u heads * %d * 2 bytes", tokens,
+             groups * (format->reduced_dim / ATTENTION_HEAD_DIM), ATTENTION_HEAD_DIM);
+    enum status status =
+        check_bytes("attention", attention_bytes(tokens, groups, format->reduced_dim),
+                    request->attention.bytes, shape, err);
+    if (status != STATUS_OK)
+        return status;
+    snprintf(shape, sizeof shape, "T %u * 8 bytes", tokens);
+    return check_bytes("positions", (uint64_t)tokens * sizeof(int64_t), request->positions.bytes,
+                       shape, err);
+}
+
+NODISCARD static enum status check_tokens(uint32_t tokens, uint32_t tokens_max, struct error *err)
+{
+    if (tokens <= tokens_max)
+        return STATUS_OK;
+    return error_field(err, STATUS_INVALID_ARGUMENT, "tokens",
+                       "expected at most %u (request_tokens_max), got %u", tokens_max, tokens);
+}
+
+// What an EinsumRequest says of itself.
+NODISCARD static enum status check_einsum(const struct wire_request *request,
+                                          const struct weight *weight,
+                                          struct einsum_operand *operand, struct error *err)
+{
+    operand->activation_layout = (enum einsum_activation_layout)request->activation_layout;
+    operand->scale_layout = (enum einsum_scale_layout)request->scale_layout;
+    operand->scale_type = (enum einsum_scale_type)request->scale_type;
+    enum status status = check_recipe((enum einsum_recipe)request->recipe, weight, err);
+    if (status == STATUS_OK)
+        status = check_tensors(request, &weight->format, operand, err);
+    return status;
+}
+
+// For an OutputProjectRequest the weight says it, and what batcher_reserve sets.
+NODISCARD static enum status check_output_project(const struct wire_request *request,
+                                                  const struct weight *weight,
+                                                  const struct einsum_operand *operand,
+                                                  struct error *err)
+{
+    enum status status = check_rope(weight, err);
+    if (status == STATUS_OK)
+        status = check_attention(request, &weight->format, operand, err);
+    return status;
+}
+
 enum status request_check(const struct wire_request *request, struct weights *weights,
                           uint32_t request_tokens_max, struct job *job, struct error *err)
 {
-    enum status status = check_choices(request, err);
+    bool attention = request->kind == WIRE_OUTPUT_PROJECT;
+    enum status status = attention ? check_choice(&output_types, request->output_type, err)
+                                   : check_choices(request, err);
     if (status != STATUS_OK)
         return status;
     struct weight *weight;
     status = find_weight(request, weights, &weight, err);
     if (status != STATUS_OK)
         return status;
+    job->attention = attention;
     job->operand = (struct einsum_operand){
         .tokens = request->tokens,
-        .activation_layout = (enum einsum_activation_layout)request->activation_layout,
-        .scale_layout = (enum einsum_scale_layout)request->scale_layout,
-        .scale_type = (enum einsum_scale_type)request->scale_type,
         .output_type = (enum einsum_output_type)request->output_type,
     };
-    status = check_recipe((enum einsum_recipe)request->recipe, weight, err);
+    status = check_groups(request, weight, &job->operand, err);
     if (status == STATUS_OK)
-        status = check_groups(request, weight, &job->operand, err);
-    if (status == STATUS_OK && request->tokens > request_tokens_max)
-        status = error_field(err, STATUS_INVALID_ARGUMENT, "tokens",
-                             "expected at most %u (request_tokens_max), got %u", request_tokens_max,
-                             request->tokens);
+        status = check_tokens(request->tokens, request_tokens_max, err);
     if (status == STATUS_OK)
-        status = check_tensors(request, &weight->format, &job->operand, err);
+        status = attention ? check_output_project(request, weight, &job->operand, err)
+                           : check_einsum(request, weight, &job->operand, err);
     if (status != STATUS_OK) {
         weight_unref(weight);
         return status;
     }
     job->weight = weight;
+    return STATUS_OK;
+}
+
+enum status request_check_positions(const grpc_slice *slices, size_t slices_n,
+                                    struct wire_range positions, const struct weight *weight,
+                                    struct error *err)
+{
+    uint32_t positions_max = rope_describe(weight->rope)->positions_max;
+    struct wire_cursor cursor;
+    wire_cursor_init(&cursor, slices, slices_n);
+    wire_skip(&cursor, positions.offset);
+    for (uint64_t t = 0; t < positions.bytes / sizeof(int64_t); t++) {
+        int64_t position;
+        wire_take(&cursor, sizeof position, &position);
+        if (position < 0 || position >= positions_max)
+            return error_field(err, STATUS_INVALID_ARGUMENT, "positions",
+                               "[%" PRIu64 "] is %" PRId64
+                               ", expected 0 to below the %u of weight \"%s\"",
+                               t, position, positions_max, weight->name);
+    }
     return STATUS_OK;
 }

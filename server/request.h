@@ -1,5 +1,5 @@
-// From what a caller sent to a job that can be computed: every check of an EinsumRequest, in one
-// place.
+// From what a caller sent to a job that can be computed: every check of an EinsumRequest and of an
+// OutputProjectRequest, in one place.
 #pragma once
 
 #include "job.h"
@@ -18,3 +18,9 @@ bool request_recipe_fits(enum einsum_recipe recipe, const struct einsum_weight_f
 NODISCARD enum status request_check(const struct wire_request *request, struct weights *weights,
                                     uint32_t request_tokens_max, struct job *job,
                                     struct error *err);
+
+// Whether every position of a checked OutputProjectRequest is one that the weight's rope has. The
+// slices are those that the request was read from.
+NODISCARD enum status request_check_positions(const grpc_slice *slices, size_t slices_n,
+                                              struct wire_range positions,
+                                              const struct weight *weight, struct error *err);

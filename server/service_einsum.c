@@ -1,11 +1,11 @@
-// The hot methods: Einsum (unary) and EinsumStream.
+// The hot methods: Einsum and OutputProject (unary), and EinsumStream, which takes both.
 #include <stdlib.h>
 
 #include "config.h"
 #include "projection.h"
 #include "service.h"
 
-// ---- Einsum
+// ---- Einsum, OutputProject
 
 // Done, or given room after it had waited.
 static void on_unary_job(struct job *job)
@@ -19,7 +19,7 @@ static void fail_unary(struct call *call, const struct error *err)
     call_finish(call, NULL, err);
 }
 
-static void on_unary_message(struct call *call, grpc_byte_buffer *message)
+static void on_unary_message(struct call *call, grpc_byte_buffer *message, enum wire_kind kind)
 {
     struct service_context *context = call_context(call);
     atomic_fetch_add_explicit(&context->counters.received, 1, memory_order_relaxed);
@@ -30,13 +30,23 @@ static void on_unary_message(struct call *call, grpc_byte_buffer *message)
     struct wire_request request;
     struct error err;
     bool running;
-    if (wire_read_request(bytes.slices, bytes.slices_n, &request, &err) != STATUS_OK ||
+    if (wire_read_request(bytes.slices, bytes.slices_n, kind, &request, &err) != STATUS_OK ||
         projection_start(projection, &request, message, &running, &err) != STATUS_OK) {
         fail_unary(call, &err);
     } else if (!running) {
         service_count(context, STATUS_OK);
         call_finish(call, projection_respond_empty(projection), NULL);
     }
+}
+
+static void on_einsum_message(struct call *call, grpc_byte_buffer *message)
+{
+    on_unary_message(call, message, WIRE_EINSUM);
+}
+
+static void on_output_project_message(struct call *call, grpc_byte_buffer *message)
+{
+    on_unary_message(call, message, WIRE_OUTPUT_PROJECT);
 }
 
 // The only waker is on_unary_job; the call itself may be over by now.
@@ -360,7 +370,14 @@ const struct method service_einsum_methods[] = {
     {
         .path = "/einsum.v1.Einsum/Einsum",
         .message_with_call = true,
-        .on_message = on_unary_message,
+        .on_message = on_einsum_message,
+        .on_wake = on_unary_wake,
+        .on_cancel = on_unary_cancel,
+    },
+    {
+        .path = "/einsum.v1.Einsum/OutputProject",
+        .message_with_call = true,
+        .on_message = on_output_project_message,
         .on_wake = on_unary_wake,
         .on_cancel = on_unary_cancel,
     },

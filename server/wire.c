@@ -1,5 +1,5 @@
-// Protobuf's wire format, as far as the two hot messages need it: a cursor over gRPC's slices, and
-// on top of it the reader of EinsumRequest and the writer of EinsumResponse's head.
+// Protobuf's wire format, as far as the hot messages need it: a cursor over gRPC's slices, and on
+// top of it the reader of the two requests and the writer of EinsumResponse's head.
 //
 // Owns no memory and no state; any thread. The bytes come from the network and are hostile.
 //
@@ -235,7 +235,7 @@ struct field_rule {
 #member, FIELD_TEXT, offsetof(struct wire_request, member), bytes_max                      \
     }
 
-static const struct field_rule request_rules[] = {
+static const struct field_rule einsum_rules[] = {
     [1] = FIELD(FIELD_UINT64, request_id),
     [2] = TEXT(weight, WIRE_WEIGHT_BYTES_MAX),
     [3] = TEXT(equation, WIRE_EQUATION_BYTES_MAX),
@@ -253,11 +253,29 @@ static const struct field_rule request_rules[] = {
     [15] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
 };
 
-static const struct field_rule *find_rule(uint32_t number)
+static const struct field_rule output_project_rules[] = {
+    [1] = FIELD(FIELD_UINT64, request_id),  [2] = TEXT(weight, WIRE_WEIGHT_BYTES_MAX),
+    [3] = FIELD(FIELD_UINT32, output_type), [4] = FIELD(FIELD_UINT32, tokens),
+    [5] = FIELD(FIELD_UINT32, group_begin), [6] = FIELD(FIELD_UINT32, group_end),
+    [7] = FIELD(FIELD_BOOL, digest_only),   [8] = FIELD(FIELD_RANGE, attention),
+    [9] = FIELD(FIELD_RANGE, positions),    [10] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
+};
+
+static const struct {
+    const struct field_rule *rules; // by field number
+    size_t rules_n;
+    const char *name; // in an EinsumStreamRequest
+} messages[] = {
+    [WIRE_EINSUM] = {einsum_rules, ARRAY_LEN(einsum_rules), "request"},
+    [WIRE_OUTPUT_PROJECT] = {output_project_rules, ARRAY_LEN(output_project_rules),
+                             "output_project"},
+};
+
+static const struct field_rule *find_rule(enum wire_kind kind, uint32_t number)
 {
-    if (number >= ARRAY_LEN(request_rules) || !request_rules[number].name)
+    if (number >= messages[kind].rules_n || !messages[kind].rules[number].name)
         return NULL;
-    return &request_rules[number];
+    return &messages[kind].rules[number];
 }
 
 static enum status expect_type(const struct wire_field *field, const char *name,
@@ -339,7 +357,7 @@ static enum status read_request(struct wire_cursor *cursor, uint64_t end,
         enum status status = wire_read_tag(cursor, end, &field, err);
         if (status)
             return status;
-        const struct field_rule *rule = find_rule(field.number);
+        const struct field_rule *rule = find_rule(request->kind, field.number);
         status = rule ? take_field(cursor, end, rule, &field, request, err)
                       : skip_field(cursor, end, &field, err);
         if (status)
@@ -349,43 +367,57 @@ static enum status read_request(struct wire_cursor *cursor, uint64_t end,
 }
 
 // Text is not cleared whole, which would be most of the work: its terminator is enough.
-static void clear_request(struct wire_request *request)
+static void clear_request(struct wire_request *request, enum wire_kind kind)
 {
+    request->kind = kind;
     request->request_id = 0;
     request->weight[0] = request->equation[0] = request->kernel[0] = '\0';
     memset(&request->recipe, 0, sizeof *request - offsetof(struct wire_request, recipe));
 }
 
-enum status wire_read_request(const grpc_slice *slices, size_t slices_n,
+enum status wire_read_request(const grpc_slice *slices, size_t slices_n, enum wire_kind kind,
                               struct wire_request *request, struct error *err)
 {
-    clear_request(request);
+    clear_request(request, kind);
     struct wire_cursor cursor;
     wire_cursor_init(&cursor, slices, slices_n);
     return read_request(&cursor, wire_bytes(slices, slices_n), request, err);
 }
 
+// Reads one alternative of the stream's oneof; `field` is its tag.
+static enum status read_alternative(struct wire_cursor *cursor, uint64_t end, enum wire_kind kind,
+                                    struct wire_field *field, struct wire_request *request,
+                                    struct error *err)
+{
+    enum status status = expect_type(field, messages[kind].name, WIRE_BYTES, err);
+    if (status == STATUS_OK)
+        status = wire_read_value(cursor, end, messages[kind].name, field, err);
+    if (status != STATUS_OK)
+        return status;
+    if (kind != request->kind) // the one before does not count
+        clear_request(request, kind);
+    return read_request(cursor, field->range.offset + field->range.bytes, request, err);
+}
+
 enum status wire_read_stream_request(const grpc_slice *slices, size_t slices_n,
                                      struct wire_request *request, struct error *err)
 {
-    enum { REQUEST = 1 };
-    clear_request(request);
+    enum { REQUEST = 1, OUTPUT_PROJECT = 2 };
+    clear_request(request, WIRE_EINSUM);
     struct wire_cursor cursor;
     wire_cursor_init(&cursor, slices, slices_n);
     uint64_t end = wire_bytes(slices, slices_n);
     while (cursor.offset < end) {
         struct wire_field field;
         enum status status = wire_read_tag(&cursor, end, &field, err);
-        if (!status && field.number != REQUEST) {
+        if (status)
+            return status;
+        if (field.number == REQUEST)
+            status = read_alternative(&cursor, end, WIRE_EINSUM, &field, request, err);
+        else if (field.number == OUTPUT_PROJECT)
+            status = read_alternative(&cursor, end, WIRE_OUTPUT_PROJECT, &field, request, err);
+        else
             status = skip_field(&cursor, end, &field, err);
-        } else if (!status) {
-            status = expect_type(&field, "request", WIRE_BYTES, err);
-            if (!status)
-                status = wire_read_value(&cursor, end, "request", &field, err);
-            if (!status)
-                status =
-                    read_request(&cursor, field.range.offset + field.range.bytes, request, err);
-        }
         if (status)
             return status;
     }

@@ -1,5 +1,5 @@
-// The two hot messages, EinsumRequest and EinsumResponse, read from and written to gRPC's slices
-// without flattening them.
+// The hot messages, EinsumRequest, OutputProjectRequest and EinsumResponse, read from and written to
+// gRPC's slices without flattening them.
 //
 // Reading is two passes. The first walks the tags, copies the few scalar fields and notes where the
 // tensors lie; it touches no tensor byte and accepts fields in any order, unknown ones, repeats
@@ -16,7 +16,7 @@ struct wire_range {
     uint64_t offset, bytes; // from the start of the message
 };
 
-// Below the two messages lies a walk over any message's fields, for message.c and tests as well:
+// Below the hot messages lies a walk over any message's fields, for message.c and tests as well:
 //
 //     while (cursor.offset < end)
 //         wire_read_tag, then wire_read_value, then for WIRE_BYTES: wire_skip, wire_take or a walk
@@ -55,7 +55,11 @@ size_t wire_text_prefix(const void *text, size_t bytes);
 
 enum { WIRE_WEIGHT_BYTES_MAX = 256, WIRE_EQUATION_BYTES_MAX = 64, WIRE_KERNEL_BYTES_MAX = 64 };
 
+enum wire_kind { WIRE_EINSUM, WIRE_OUTPUT_PROJECT };
+
+// Either message; what the other alone has is unset.
 struct wire_request {
+    enum wire_kind kind;
     uint64_t request_id;
     char weight[WIRE_WEIGHT_BYTES_MAX +
                 1]; // terminated; longer, or holding a NUL, is INVALID_ARGUMENT
@@ -64,17 +68,22 @@ struct wire_request {
     int32_t recipe, activation_layout, scale_layout, scale_type, output_type; // as sent: any value
     uint32_t tokens, group_begin, group_end;
     bool digest_only;
-    struct wire_range activations, activation_scales;
+    struct wire_range activations, activation_scales; // of an EinsumRequest
+    struct wire_range attention, positions;           // of an OutputProjectRequest
 };
 
-// INVALID_ARGUMENT for bytes that are not such a message. `slices` may be empty: all fields unset.
+// Reads a message of `kind`. INVALID_ARGUMENT for bytes that are not one. `slices` may be empty: all
+// fields unset.
 // A known field of an unexpected wire type is an error; unknown fields are skipped, groups (wire
 // types 3 and 4) are refused. On failure `request` holds the scalars that came before the fault, so
 // that a stream can answer with the request_id.
 NODISCARD enum status wire_read_request(const grpc_slice *slices, size_t slices_n,
-                                        struct wire_request *request, struct error *err);
+                                        enum wire_kind kind, struct wire_request *request,
+                                        struct error *err);
 
-// The same for EinsumStreamRequest, which holds an EinsumRequest as its field 1.
+// The same for EinsumStreamRequest, which holds an EinsumRequest as its field 1 or an
+// OutputProjectRequest as its field 2; the last of them counts, and an EinsumRequest with nothing
+// set if there is none.
 NODISCARD enum status wire_read_stream_request(const grpc_slice *slices, size_t slices_n,
                                                struct wire_request *request, struct error *err);
 

@@ -1202,7 +1202,7 @@ START_TEST(test_control)
     ck_assert_int_eq(count, 1);
     bool passed = true;
     ck_assert_int_eq(
-        (int)einsum_client_self_test(client, NULL, &passed, count_result, &count, &error), 0);
+        (int)einsum_client_self_test(client, NULL, NULL, &passed, count_result, &count, &error), 0);
     ck_assert_int_eq(count, 2);
     ck_assert(!passed);
     struct einsum_client_info info;
