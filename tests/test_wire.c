@@ -53,7 +53,7 @@ static enum status read_flat(const uint8_t *bytes, size_t n, bool streamed,
 {
     grpc_slice slice = grpc_slice_from_copied_buffer((const char *)bytes, n);
     enum status status = streamed ? wire_read_stream_request(&slice, 1, request, err)
-                                  : wire_read_request(&slice, 1, request, err);
+                                  : wire_read_request(&slice, 1, WIRE_EINSUM, request, err);
     grpc_slice_unref(slice);
     return status;
 }
@@ -72,6 +72,7 @@ static void assert_agrees(const struct wire_request *request, const uint8_t *fla
     ck_assert_uint_eq(request->request_id, peer->request_id);
     ck_assert_str_eq(request->weight, peer->weight);
     ck_assert_str_eq(request->equation, peer->equation);
+    ck_assert_str_eq(request->kernel, peer->kernel);
     ck_assert_int_eq(request->recipe, (int32_t)peer->recipe);
     ck_assert_int_eq(request->activation_layout, (int32_t)peer->activation_layout);
     ck_assert_int_eq(request->scale_layout, (int32_t)peer->scale_layout);
@@ -90,6 +91,7 @@ static void assert_same_request(const struct wire_request *a, const struct wire_
     ck_assert_uint_eq(a->request_id, b->request_id);
     ck_assert_str_eq(a->weight, b->weight);
     ck_assert_str_eq(a->equation, b->equation);
+    ck_assert_str_eq(a->kernel, b->kernel);
     ck_assert_int_eq(a->recipe, b->recipe);
     ck_assert_int_eq(a->output_type, b->output_type);
     ck_assert_uint_eq(a->tokens, b->tokens);
@@ -104,7 +106,7 @@ static void assert_same_request(const struct wire_request *a, const struct wire_
 static size_t pack_full_request(uint8_t to[MESSAGE_BYTES_MAX])
 {
     static char weight[] = "layers.3.attn.wo_\xc3\xa4";
-    static char equation[] = "bhr,hdr->bhd";
+    static char equation[] = "bhr,hdr->bhd", kernel[] = "prefill";
     static uint8_t activations[61], scales[9];
     for (size_t i = 0; i < sizeof activations; i++)
         activations[i] = (uint8_t)(0x80 + i); // looks like unfinished varints
@@ -113,6 +115,7 @@ static size_t pack_full_request(uint8_t to[MESSAGE_BYTES_MAX])
     request.request_id = UINT64_MAX;
     request.weight = weight;
     request.equation = equation;
+    request.kernel = kernel;
     request.recipe = EINSUM__V1__RECIPE__RECIPE_1_32_32;
     request.activation_layout = EINSUM__V1__ACTIVATION_LAYOUT__ACTIVATION_LAYOUT_GTR;
     request.scale_layout = (Einsum__V1__ScaleLayout)-7; // ten bytes on the wire
@@ -141,13 +144,15 @@ START_TEST(reads_a_request_however_it_is_cut)
     struct error err;
     for (size_t at = 0; at <= n; at++) {
         cut_in_two(&cut, flat, n, at);
-        ck_assert_int_eq(wire_read_request(cut.slices, cut.slices_n, &request, &err), STATUS_OK);
+        ck_assert_int_eq(wire_read_request(cut.slices, cut.slices_n, WIRE_EINSUM, &request, &err),
+                         STATUS_OK);
         assert_agrees(&request, flat, peer);
         cut_free(&cut);
     }
     for (size_t piece = 1; piece <= 40; piece++) {
         cut_evenly(&cut, flat, n, piece);
-        ck_assert_int_eq(wire_read_request(cut.slices, cut.slices_n, &request, &err), STATUS_OK);
+        ck_assert_int_eq(wire_read_request(cut.slices, cut.slices_n, WIRE_EINSUM, &request, &err),
+                         STATUS_OK);
         assert_agrees(&request, flat, peer);
         cut_free(&cut);
     }
@@ -159,7 +164,7 @@ START_TEST(reads_an_empty_message_as_all_unset)
 {
     struct wire_request request;
     memset(&request, 0xa5, sizeof request);
-    ck_assert_int_eq(wire_read_request(NULL, 0, &request, NULL), STATUS_OK);
+    ck_assert_int_eq(wire_read_request(NULL, 0, WIRE_EINSUM, &request, NULL), STATUS_OK);
     static const struct wire_request unset;
     assert_same_request(&request, &unset);
     memset(&request, 0xa5, sizeof request);
@@ -187,7 +192,7 @@ START_TEST(refuses_what_is_cut_short)
         if (peer)
             einsum__v1__einsum_request__free_unpacked(peer, NULL);
     }
-    ck_assert_uint_eq(refused, n - 14); // all but the 14 places between fields
+    ck_assert_uint_eq(refused, n - 15); // all but the 15 places between fields
 }
 END_TEST
 
@@ -209,7 +214,8 @@ START_TEST(agrees_on_mutated_messages)
         enum status status = read_flat(flat, n, false, &request, &err);
         struct cut cut;
         cut_evenly(&cut, flat, n, 1 + (size_t)rand_r(&seed) % 30);
-        ck_assert_int_eq(wire_read_request(cut.slices, cut.slices_n, &again, &err_again), status);
+        ck_assert_int_eq(
+            wire_read_request(cut.slices, cut.slices_n, WIRE_EINSUM, &again, &err_again), status);
         cut_free(&cut);
         if (status) {
             ck_assert_str_eq(err.text, err_again.text);
@@ -259,16 +265,20 @@ static const struct refusal {
     {BYTES("\x6a\xff\xff\xff\xff\x7f"), "activations", "length that runs past the end"},
     {BYTES("\x6a\x80\x80\x80\x80\x80\x00"), "activations", "varint too long"},
     {BYTES("\x72"), "activation_scales", "truncated varint"},
-    {BYTES("\x7a\x02\x00"), "", "length that runs past the end"},
-    {BYTES("\x7d\x00\x00\x00"), "", "truncated fixed-size value"},
-    {BYTES("\x79\x00\x00\x00\x00\x00\x00\x00"), "", "truncated fixed-size value"},
-    {BYTES("\x78\x80"), "", "truncated varint, at byte 1"},
+    {BYTES("\x82\x01\x02\x00"), "", "length that runs past the end"},
+    {BYTES("\x85\x01\x00\x00\x00"), "", "truncated fixed-size value"},
+    {BYTES("\x81\x01\x00\x00\x00\x00\x00\x00\x00"), "", "truncated fixed-size value"},
+    {BYTES("\x80\x01\x80"), "", "truncated varint, at byte 2"},
     {BYTES("\x12\x03\x61\x00\x62"), "weight", "NUL in text, at byte 3"},
     {BYTES("\x12\x01\xff"), "weight", "not UTF-8, at byte 2"},
     {BYTES("\x1a\x02\x61\xc3"), "equation", "not UTF-8, at byte 3"},
     {BYTES("\x1a\x41"
            "0123456789012345678901234567890123456789012345678901234567890123x"),
      "equation", "65 bytes, at most 64"},
+    {BYTES("\x7a\x41"
+           "0123456789012345678901234567890123456789012345678901234567890123x"),
+     "kernel", "65 bytes, at most 64"},
+    {BYTES("\x78\x01"), "kernel", "wire type 0, expected 2"},
 #undef BYTES
 };
 
@@ -313,12 +323,12 @@ END_TEST
 START_TEST(skips_what_it_does_not_know)
 {
     static const uint8_t bytes[] = {
-        0x78, 0xff, 0x01,                            // 15: varint
-        0x7a, 0x03, 0x08, 0x08, 0x08,                // 15: bytes
-        0x48, 0x05,                                  // tokens = 5
-        0x7d, 1,    2,    3,    4,                   // 15: fixed32
-        0x79, 1,    2,    3,    4,    5,    6, 7, 8, // 15: fixed64
-        0xf8, 0xff, 0xff, 0xff, 0x0f, 0x2a,          // 2^29 - 1: varint
+        0x80, 0x01, 0xff, 0x01,                         // 16: varint
+        0x82, 0x01, 0x03, 0x08, 0x08, 0x08,             // 16: bytes
+        0x48, 0x05,                                     // tokens = 5
+        0x85, 0x01, 1,    2,    3,    4,                // 16: fixed32
+        0x81, 0x01, 1,    2,    3,    4,    5, 6, 7, 8, // 16: fixed64
+        0xf8, 0xff, 0xff, 0xff, 0x0f, 0x2a,             // 2^29 - 1: varint
     };
     struct wire_request request;
     ck_assert_int_eq(read_flat(bytes, sizeof bytes, false, &request, NULL), STATUS_OK);
@@ -362,7 +372,7 @@ START_TEST(merges_a_stream_request_sent_in_pieces)
 {
     static const uint8_t bytes[] = {
         0x0a, 0x04, 0x08, 0x07, 0x48, 0x05, // request_id = 7, tokens = 5
-        0x12, 0x02, 0xff, 0xff,             // unknown
+        0x1a, 0x02, 0xff, 0xff,             // unknown
         0x0a, 0x05, 0x6a, 0x01, 0xab, 0x48, 0x06,
     };
     struct cut cut;

@@ -32,7 +32,7 @@ static enum status read_cut(const uint8_t *bytes, size_t n, uint8_t how, bool st
     grpc_slice slices[SLICES_MAX];
     size_t slices_n = cut(bytes, n, how, slices);
     enum status status = streamed ? wire_read_stream_request(slices, slices_n, request, err)
-                                  : wire_read_request(slices, slices_n, request, err);
+                                  : wire_read_request(slices, slices_n, WIRE_EINSUM, request, err);
     if (!status) {
         ASSERT(request->activations.offset + request->activations.bytes <= n);
         ASSERT(request->activation_scales.offset + request->activation_scales.bytes <= n);
