@@ -35,9 +35,7 @@ static void decode_activations(const struct ctl_reference *reference, double *to
 {
     const struct einsum_operand *operand = reference->operand;
     uint32_t reduced_dim = reference->format->reduced_dim, block = reference->format->block_r;
-    struct einsum_scale_strides strides =
-        einsum_scale_strides(operand->scale_layout, operand->scale_type, operand->tokens,
-                             operand->groups, reduced_dim / block);
+    struct einsum_scale_strides strides = einsum_scale_strides(reference->format, operand);
     for (uint32_t g = 0; g < operand->groups; g++) {
         for (uint32_t t = 0; t < operand->tokens; t++) {
             const uint8_t *row =

@@ -38,7 +38,8 @@ enum einsum_recipe {
 enum einsum_activation_layout {
     EINSUM_ACTIVATIONS_TGR = 1, // [T, G, R] row-major
     EINSUM_ACTIVATIONS_GTR = 2, // [G, T, R] row-major, as vLLM's quantisation step leaves it
-    EINSUM_ACTIVATIONS_IN_PLACE = 3, // what attention.h leaves where it found BF16; never on the wire
+    EINSUM_ACTIVATIONS_IN_PLACE =
+        3, // what attention.h leaves where it found BF16; never on the wire
 };
 
 enum einsum_scale_layout {
@@ -104,7 +105,7 @@ struct einsum_operand {
 };
 
 // Byte strides of sA: element (t, g, k) lies at  t*token + g*group + (k/4)*word + (k%4)*byte.
-// One form for all four layouts, so that a kernel reads any of them without a branch.
+// One form for all layouts, so that a kernel reads any of them without a branch.
 struct einsum_scale_strides {
     uint64_t token, group, word, byte;
 };
@@ -135,7 +136,7 @@ static inline uint64_t einsum_activation_bytes(uint64_t tokens, uint64_t groups,
     return tokens * groups * reduced_dim;
 }
 
-// Bytes of sA. `blocks` is K. GKT with UE8M0 needs K % 4 == 0 (checked where requests enter).
+// Bytes of sA, where it has memory of its own. `blocks` is K. GKT with UE8M0 needs K % 4 == 0 (checked where requests enter).
 static inline uint64_t einsum_scale_bytes(enum einsum_scale_layout layout,
                                           enum einsum_scale_type type, uint64_t tokens,
                                           uint64_t groups, uint64_t blocks)
@@ -162,16 +163,17 @@ static inline uint64_t einsum_weight_scale_bytes(const struct einsum_weight_form
            (format->reduced_dim / format->block_r) * einsum_scale_element_bytes(format->scale_type);
 }
 
-struct einsum_scale_strides einsum_scale_strides(enum einsum_scale_layout layout,
-                                                 enum einsum_scale_type type, uint64_t tokens,
-                                                 uint64_t groups, uint64_t blocks);
+struct einsum_scale_strides einsum_scale_strides(const struct einsum_weight_format *format,
+                                                 const struct einsum_operand *operand);
 
-// Where token t of group g (counted from group_begin) starts in A.
+// Where token t of group g (counted from group_begin) starts in A. In place, a row is 2R bytes, as
+// it was in BF16.
 static inline uint64_t einsum_activation_offset(enum einsum_activation_layout layout,
                                                 uint64_t tokens, uint64_t groups,
                                                 uint64_t reduced_dim, uint64_t t, uint64_t g)
 {
-    return (layout == EINSUM_ACTIVATIONS_TGR ? t * groups + g : g * tokens + t) * reduced_dim;
+    uint64_t row = layout == EINSUM_ACTIVATIONS_GTR ? g * tokens + t : t * groups + g;
+    return row * reduced_dim * (layout == EINSUM_ACTIVATIONS_IN_PLACE ? 2 : 1);
 }
 
 // The block of R (128 or 32) and of D that a recipe names; 0 for a value that is no recipe.

@@ -48,22 +48,23 @@ bool einsum_recipe_fits(enum einsum_recipe recipe, const struct einsum_weight_fo
     return block_d == 1 || block_d == format->block_d || format->weight_type == EINSUM_WEIGHT_BF16;
 }
 
-struct einsum_scale_strides einsum_scale_strides(enum einsum_scale_layout layout,
-                                                 enum einsum_scale_type type, uint64_t tokens,
-                                                 uint64_t groups, uint64_t blocks)
+struct einsum_scale_strides einsum_scale_strides(const struct einsum_weight_format *format,
+                                                 const struct einsum_operand *operand)
 {
-    uint64_t element = einsum_scale_element_bytes(type);
-    if (layout == EINSUM_SCALES_TGK)
-        return (struct einsum_scale_strides){.token = groups * blocks * element,
-                                             .group = blocks * element,
-                                             .word = 4 * element,
-                                             .byte = element};
-    uint64_t tokens_stored = einsum_align4(tokens);
+    uint64_t element = einsum_scale_element_bytes(operand->scale_type);
+    uint64_t blocks = format->reduced_dim / format->block_r;
+    if (operand->scale_layout != EINSUM_SCALES_GKT) {
+        bool in_place = operand->scale_layout == EINSUM_SCALES_IN_PLACE;
+        uint64_t group = in_place ? 2 * (uint64_t)format->reduced_dim : blocks * element;
+        return (struct einsum_scale_strides){
+            .token = operand->groups * group, .group = group, .word = 4 * element, .byte = element};
+    }
+    uint64_t tokens_stored = einsum_align4(operand->tokens);
     struct einsum_scale_strides strides = {.group = blocks * tokens_stored * element,
                                            .word = 4 * tokens_stored * element};
     // FP32 has one element for every k; UE8M0 has four consecutive k in the word of one token.
     strides.token = 4;
-    strides.byte = type == EINSUM_SCALE_FP32 ? tokens_stored * element : 1;
+    strides.byte = operand->scale_type == EINSUM_SCALE_FP32 ? tokens_stored * element : 1;
     return strides;
 }
 
@@ -90,8 +91,7 @@ double einsum_reference_one(const struct einsum_weight_format *format, const voi
 {
     uint64_t reduced_dim = format->reduced_dim;
     uint64_t blocks = reduced_dim / format->block_r;
-    struct einsum_scale_strides strides = einsum_scale_strides(
-        operand->scale_layout, operand->scale_type, operand->tokens, operand->groups, blocks);
+    struct einsum_scale_strides strides = einsum_scale_strides(format, operand);
     const uint8_t *activations = operand->activations;
     activations += einsum_activation_offset(operand->activation_layout, operand->tokens,
                                             operand->groups, reduced_dim, t, g);

@@ -114,7 +114,7 @@ static struct cuda_bucket bucket_of(uint32_t tokens_max)
 static struct cuda_segment segment_of(const struct cuda_weight *weight, uint32_t tokens,
                                       uint32_t group_begin, uint32_t groups, uint64_t address)
 {
-    return (struct cuda_segment){
+    struct cuda_segment segment = {
         .weight = weight,
         .operand = {.tokens = tokens,
                     .group_begin = group_begin,
@@ -128,6 +128,39 @@ static struct cuda_segment segment_of(const struct cuda_weight *weight, uint32_t
                     .scales = (const void *)(uintptr_t)(address << 40 | (uint64_t)1 << 39),
                     .output = (void *)(uintptr_t)(address << 40 | (uint64_t)3 << 38)},
     };
+    if (address % 4 == 0) { // from attention
+        struct einsum_operand *operand = &segment.operand;
+        operand->activation_layout = EINSUM_ACTIVATIONS_IN_PLACE;
+        operand->scale_layout = EINSUM_SCALES_IN_PLACE;
+        operand->scale_type = EINSUM_SCALE_UE8M0;
+        operand->scales = (const uint8_t *)operand->activations + weight->format.reduced_dim;
+        operand->rotations = (const void *)(uintptr_t)(address << 40 | (uint64_t)1 << 38);
+    }
+    return segment;
+}
+
+// How many spans of the table are this segment's.
+static uint32_t count_spans(const struct cuda_table *table, const struct cuda_segment *segment)
+{
+    const struct einsum_operand *operand = &segment->operand;
+    const struct cuda_attention *spans =
+        (const struct cuda_attention *)((const unsigned char *)table + table->rows_offset);
+    uint32_t found = 0, rows = 0;
+    for (uint32_t i = table->attention_spans; i > 0; i--) {
+        const struct cuda_attention *span = &spans[-(int)i];
+        ck_assert_uint_eq(span->row_begin, rows); // ascending from 0, without a gap
+        if (span->rows == (uint64_t)(uintptr_t)operand->activations) {
+            ck_assert_uint_eq(span->rotations, (uint64_t)(uintptr_t)operand->rotations);
+            ck_assert_uint_eq(span->groups, operand->groups);
+            ck_assert_uint_eq(span->reduced_dim, segment->weight->format.reduced_dim);
+            ck_assert_uint_eq(span->block_r, segment->weight->format.block_r);
+            uint32_t end = i == 1 ? table->attention_rows : span[1].row_begin;
+            ck_assert_uint_eq(end - rows, operand->tokens * operand->groups);
+            found++;
+        }
+        rows = i == 1 ? table->attention_rows : span[1].row_begin;
+    }
+    return found;
 }
 
 // Which row of the table has this activation address; UINT32_MAX if there is not exactly one.
@@ -187,13 +220,13 @@ START_TEST(table_holds_every_token_once)
 
     for (uint32_t i = 0; i < n; i++) {
         const struct einsum_operand *o = &segments[i].operand;
-        bool tgr = o->activation_layout == EINSUM_ACTIVATIONS_TGR;
-        uint64_t blocks = 4096 / segments[i].weight->format.block_r;
-        struct einsum_scale_strides strides =
-            einsum_scale_strides(o->scale_layout, o->scale_type, o->tokens, o->groups, blocks);
+        bool gtr = o->activation_layout == EINSUM_ACTIVATIONS_GTR;
+        uint32_t in_place = o->activation_layout == EINSUM_ACTIVATIONS_IN_PLACE ? 2 : 1;
+        ck_assert_uint_eq(count_spans(table, &segments[i]), o->rotations && o->tokens ? 1 : 0);
+        struct einsum_scale_strides strides = einsum_scale_strides(&segments[i].weight->format, o);
         for (uint32_t t = 0; t < o->tokens; t++) {
-            uint64_t at =
-                (uint64_t)(uintptr_t)o->activations + (uint64_t)t * (tgr ? o->groups : 1) * 4096;
+            uint64_t at = (uint64_t)(uintptr_t)o->activations +
+                          (uint64_t)t * (gtr ? 1 : o->groups * in_place) * 4096;
             uint32_t row = find_row(rows, tokens, at);
             ck_assert_uint_ne(row, UINT32_MAX);
             const struct cuda_run *run = run_of_row(table, row);
@@ -201,7 +234,7 @@ START_TEST(table_holds_every_token_once)
             ck_assert_uint_eq(run->elements, (uint64_t)(uintptr_t)segments[i].weight->elements);
             ck_assert_uint_eq(run->group_begin, o->group_begin);
             ck_assert_uint_eq(run->groups, o->groups);
-            ck_assert_uint_eq(rows[row].activation_group, tgr ? 1 : o->tokens);
+            ck_assert_uint_eq(rows[row].activation_group, gtr ? o->tokens : in_place);
             ck_assert_uint_eq(rows[row].scales, (uint64_t)(uintptr_t)o->scales + t * strides.token);
             ck_assert_uint_eq(rows[row].scale_group, strides.group);
             ck_assert_uint_eq(rows[row].scale_word, strides.word);

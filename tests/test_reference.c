@@ -56,31 +56,58 @@ END_TEST
 // Every element of every layout at the place that the layout's picture names.
 START_TEST(test_scale_strides)
 {
-    enum { G = 3, K = 8 };
+    enum { G = 3, K = 8, LAYOUTS = 5 };
+    struct einsum_weight_format format = {.reduced_dim = K * 128, .block_r = 128};
+    static const struct {
+        enum einsum_scale_layout layout;
+        enum einsum_scale_type type;
+    } layouts[LAYOUTS] = {
+        {EINSUM_SCALES_TGK, EINSUM_SCALE_FP32},       {EINSUM_SCALES_TGK, EINSUM_SCALE_UE8M0},
+        {EINSUM_SCALES_GKT, EINSUM_SCALE_FP32},       {EINSUM_SCALES_GKT, EINSUM_SCALE_UE8M0},
+        {EINSUM_SCALES_IN_PLACE, EINSUM_SCALE_UE8M0},
+    };
     for (uint64_t tokens = 1; tokens <= 9; tokens++) {
         uint64_t stored = (tokens + 3) / 4 * 4;
         for (uint64_t t = 0; t < tokens; t++)
             for (uint64_t g = 0; g < G; g++)
                 for (uint64_t k = 0; k < K; k++) {
-                    uint64_t wanted[4] = {
+                    uint64_t wanted[LAYOUTS] = {
                         ((t * G + g) * K + k) * 4,
                         (t * G + g) * K + k,
                         ((g * K + k) * stored + t) * 4,
                         ((g * (K / 4) + k / 4) * stored + t) * 4 + k % 4,
+                        (t * G + g) * 2 * format.reduced_dim + k, // from the first row's scales
                     };
-                    for (int i = 0; i < 4; i++) {
-                        enum einsum_scale_layout layout =
-                            i < 2 ? EINSUM_SCALES_TGK : EINSUM_SCALES_GKT;
-                        enum einsum_scale_type type =
-                            i % 2 ? EINSUM_SCALE_UE8M0 : EINSUM_SCALE_FP32;
-                        struct einsum_scale_strides s =
-                            einsum_scale_strides(layout, type, tokens, G, K);
+                    for (int i = 0; i < LAYOUTS; i++) {
+                        struct einsum_operand operand = {.tokens = (uint32_t)tokens,
+                                                         .groups = G,
+                                                         .scale_layout = layouts[i].layout,
+                                                         .scale_type = layouts[i].type};
+                        struct einsum_scale_strides s = einsum_scale_strides(&format, &operand);
                         uint64_t at = t * s.token + g * s.group + k / 4 * s.word + k % 4 * s.byte;
                         ck_assert_uint_eq(at, wanted[i]);
-                        ck_assert_uint_lt(at, einsum_scale_bytes(layout, type, tokens, G, K));
+                        if (layouts[i].layout != EINSUM_SCALES_IN_PLACE)
+                            ck_assert_uint_lt(at,
+                                              einsum_scale_bytes(layouts[i].layout, layouts[i].type,
+                                                                 tokens, G, K));
                     }
                 }
     }
+}
+END_TEST
+
+START_TEST(test_activation_offsets)
+{
+    enum { T = 3, G = 5, R = 512 };
+    for (uint64_t t = 0; t < T; t++)
+        for (uint64_t g = 0; g < G; g++) {
+            ck_assert_uint_eq(einsum_activation_offset(EINSUM_ACTIVATIONS_TGR, T, G, R, t, g),
+                              (t * G + g) * R);
+            ck_assert_uint_eq(einsum_activation_offset(EINSUM_ACTIVATIONS_GTR, T, G, R, t, g),
+                              (g * T + t) * R);
+            ck_assert_uint_eq(einsum_activation_offset(EINSUM_ACTIVATIONS_IN_PLACE, T, G, R, t, g),
+                              (t * G + g) * 2 * R);
+        }
 }
 END_TEST
 
@@ -218,6 +245,7 @@ int main(void)
     tcase_set_timeout(tcase, 60);
     tcase_add_test(tcase, test_recipes);
     tcase_add_test(tcase, test_scale_strides);
+    tcase_add_test(tcase, test_activation_offsets);
     tcase_add_test(tcase, test_by_hand);
     tcase_add_test(tcase, test_layouts_agree);
     tcase_add_test(tcase, test_tolerance);

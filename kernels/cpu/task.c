@@ -344,9 +344,7 @@ static void add_operand(struct walk *walk, const struct einsum_operand *operand)
     if (walk->group < operand->group_begin || walk->group - operand->group_begin >= operand->groups)
         return;
     uint64_t g = walk->group - operand->group_begin;
-    struct einsum_scale_strides strides =
-        einsum_scale_strides(operand->scale_layout, operand->scale_type, operand->tokens,
-                             operand->groups, blocks_of(walk));
+    struct einsum_scale_strides strides = einsum_scale_strides(format, operand);
     uint64_t output_row =
         (uint64_t)format->output_dim * einsum_output_element_bytes(operand->output_type);
     for (uint64_t t = 0; t < operand->tokens; t++) {

@@ -81,9 +81,7 @@ static void fill_rows(const struct cuda_segment *segment, struct cuda_row *rows)
 {
     const struct einsum_operand *operand = &segment->operand;
     const struct einsum_weight_format *format = &segment->weight->format;
-    uint64_t blocks = format->reduced_dim / format->block_r;
-    struct einsum_scale_strides strides = einsum_scale_strides(
-        operand->scale_layout, operand->scale_type, operand->tokens, operand->groups, blocks);
+    struct einsum_scale_strides strides = einsum_scale_strides(format, operand);
     // From token to token and from group to group, in rows of R bytes.
     bool gtr = operand->activation_layout == EINSUM_ACTIVATIONS_GTR;
     uint32_t in_place = operand->activation_layout == EINSUM_ACTIVATIONS_IN_PLACE ? 2 : 1;

@@ -186,9 +186,11 @@ static __global__ void compare_kernel(reference_arguments a, double *answers, ve
         return;
     uint32_t d = index % D, g = index / D % G, t = (uint32_t)(index / D / G);
     uint64_t row = (uint64_t)(o.group_begin + g) * D + d;
-    bool tgr = o.activation_layout == EINSUM_ACTIVATIONS_TGR;
-    const uint8_t *activations = (const uint8_t *)o.activations +
-                                 (tgr ? (uint64_t)t * G + g : (uint64_t)g * o.tokens + t) * R;
+    bool gtr = o.activation_layout == EINSUM_ACTIVATIONS_GTR;
+    uint32_t row_bytes = o.activation_layout == EINSUM_ACTIVATIONS_IN_PLACE ? 2 * R : R;
+    const uint8_t *activations =
+        (const uint8_t *)o.activations +
+        (gtr ? (uint64_t)g * o.tokens + t : (uint64_t)t * G + g) * row_bytes;
     uint32_t block = a.format.block_r,
              scale_bytes = a.format.scale_type == EINSUM_SCALE_FP32 ? 4 : 1;
     double sum = 0, magnitude = 0;
@@ -253,10 +255,7 @@ inline verdict compare(const test_weight &w, const einsum_operand &operand,
     if (v == nullptr)
         v = device_alloc<verdict>(1);
     CHECK(cudaMemset(v, 0, sizeof *v));
-    reference_arguments a = {w.format, operand,
-                             einsum_scale_strides(operand.scale_layout, operand.scale_type,
-                                                  operand.tokens, operand.groups,
-                                                  w.format.reduced_dim / w.format.block_r),
+    reference_arguments a = {w.format, operand, einsum_scale_strides(&w.format, &operand),
                              w.elements, w.scales};
     uint64_t outputs = (uint64_t)operand.tokens * operand.groups * w.format.output_dim;
     compare_kernel<<<(uint32_t)((outputs + 7) / 8), 256>>>(a, answers, v);
@@ -313,6 +312,6 @@ struct launcher {
     {
         CHECK(cudaDeviceSynchronize()); // inputs and poison come from the default stream
         build(segments, n, table, stream);
-        CHECK(cuda_launch(&bucket, table, workspace, false, stream));
+        CHECK(cuda_launch(&bucket, table, workspace, 0, stream));
     }
 };
