@@ -23,6 +23,7 @@ struct engine_options {
     const uint32_t *buckets; // token counts, ascending; borrowed for the engine's life
     uint32_t buckets_n;
     uint32_t reduced_dim_max; // the largest R that a weight may have
+    uint32_t phase_sample;    // one batch in so many is timed phase by phase; 0: none
     void (*wake)(void *context);
     void *wake_context;
 };
@@ -40,7 +41,7 @@ struct engine_weight_source {
                      uint64_t bytes); // since the last call; may be NULL
 };
 
-enum { ENGINE_KERNELS_MAX = 8 };
+enum { ENGINE_KERNELS_MAX = 8, ENGINE_BUCKETS_MAX = 64 };
 
 // One request's share of a batch. All pointers of the operand lie in the batch's memory.
 struct engine_segment {
@@ -64,6 +65,9 @@ struct engine_result {
     enum status status; // OK; INTERNAL: this batch failed; UNAVAILABLE: the device is lost for good
     struct error error; // unless OK
     uint64_t started_ns, ended_ns; // on now_ns()'s clock
+    // What the batch spent its time on; all 0 unless it was one of those that are timed. What a device
+    // does in one go counts as kernel.
+    uint64_t copy_in_ns, kernel_ns, copy_out_ns;
 };
 
 struct engine_info {
@@ -72,7 +76,13 @@ struct engine_info {
     uint32_t kernels_n;
     const char *kernels[ENGINE_KERNELS_MAX]; // that a segment may ask for; static
     uint32_t threads;
-    uint64_t scratch_bytes;
+    // Held on the device besides weights and batches; nothing is counted twice.
+    uint64_t lanes_bytes;     // tables and workspaces of the lanes
+    uint64_t graphs_bytes;    // of all captured graphs
+    uint64_t scratch_bytes;   // the rest
+    uint32_t bucket_graphs_n; // graphs captured for each bucket; 0: the engine has none
+    uint64_t bucket_graphs_bytes[ENGINE_BUCKETS_MAX]; // by bucket, as far as memory grew for them
+    uint64_t graph_replays, eager_launches; // so far: of captured graphs, of kernels outside them
 };
 
 struct engine_ops {

@@ -44,6 +44,7 @@ struct lane {
     struct einsum_operand *operands;
     uint64_t started_ns; // by the thread that takes item 0
     uint64_t ended_ns;   // by the thread that finishes last
+    bool measured;       // its time is reported; scheduler thread only
     // Items in the upper half, the next one to take in the lower: one word, so that nobody takes an
     // item of one batch by the count of another.
     _Alignas(CACHE_LINE_BYTES) _Atomic uint64_t work;
@@ -64,6 +65,7 @@ struct engine {
     const struct cpu_kernel *kernels[1 + ENGINE_KERNELS_MAX];
     uint32_t reduced_dim_max;
     uint32_t segments_max;
+    uint32_t phase_sample;
     void (*wake)(void *context);
     void *wake_context;
 
@@ -226,6 +228,8 @@ static void cpu_submit(struct engine *engine, uint32_t index, const struct engin
     struct lane *lane = &engine->lanes[index];
     ASSERT(!lane->submitted);
     lane->submitted = true;
+    uint64_t number = engine->submitted_n++;
+    lane->measured = engine->phase_sample > 0 && number % engine->phase_sample == 0;
     uint32_t items = lane_fill(engine, lane, batch);
     if (items == 0) {
         lane->started_ns = now_ns();
@@ -233,7 +237,7 @@ static void cpu_submit(struct engine *engine, uint32_t index, const struct engin
         return;
     }
     atomic_store_explicit(&lane->items_left, items, memory_order_relaxed);
-    atomic_store_explicit(&lane->order, engine->submitted_n++, memory_order_relaxed);
+    atomic_store_explicit(&lane->order, number, memory_order_relaxed);
     atomic_store_explicit(&lane->work, (uint64_t)items << 32, memory_order_release);
     wake_workers(engine, items);
 }
@@ -249,6 +253,8 @@ static bool cpu_poll(struct engine *engine, uint32_t index, struct engine_result
     result->status = STATUS_OK;
     result->started_ns = lane->started_ns;
     result->ended_ns = lane->ended_ns;
+    result->copy_in_ns = result->copy_out_ns = 0;
+    result->kernel_ns = lane->measured ? lane->ended_ns - lane->started_ns : 0;
     return true;
 }
 
@@ -512,6 +518,7 @@ static enum status cpu_open(const struct engine_options *options, struct engine 
         .kernels = {kernel},
         .reduced_dim_max = options->reduced_dim_max,
         .segments_max = options->batch_segments_max,
+        .phase_sample = options->phase_sample,
         .wake = options->wake,
         .wake_context = options->wake_context,
         .lanes_n = options->lanes,

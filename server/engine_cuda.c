@@ -1,11 +1,20 @@
 // The engine that computes on one NVIDIA GPU, with the kernels of kernels/cuda.
 //
-// A lane is a stream with one captured graph per bucket. What differs from batch to batch (weights,
-// layouts, where the tensors lie) travels with it, in the table that the graph's kernels read:
+// A lane is a stream with captured graphs: one per bucket, and another with the attention step before
+// it. What differs from batch to batch (weights, layouts, where the tensors lie) travels with it, in
+// the table that the graph's kernels read:
 //
-//     host    input (pinned) --.   table --.                            .--> output (pinned)
-//                              v           v                            |
-//     stream  [copy in] -> [copy table] -> [graph: all kernels] -> [copy out] -> event
+//     small   input, table ----.                                  .--> output, report (pinned)
+//                              v                                  |
+//     stream            graph [fetch -> ......... kernels -> report]
+//
+//     large   input ---.   table --.                              .--> output (pinned)
+//                      v           v                              |
+//     stream  [copy in] -> graph [fetch -> kernels -> report] -> [copy out] -> event
+//
+// The graph is the same. A small batch's fetch brings its input too, and its kernels write the outputs
+// where the caller reads them, so that one launch is all that the host does and all that it waits
+// for is a word in its own memory. A large one's copies are worth the copy engines' start-up.
 //
 // Lanes overlap: one copies in while another computes and a third copies out. Nothing is compiled,
 // captured or allocated once the engine is open, but for weights.
@@ -30,27 +39,48 @@ enum {
     STAGING_ROWS_MULTIPLE = 16,
     LANES_DEFAULT = 3, // one copies in, one computes, one copies out
     BUFFERS_MAX = 256,
+    // The largest input of a small batch. Reading over the bus starts at once but runs slower than the
+    // copy engine, which needs some 4 us to start and to be waited for: 8 tokens of V4-Flash
+    // still gain.
+    SMALL_INPUT_BYTES_MAX = 320 << 10,
+    // How often a stream is asked whether the device still lives, while a report does not come.
+    STREAM_CHECK_NS = 100000,
 };
 
-// Host memory given out by memory_alloc, and its twin on the device.
+// Host memory given out by memory_alloc, what the device calls it, and its twin on the device.
 struct buffer {
     const unsigned char *host;
+    unsigned char *mapped;
     unsigned char *device;
     uint64_t bytes;
 };
 
+// What host and device tell each other about a lane's batch. Pinned; a line for each writer.
+struct mailbox {
+    struct cuda_order order;
+    struct cuda_report report;
+};
+
+// Events around the copies of a large batch whose phases are measured.
+enum mark { MARK_BEGIN, MARK_COPIED_IN, MARK_COMPUTED, MARK_COPIED_OUT, MARKS_N };
+
 struct lane {
     cudaStream_t stream;
     cudaEvent_t done;
-    cudaGraphExec_t *graphs;  // by bucket
+    cudaEvent_t marks[MARKS_N];
+    cudaGraphExec_t *graphs[2]; // by bucket; the second with the attention step
+    struct mailbox *mailbox, *mailbox_device;
     struct cuda_table *table; // pinned
+    void *table_mapped;       // the same, as the device calls it
     struct cuda_table *table_device;
     void *workspace;
     struct cuda_segment *segments; // batch_segments_max
-    uint32_t *order;
+    uint32_t *sorted;              // scratch of cuda_table_build
     bool submitted;
+    bool small;         // waits for the report, not for `done`
+    bool measured;      // its phases are
     cudaError_t failed; // of a call in submit
-    uint64_t started_ns;
+    uint64_t started_ns, check_at_ns;
 };
 
 struct staging {
@@ -68,6 +98,9 @@ struct engine {
     struct lane *lanes;
     uint32_t segments_max;
     uint32_t reduced_dim_max;
+    uint32_t phase_sample;
+    _Atomic uint64_t graph_replays;  // of batches, in all
+    _Atomic uint64_t eager_launches; // of kernels outside of graphs, as loading does
 
     pthread_mutex_t buffers_lock; // guards the next two against another memory_alloc
     struct buffer buffers[BUFFERS_MAX];
@@ -132,11 +165,21 @@ static const struct buffer *buffer_of(const struct engine *engine, const void *h
     ASSERT(!"memory that this engine has not given out");
 }
 
-static void *on_device(const struct buffer *buffer, const void *host)
+static uint64_t offset_in(const struct buffer *buffer, const void *host)
 {
     uint64_t offset = (uint64_t)((const unsigned char *)host - buffer->host);
     ASSERT(offset < buffer->bytes);
-    return buffer->device + offset;
+    return offset;
+}
+
+static void *twin_of(const struct buffer *buffer, const void *host)
+{
+    return buffer->device + offset_in(buffer, host);
+}
+
+static void *mapped_of(const struct buffer *buffer, const void *host)
+{
+    return buffer->mapped + offset_in(buffer, host);
 }
 
 // The smallest bucket that holds the batch and has the kernels that it asks for.
@@ -151,12 +194,12 @@ static uint32_t bucket_for(const struct engine *engine, const struct engine_batc
     return bucket;
 }
 
-static cudaError_t enqueue(struct engine *engine, struct lane *lane,
-                           const struct engine_batch *batch)
+// Turns the segments' host addresses into the device's. True if one of them needs the attention step.
+static bool place_segments(const struct engine *engine, struct lane *lane,
+                           const struct engine_batch *batch, const struct buffer *input,
+                           const struct buffer *output)
 {
-    const struct buffer *input = buffer_of(engine, batch->input);
-    const struct buffer *output = buffer_of(engine, batch->output);
-    const uint32_t bucket = bucket_for(engine, batch);
+    bool attention = false;
     for (uint32_t i = 0; i < batch->segments_n; i++) {
         const struct engine_segment *segment = &batch->segments[i];
         lane->segments[i] = (struct cuda_segment){
@@ -165,25 +208,80 @@ static cudaError_t enqueue(struct engine *engine, struct lane *lane,
             .kernel = engine->kernels[segment->kernel],
         };
         struct einsum_operand *operand = &lane->segments[i].operand;
-        operand->activations = on_device(input, operand->activations);
-        operand->scales = on_device(input, operand->scales);
-        operand->output = on_device(output, operand->output);
+        operand->activations = twin_of(input, operand->activations);
+        operand->scales = twin_of(input, operand->scales);
+        operand->output =
+            lane->small ? mapped_of(output, operand->output) : twin_of(output, operand->output);
+        if (operand->rotations) {
+            operand->rotations = twin_of(input, operand->rotations);
+            attention = true;
+        }
     }
-    cudaError_t error = cudaMemcpyAsync(input->device, input->host, batch->input_bytes,
-                                        cudaMemcpyHostToDevice, lane->stream);
-    if (error != cudaSuccess)
-        return error;
-    cuda_table_build(&engine->buckets[bucket], lane->segments, batch->segments_n, lane->order,
-                     lane->table);
-    error = cudaMemcpyAsync(lane->table_device, lane->table, cuda_table_used(lane->table),
-                            cudaMemcpyHostToDevice, lane->stream);
+    return attention;
+}
+
+static void write_order(struct lane *lane, const struct buffer *input, uint64_t input_bytes)
+{
+    struct cuda_order *order = &lane->mailbox->order;
+    *order = (struct cuda_order){
+        .table_from = (uintptr_t)lane->table_mapped,
+        .table_to = (uintptr_t)lane->table_device,
+        .table_bytes = cuda_table_used(lane->table),
+        .input_from = (uintptr_t)input->mapped,
+        .input_to = (uintptr_t)input->device,
+        .input_bytes = input_bytes,
+        .sequence = order->sequence + 1,
+    };
+}
+
+static cudaError_t mark(const struct lane *lane, enum mark which)
+{
+    return lane->measured ? cudaEventRecord(lane->marks[which], lane->stream) : cudaSuccess;
+}
+
+static cudaError_t copy_in(const struct lane *lane, const struct buffer *input, uint64_t bytes)
+{
+    cudaError_t error = mark(lane, MARK_BEGIN);
     if (error == cudaSuccess)
-        error = cudaGraphLaunch(lane->graphs[bucket], lane->stream);
+        error = cudaMemcpyAsync(input->device, input->host, bytes, cudaMemcpyHostToDevice,
+                                lane->stream);
     if (error == cudaSuccess)
-        error = cudaMemcpyAsync((void *)(uintptr_t)output->host, output->device,
-                                batch->output_bytes, cudaMemcpyDeviceToHost, lane->stream);
+        error = mark(lane, MARK_COPIED_IN);
+    return error;
+}
+
+static cudaError_t copy_out(const struct lane *lane, const struct buffer *output, uint64_t bytes)
+{
+    cudaError_t error = mark(lane, MARK_COMPUTED);
+    if (error == cudaSuccess)
+        error = cudaMemcpyAsync((void *)(uintptr_t)output->host, output->device, bytes,
+                                cudaMemcpyDeviceToHost, lane->stream);
+    if (error == cudaSuccess)
+        error = mark(lane, MARK_COPIED_OUT);
     if (error == cudaSuccess)
         error = cudaEventRecord(lane->done, lane->stream);
+    return error;
+}
+
+static cudaError_t enqueue(struct engine *engine, struct lane *lane,
+                           const struct engine_batch *batch)
+{
+    const struct buffer *input = buffer_of(engine, batch->input);
+    const struct buffer *output = buffer_of(engine, batch->output);
+    const uint32_t bucket = bucket_for(engine, batch);
+    cudaError_t error = cudaSuccess;
+    if (!lane->small) // before the table is built, which takes as long as the copy's start
+        error = copy_in(lane, input, batch->input_bytes);
+    if (error != cudaSuccess)
+        return error;
+    bool attention = place_segments(engine, lane, batch, input, output);
+    cuda_table_build(&engine->buckets[bucket], lane->segments, batch->segments_n, lane->sorted,
+                     lane->table);
+    write_order(lane, input, lane->small ? batch->input_bytes : 0);
+    error = cudaGraphLaunch(lane->graphs[attention][bucket], lane->stream);
+    atomic_fetch_add_explicit(&engine->graph_replays, 1, memory_order_relaxed);
+    if (error == cudaSuccess && !lane->small)
+        error = copy_out(lane, output, batch->output_bytes);
     return error;
 }
 
@@ -194,7 +292,57 @@ static void cuda_submit(struct engine *engine, uint32_t index, const struct engi
     ASSERT(!lane->submitted);
     lane->submitted = true;
     lane->started_ns = now_ns();
+    lane->check_at_ns = lane->started_ns + STREAM_CHECK_NS;
+    lane->small = batch->input_bytes <= SMALL_INPUT_BYTES_MAX;
+    uint64_t replays = atomic_load_explicit(&engine->graph_replays, memory_order_relaxed);
+    lane->measured = engine->phase_sample > 0 && replays % engine->phase_sample == 0;
     lane->failed = enqueue(engine, lane, batch);
+}
+
+static bool reported(const struct lane *lane)
+{
+    const struct mailbox *mailbox = lane->mailbox;
+    return __atomic_load_n(&mailbox->report.sequence, __ATOMIC_ACQUIRE) == mailbox->order.sequence;
+}
+
+static cudaError_t lane_state(struct lane *lane)
+{
+    if (lane->failed != cudaSuccess)
+        return lane->failed;
+    if (!lane->small)
+        return cudaEventQuery(lane->done);
+    if (reported(lane))
+        return cudaSuccess;
+    uint64_t now = now_ns();
+    if (now < lane->check_at_ns)
+        return cudaErrorNotReady;
+    lane->check_at_ns = now + STREAM_CHECK_NS;
+    return cudaStreamQuery(lane->stream);
+}
+
+static uint64_t between_ns(const struct lane *lane, enum mark from, enum mark to)
+{
+    float ms = 0;
+    cudaError_t error = cudaEventElapsedTime(&ms, lane->marks[from], lane->marks[to]);
+    return error == cudaSuccess && ms > 0 ? (uint64_t)((double)ms * 1e6) : 0;
+}
+
+// As the lane's stream saw them: with the other lanes in its way.
+static void measure_phases(const struct lane *lane, struct engine_result *result)
+{
+    result->copy_in_ns = result->kernel_ns = result->copy_out_ns = 0;
+    if (!lane->measured)
+        return;
+    if (!lane->small) {
+        result->copy_in_ns = between_ns(lane, MARK_BEGIN, MARK_COPIED_IN);
+        result->kernel_ns = between_ns(lane, MARK_COPIED_IN, MARK_COMPUTED);
+        result->copy_out_ns = between_ns(lane, MARK_COMPUTED, MARK_COPIED_OUT);
+        return;
+    }
+    // The kernels' own writing is the copy out.
+    const struct cuda_report *report = &lane->mailbox->report;
+    result->copy_in_ns = report->fetched_ns - report->begun_ns;
+    result->kernel_ns = report->computed_ns - report->fetched_ns;
 }
 
 static bool cuda_poll(struct engine *engine, uint32_t index, struct engine_result *result)
@@ -202,15 +350,16 @@ static bool cuda_poll(struct engine *engine, uint32_t index, struct engine_resul
     struct lane *lane = &engine->lanes[index];
     if (!lane->submitted)
         return false;
-    cudaError_t error = lane->failed != cudaSuccess ? lane->failed : cudaEventQuery(lane->done);
+    cudaError_t error = lane_state(lane);
     if (error == cudaErrorNotReady)
         return false;
     lane->submitted = false;
     result->started_ns = lane->started_ns;
     result->ended_ns = now_ns();
     result->status = STATUS_OK;
-    if (error !=
-        cudaSuccess) // sticky, all of them: nothing that this context computes can be trusted
+    if (error == cudaSuccess)
+        measure_phases(lane, result);
+    else // sticky, all of them: nothing that this context computes can be trusted
         result->status = error_set(&result->error, STATUS_UNAVAILABLE, "the device is lost: %s",
                                    cudaGetErrorString(error));
     return true;
@@ -238,6 +387,7 @@ static enum status load_chunk(struct engine *engine, const struct engine_weight_
                             cudaMemcpyHostToDevice, engine->load_stream);
     if (error == cudaSuccess)
         error = cuda_relayout(&weight->cuda, staging->device, row, rows, engine->load_stream);
+    atomic_fetch_add_explicit(&engine->eager_launches, 1, memory_order_relaxed);
     if (error == cudaSuccess)
         error = cudaEventRecord(staging->taken, engine->load_stream);
     if (error != cudaSuccess)
@@ -268,6 +418,7 @@ static enum status load_scales(struct engine *engine, const struct engine_weight
                             engine->load_stream);
     if (error == cudaSuccess)
         error = cuda_relayout_scales(&weight->cuda, staging->device, engine->load_stream);
+    atomic_fetch_add_explicit(&engine->eager_launches, 1, memory_order_relaxed);
     return error == cudaSuccess ? STATUS_OK : cuda_failed(error, "loading scales", err);
 }
 
@@ -355,19 +506,22 @@ static enum status cuda_memory_alloc(struct engine *engine, uint64_t bytes, void
                                      struct error *err)
 {
     struct buffer buffer = {.bytes = bytes};
-    void *host, *device = NULL;
+    void *host, *mapped = NULL, *device = NULL;
     enum status status = engine_host_memory_alloc(bytes, &host, err);
     if (status != STATUS_OK)
         return status;
     cudaError_t error = cudaSetDevice(engine->device);
     if (error == cudaSuccess)
-        error = cudaHostRegister(host, bytes, cudaHostRegisterPortable);
+        error = cudaHostRegister(host, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
     if (error != cudaSuccess)
         goto free_host;
-    error = cudaMalloc(&device, bytes);
+    error = cudaHostGetDevicePointer(&mapped, host, 0);
+    if (error == cudaSuccess)
+        error = cudaMalloc(&device, bytes);
     if (error != cudaSuccess)
         goto unregister_host;
     buffer.host = host;
+    buffer.mapped = mapped;
     buffer.device = device;
     pthread_mutex_lock(&engine->buffers_lock);
     uint32_t n = atomic_load_explicit(&engine->buffers_n, memory_order_relaxed);
@@ -404,40 +558,80 @@ static void cuda_memory_free(struct engine *engine, void *memory, uint64_t bytes
 
 static void lane_close(const struct engine *engine, struct lane *lane)
 {
-    for (uint32_t i = 0; lane->graphs && i < engine->buckets_n; i++)
-        if (lane->graphs[i])
-            cudaGraphExecDestroy(lane->graphs[i]);
-    free(lane->graphs);
+    for (size_t step = 0; step < ARRAY_LEN(lane->graphs); step++) {
+        for (uint32_t i = 0; lane->graphs[step] && i < engine->buckets_n; i++)
+            if (lane->graphs[step][i])
+                cudaGraphExecDestroy(lane->graphs[step][i]);
+        free(lane->graphs[step]);
+    }
     free(lane->segments);
-    free(lane->order);
+    free(lane->sorted);
     cudaFree(lane->table_device);
     cudaFree(lane->workspace);
     cudaFreeHost(lane->table);
+    cudaFreeHost(lane->mailbox);
+    for (size_t i = 0; i < ARRAY_LEN(lane->marks); i++)
+        if (lane->marks[i])
+            cudaEventDestroy(lane->marks[i]);
     if (lane->done)
         cudaEventDestroy(lane->done);
     if (lane->stream)
         cudaStreamDestroy(lane->stream);
 }
 
-// Captures one bucket's launch on a lane. The table's address is the lane's; its content is not read
+static cudaError_t launch_all(const struct cuda_bucket *bucket, const struct lane *lane,
+                              bool attention)
+{
+    const struct cuda_order *order = &lane->mailbox_device->order;
+    struct cuda_report *report = &lane->mailbox_device->report;
+    cudaError_t error = cuda_fetch_launch(order, report, lane->stream);
+    if (error == cudaSuccess)
+        error = cuda_launch(bucket, lane->table_device, lane->workspace,
+                            CUDA_LAUNCH_WRITTEN | (attention ? CUDA_LAUNCH_ATTENTION : 0),
+                            lane->stream);
+    if (error == cudaSuccess)
+        error = cuda_report_launch(order, report, lane->stream);
+    return error;
+}
+
+// Captures one bucket's launch on a lane. All addresses are the lane's; what they hold is not read
 // before a batch has written it.
-static cudaError_t capture(const struct engine *engine, struct lane *lane, uint32_t bucket)
+static cudaError_t capture(const struct engine *engine, struct lane *lane, bool attention,
+                           uint32_t bucket)
 {
     cudaGraph_t graph = NULL;
+    cudaGraphExec_t *exec = &lane->graphs[attention][bucket];
     cudaError_t error = cudaStreamBeginCapture(lane->stream, cudaStreamCaptureModeThreadLocal);
     if (error != cudaSuccess)
         return error;
-    cudaError_t launched = cuda_launch(&engine->buckets[bucket], lane->table_device,
-                                       lane->workspace, false, lane->stream);
+    cudaError_t launched = launch_all(&engine->buckets[bucket], lane, attention);
     error = cudaStreamEndCapture(lane->stream, &graph);
     if (launched != cudaSuccess)
         error = launched;
     if (error == cudaSuccess)
-        error = cudaGraphInstantiate(&lane->graphs[bucket], graph, 0);
+        error = cudaGraphInstantiate(exec, graph, 0);
     if (error == cudaSuccess)
-        error = cudaGraphUpload(lane->graphs[bucket], lane->stream);
+        error = cudaGraphUpload(*exec, lane->stream);
     if (graph)
         cudaGraphDestroy(graph);
+    return error;
+}
+
+// Pinned memory, and what the device calls it.
+static cudaError_t pinned_alloc(uint64_t bytes, void **host, void **mapped)
+{
+    cudaError_t error = cudaHostAlloc(host, bytes, cudaHostAllocMapped);
+    if (error != cudaSuccess)
+        return error;
+    memset(*host, 0, bytes);
+    return cudaHostGetDevicePointer(mapped, *host, 0);
+}
+
+static cudaError_t lane_open_events(struct lane *lane)
+{
+    cudaError_t error = cudaEventCreateWithFlags(&lane->done, cudaEventDisableTiming);
+    for (size_t i = 0; i < ARRAY_LEN(lane->marks) && error == cudaSuccess; i++)
+        error = cudaEventCreate(&lane->marks[i]);
     return error;
 }
 
@@ -450,19 +644,21 @@ static cudaError_t lane_open_device(const struct engine *engine, struct lane *la
         table_bytes = table > table_bytes ? table : table_bytes;
         workspace_bytes = workspace > workspace_bytes ? workspace : workspace_bytes;
     }
+    table_bytes = align_up(table_bytes, 16); // as it is fetched
     cudaError_t error = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
     if (error == cudaSuccess)
-        error = cudaEventCreateWithFlags(&lane->done, cudaEventDisableTiming);
+        error = lane_open_events(lane);
     if (error == cudaSuccess)
-        error = cudaHostAlloc((void **)&lane->table, table_bytes, cudaHostAllocDefault);
+        error = pinned_alloc(sizeof *lane->mailbox, (void **)&lane->mailbox,
+                             (void **)&lane->mailbox_device);
+    if (error == cudaSuccess)
+        error = pinned_alloc(table_bytes, (void **)&lane->table, &lane->table_mapped);
     if (error == cudaSuccess)
         error = cudaMalloc((void **)&lane->table_device, table_bytes);
     if (error == cudaSuccess)
         error = cudaMalloc(&lane->workspace, workspace_bytes);
     if (error == cudaSuccess)
         error = cudaMemsetAsync(lane->workspace, 0, workspace_bytes, lane->stream);
-    for (uint32_t i = 0; i < engine->buckets_n && error == cudaSuccess; i++)
-        error = capture(engine, lane, i);
     if (error == cudaSuccess)
         error = cudaStreamSynchronize(lane->stream);
     return error;
@@ -470,13 +666,28 @@ static cudaError_t lane_open_device(const struct engine *engine, struct lane *la
 
 static enum status lane_open(const struct engine *engine, struct lane *lane, struct error *err)
 {
-    lane->graphs = calloc(engine->buckets_n, sizeof(cudaGraphExec_t));
     lane->segments = calloc(engine->segments_max, sizeof *lane->segments);
-    lane->order = calloc(engine->segments_max, sizeof *lane->order);
-    if (!lane->graphs || !lane->segments || !lane->order)
+    lane->sorted = calloc(engine->segments_max, sizeof *lane->sorted);
+    for (size_t step = 0; step < ARRAY_LEN(lane->graphs); step++)
+        lane->graphs[step] = calloc(engine->buckets_n, sizeof(cudaGraphExec_t));
+    if (!lane->graphs[0] || !lane->graphs[1] || !lane->segments || !lane->sorted)
         return out_of_memory(err, "a lane");
     cudaError_t error = lane_open_device(engine, lane);
-    return error == cudaSuccess ? STATUS_OK : cuda_failed(error, "capturing the graphs", err);
+    return error == cudaSuccess ? STATUS_OK : cuda_failed(error, "opening a lane", err);
+}
+
+// A bucket's graphs, of every lane.
+static cudaError_t capture_bucket(struct engine *engine, uint32_t bucket)
+{
+    cudaError_t error = cudaSuccess;
+    for (uint32_t i = 0; i < engine->lanes_n && error == cudaSuccess; i++) {
+        struct lane *lane = &engine->lanes[i];
+        for (int attention = 0; attention < 2 && error == cudaSuccess; attention++)
+            error = capture(engine, lane, attention, bucket);
+        if (error == cudaSuccess)
+            error = cudaStreamSynchronize(lane->stream); // uploaded, so that it can be weighed
+    }
+    return error;
 }
 
 static enum status staging_open(struct engine *engine, struct error *err)
@@ -548,6 +759,7 @@ static enum status check_device(int device, const char *kernel, struct cudaDevic
 static enum status fill_buckets(struct engine *engine, const struct engine_options *options,
                                 struct error *err)
 {
+    ASSERT(options->buckets_n <= ENGINE_BUCKETS_MAX);
     engine->buckets_n = options->buckets_n;
     engine->buckets = calloc(options->buckets_n, sizeof *engine->buckets);
     engine->lanes_n = options->lanes;
@@ -566,6 +778,56 @@ static uint64_t device_bytes_free(void)
     return cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess ? free_bytes : 0;
 }
 
+// Since `before` bytes were free. The driver takes memory by the megabyte: who comes first pays for
+// those that still fit.
+static uint64_t device_bytes_taken(uint64_t before)
+{
+    uint64_t after = device_bytes_free();
+    return before > after ? before - after : 0;
+}
+
+// Captures everything, bucket by bucket, and notes what memory each took.
+static enum status capture_all(struct engine *engine, struct error *err)
+{
+    struct engine_info *info = &engine->info;
+    uint64_t started_ns = now_ns();
+    info->bucket_graphs_n = 2 * engine->lanes_n;
+    for (uint32_t i = 0; i < engine->buckets_n; i++) {
+        uint64_t before = device_bytes_free();
+        cudaError_t error = capture_bucket(engine, i);
+        if (error != cudaSuccess)
+            return cuda_failed(error, "capturing the graphs", err);
+        info->bucket_graphs_bytes[i] = device_bytes_taken(before);
+        info->graphs_bytes += info->bucket_graphs_bytes[i];
+        LOG(INFO, "bucket captured", LOG_U64("tokens", engine->buckets[i].tokens_max),
+            LOG_U64("graphs", info->bucket_graphs_n),
+            LOG_U64("device_bytes", info->bucket_graphs_bytes[i]));
+    }
+    LOG(INFO, "graphs captured",
+        LOG_U64("graphs", (uint64_t)info->bucket_graphs_n * engine->buckets_n),
+        LOG_U64("device_bytes", info->graphs_bytes), LOG_U64("lanes_bytes", info->lanes_bytes),
+        LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
+    return STATUS_OK;
+}
+
+static enum status open_device(struct engine *engine, const struct engine_options *options,
+                               struct error *err)
+{
+    struct engine_info *info = &engine->info;
+    enum status status = fill_buckets(engine, options, err);
+    if (status != STATUS_OK)
+        return status;
+    list_kernels(engine);
+    uint64_t before = device_bytes_free();
+    status = staging_open(engine, err);
+    info->scratch_bytes = device_bytes_taken(before);
+    before = device_bytes_free();
+    for (uint32_t i = 0; i < engine->lanes_n && status == STATUS_OK; i++)
+        status = lane_open(engine, &engine->lanes[i], err);
+    info->lanes_bytes = device_bytes_taken(before);
+    return status == STATUS_OK ? capture_all(engine, err) : status;
+}
+
 static enum status cuda_open(const struct engine_options *options, struct engine **out,
                              struct error *err)
 {
@@ -579,6 +841,7 @@ static enum status cuda_open(const struct engine_options *options, struct engine
         return out_of_memory(err, "the engine");
     engine->segments_max = options->batch_segments_max;
     engine->reduced_dim_max = options->reduced_dim_max;
+    engine->phase_sample = options->phase_sample;
     pthread_mutex_init(&engine->load_lock, NULL);
     pthread_mutex_init(&engine->buffers_lock, NULL);
     snprintf(engine->info.device, sizeof engine->info.device, "%.80s, SM %d.%d, %d SMs, %.1f GiB",
@@ -586,23 +849,11 @@ static enum status cuda_open(const struct engine_options *options, struct engine
              device_info.multiProcessorCount, (double)device_info.totalGlobalMem / (1 << 30));
     snprintf(engine->info.kernel, sizeof engine->info.kernel, "%s: %s", choice.name, choice.reason);
 
-    status = fill_buckets(engine, options, err);
-    if (status == STATUS_OK)
-        list_kernels(engine);
-    uint64_t before = device_bytes_free(), started_ns = now_ns();
-    if (status == STATUS_OK)
-        status = staging_open(engine, err);
-    for (uint32_t i = 0; i < engine->lanes_n && status == STATUS_OK; i++)
-        status = lane_open(engine, &engine->lanes[i], err);
+    status = open_device(engine, options, err);
     if (status != STATUS_OK) {
         close_all(engine);
         return status;
     }
-    uint64_t after = device_bytes_free();
-    engine->info.scratch_bytes = before > after ? before - after : 0;
-    LOG(INFO, "graphs captured", LOG_U64("graphs", (uint64_t)engine->lanes_n * engine->buckets_n),
-        LOG_U64("device_bytes", engine->info.scratch_bytes),
-        LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
     *out = engine;
     return STATUS_OK;
 }
@@ -618,6 +869,8 @@ static void cuda_close(struct engine *engine)
 static void cuda_describe(const struct engine *engine, struct engine_info *info)
 {
     *info = engine->info;
+    info->graph_replays = atomic_load_explicit(&engine->graph_replays, memory_order_relaxed);
+    info->eager_launches = atomic_load_explicit(&engine->eager_launches, memory_order_relaxed);
 }
 
 static bool cuda_usable(void)

@@ -115,6 +115,7 @@ static bool null_poll(struct engine *engine, uint32_t lane, struct engine_result
     engine->submitted_ns[lane] = 0;
     result->status = STATUS_OK;
     result->started_ns = result->ended_ns = submitted_ns;
+    result->copy_in_ns = result->kernel_ns = result->copy_out_ns = 0;
     return true;
 }
 

@@ -78,7 +78,7 @@ cudaError_t cuda_relayout_scales(const struct cuda_weight *weight, const void *s
 enum cuda_kernel {
     CUDA_KERNEL_AUTO,    // by the tokens that share a reading of the weight
     CUDA_KERNEL_DECODE,  // "decode"
-    CUDA_KERNEL_PREFILL, // "prefill"; not in a bucket without prefill_blocks
+    CUDA_KERNEL_PREFILL, // "prefill"
     CUDA_KERNEL_HOPPER,  // "hopper": capability 9.0 only
 };
 
@@ -92,10 +92,13 @@ struct cuda_segment {
 
 struct cuda_bucket {
     uint32_t tokens_max;
-    uint32_t decode_tokens;  // of one run: 8, 16, 32 or 64
-    uint32_t decode_workers; // thread blocks that the device holds at once
-    uint32_t prefill_blocks; // 0: this bucket needs no prefill
+    uint32_t decode_tokens;    // of one run: 8, 16, 32 or 64
+    uint32_t decode_workers;   // thread blocks that the device holds at once
+    uint32_t prefill_blocks;
     uint32_t prefill_from;   // tokens of one weight from which they go to prefill
+    uint32_t hopper_rows, hopper_tokens; // of a tile
+    uint32_t hopper_workers; // 0: the device is no Hopper
+    uint32_t hopper_from;    // tokens of one weight of E4M3 from which they go to Hopper's arm
     uint32_t attention_blocks; // of a launch with attention
 };
 
@@ -108,22 +111,66 @@ uint64_t cuda_table_used(const struct cuda_table *table);
 void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
                       uint32_t segments_n, uint32_t *order, struct cuda_table *table);
 
-// ---- launches (attention.cu, decode.cu, prefill.cu)
+// ---- launches (launch.c)
 
-// Which kernels and how many blocks; asks the current device.
-cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max);
+// Which kernels and how many blocks; asks the current device. `hopper`: whether its arm may be used.
+cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bool hopper);
 
 // Scratch of a launch: zero before the first, left ready for the next.
 uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket);
 
-// Computes everything in `table` (device memory). Launched with programmatic stream serialization:
-// the table and the weights may be read before the kernel ahead in the stream has ended, so that
-// kernel must not write them; activations are read, and outputs written, after it.
-//
-// `attention`: segments may have rotations. Then attention.cu's kernel goes first, and overlaps with
-// none before or after it.
-cudaError_t cuda_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
-                        void *workspace, bool attention, cudaStream_t stream);
+enum {
+    // Segments may have rotations: attention.cu's kernel goes first and overlaps with no other.
+    CUDA_LAUNCH_ATTENTION = 1,
+    // The kernel ahead writes the table or the activations: none overlaps it.
+    CUDA_LAUNCH_WRITTEN = 2,
+};
+
+// The kernels of a launch, or'ed together: a graph is captured for each set that a table may need.
+enum cuda_launch {
+    CUDA_LAUNCH_ATTENTION = 1,
+    CUDA_LAUNCH_DECODE = 2,
+    CUDA_LAUNCH_PREFILL = 4,
+    CUDA_LAUNCH_HOPPER = 8,
+    CUDA_LAUNCH_SETS = 16, // how many there are
+};
+
+// What a table needs; and whether a bucket's tables can ever need `launches`.
+uint32_t cuda_table_launches(const struct cuda_table *table);
+bool cuda_bucket_can_launch(const struct cuda_bucket *bucket, uint32_t launches);
+
+// Computes what is in `table` (device memory) for these kernels. They are launched with programmatic
+// stream serialization and wait for the kernel ahead in the stream before their first store, not
+// before: table, weights, activations and scales must be in place when that kernel starts. Where
+// attention is among them, its kernel goes first and overlaps with none before or after it.
+cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
+                        const struct cuda_table *table, void *workspace, cudaStream_t stream);
+
+// ---- the ends of a batch's graph (fetch.cu)
+
+// What the host asks of one launch. Pinned; written before the launch, left alone until the report.
+struct cuda_order {
+    uint64_t table_from, table_to;     // device addresses, the first of host memory; aligned to 16
+    uint64_t input_from, input_to;     // likewise
+    uint64_t table_bytes, input_bytes; // rounded up to 16 by who reads; 0: nothing to fetch
+    uint64_t sequence;                 // to be reported, different from the last one
+    uint64_t padding;
+};
+
+// What the device says of it. Pinned, a cache line of its own. Times are the device's, in ns.
+struct cuda_report {
+    uint64_t begun_ns, fetched_ns, computed_ns;
+    uint64_t sequence; // written last: with it, all that the launch wrote is visible to the host
+    uint64_t padding[4];
+};
+
+// First in a graph: copies what the order names. Before CUDA_LAUNCH_WRITTEN.
+cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct cuda_report *report,
+                              cudaStream_t stream);
+
+// Last in a graph: waits for all ahead and reports.
+cudaError_t cuda_report_launch(const struct cuda_order *order, struct cuda_report *report,
+                               cudaStream_t stream);
 
 #ifdef __cplusplus
 }

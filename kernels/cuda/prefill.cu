@@ -6,9 +6,10 @@
 //
 // Blocks take tiles in turn, neighbours in the order share activations and weights in L2: outputs
 // run fastest, then tokens, then groups.
-#include "cuda.h"
+#include "launch.h"
 
 #include "copy.cuh"
+#include "line.cuh"
 #include "mma.cuh"
 #include "scales.cuh"
 #include "wide.cuh"
@@ -57,17 +58,8 @@ struct tile {
 
 __device__ inline tile locate(const cuda_table *table, uint32_t index)
 {
-    uint32_t lane = threadIdx.x % 32, run = 0;
-    for (uint32_t first = 0;; first += 32) {
-        uint32_t i = first + lane;
-        bool before =
-            i < table->prefill_runs && table->runs[table->decode_runs + i].unit_begin <= index;
-        uint32_t n = __popc(__ballot_sync(0xFFFFFFFF, before));
-        run = first + n - 1;
-        if (n < 32)
-            break;
-    }
-    run += table->decode_runs;
+    uint32_t run = table->decode_runs +
+                   find_run(table->runs + table->decode_runs, table->prefill_runs, index);
     const cuda_run &r = table->runs[run];
     uint32_t tiles_t = (r.rows + TOKENS - 1) / TOKENS;
     index -= r.unit_begin;
@@ -301,61 +293,24 @@ __global__ void __launch_bounds__(THREADS, 2) prefill_kernel(const cuda_table *_
 
 // ---- host
 
-extern "C" cudaError_t cuda_decode_init(struct cuda_bucket *bucket, int sm_count);
-extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
-                                          const struct cuda_table *table, void *workspace,
-                                          bool overlaps, cudaStream_t stream);
-extern "C" void cuda_attention_init(struct cuda_bucket *bucket, int sm_count);
-extern "C" cudaError_t cuda_attention_launch(const struct cuda_bucket *bucket,
-                                             const struct cuda_table *table, cudaStream_t stream);
-
-extern "C" cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max)
+extern "C" cudaError_t cuda_prefill_init(struct cuda_bucket *bucket, int sm_count)
 {
-    int device, sm_count, blocks = 0;
-    cudaError_t error = cudaGetDevice(&device);
+    int blocks = 0;
+    cudaError_t error = cudaFuncSetAttribute(
+        prefill_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(prefill_smem));
     if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess)
-        return error;
-    *bucket = {};
-    bucket->tokens_max = tokens_max;
-    bucket->decode_tokens = tokens_max <= 8    ? 8
-                            : tokens_max <= 16 ? 16
-                            : tokens_max <= 32 ? 32
-                                               : 64;
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, prefill_kernel, THREADS,
+                                                              sizeof(prefill_smem));
     bucket->prefill_from = CUDA_PREFILL_TOKENS_MIN;
-    if (tokens_max >= bucket->prefill_from) {
-        error = cudaFuncSetAttribute(prefill_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     sizeof(prefill_smem));
-        if (error == cudaSuccess)
-            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, prefill_kernel, THREADS,
-                                                                  sizeof(prefill_smem));
-        if (error != cudaSuccess)
-            return error;
-        bucket->prefill_blocks = (uint32_t)(blocks * sm_count);
-    }
-    cuda_attention_init(bucket, sm_count);
-    return cuda_decode_init(bucket, sm_count);
+    bucket->prefill_blocks = (uint32_t)(blocks * sm_count);
+    return error;
 }
 
-extern "C" cudaError_t cuda_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
-                                   void *workspace, bool attention, cudaStream_t stream)
+extern "C" cudaError_t cuda_prefill_launch(const struct cuda_bucket *bucket,
+                                           const struct cuda_table *table, bool overlaps,
+                                           cudaStream_t stream)
 {
-    cudaError_t error = attention ? cuda_attention_launch(bucket, table, stream) : cudaSuccess;
-    if (error == cudaSuccess)
-        error = cuda_decode_launch(bucket, table, workspace, !attention, stream);
-    if (error != cudaSuccess || bucket->prefill_blocks == 0)
-        return error;
     void *arguments[] = {&table};
-    cudaLaunchAttribute serialization = {};
-    serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    serialization.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(bucket->prefill_blocks);
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = sizeof(prefill_smem);
-    config.stream = stream;
-    config.attrs = &serialization;
-    config.numAttrs = 1;
-    return cudaLaunchKernelExC(&config, (const void *)prefill_kernel, arguments);
+    return cuda_launch_kernel((const void *)prefill_kernel, bucket->prefill_blocks, THREADS,
+                              sizeof(prefill_smem), arguments, overlaps, stream);
 }

@@ -77,7 +77,7 @@ static double measure(const model &m, const cuda_bucket &bucket, uint32_t tokens
     cudaGraphExec_t exec;
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     for (uint32_t i = 0; i < launches; i++)
-        CHECK(cuda_launch(&l.bucket, (cuda_table *)(tables + table_bytes * i), l.workspace, false,
+        CHECK(cuda_launch(&l.bucket, (cuda_table *)(tables + table_bytes * i), l.workspace, 0,
                           stream));
     CHECK(cudaStreamEndCapture(stream, &graph));
     CHECK(cudaGraphInstantiate(&exec, graph, 0));
