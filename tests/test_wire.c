@@ -90,6 +90,7 @@ static void assert_same_request(const struct wire_request *a, const struct wire_
 {
     ck_assert_uint_eq(a->request_id, b->request_id);
     ck_assert_str_eq(a->weight, b->weight);
+    ck_assert_int_eq(a->kind, b->kind);
     ck_assert_str_eq(a->equation, b->equation);
     ck_assert_str_eq(a->kernel, b->kernel);
     ck_assert_int_eq(a->recipe, b->recipe);
@@ -411,6 +412,152 @@ START_TEST(refuses_a_stream_request_of_another_type)
 }
 END_TEST
 
+// ---- OutputProjectRequest
+
+// Every field set, as above.
+static size_t pack_output_project(uint8_t to[MESSAGE_BYTES_MAX])
+{
+    static char weight[] = "layers.3.attn.wo_\xc3\xa4", kernel[] = "prefill";
+    static uint8_t attention[61], positions[16];
+    for (size_t i = 0; i < sizeof attention; i++)
+        attention[i] = (uint8_t)(0x80 + i);
+    memset(positions, 0xff, sizeof positions);
+    Einsum__V1__OutputProjectRequest request = EINSUM__V1__OUTPUT_PROJECT_REQUEST__INIT;
+    request.request_id = UINT64_MAX;
+    request.weight = weight;
+    request.output_type = (Einsum__V1__OutputType)-7; // ten bytes on the wire
+    request.tokens = UINT32_MAX;
+    request.group_begin = 1u << 14;
+    request.group_end = 1u << 21;
+    request.digest_only = 1;
+    request.attention = (ProtobufCBinaryData){sizeof attention, attention};
+    request.positions = (ProtobufCBinaryData){sizeof positions, positions};
+    request.kernel = kernel;
+    ck_assert_uint_le(einsum__v1__output_project_request__get_packed_size(&request),
+                      MESSAGE_BYTES_MAX);
+    return einsum__v1__output_project_request__pack(&request, to);
+}
+
+static void assert_output_project_agrees(const struct wire_request *request, const uint8_t *flat,
+                                         const Einsum__V1__OutputProjectRequest *peer)
+{
+    ck_assert_int_eq(request->kind, WIRE_OUTPUT_PROJECT);
+    ck_assert_uint_eq(request->request_id, peer->request_id);
+    ck_assert_str_eq(request->weight, peer->weight);
+    ck_assert_str_eq(request->kernel, peer->kernel);
+    ck_assert_int_eq(request->output_type, (int32_t)peer->output_type);
+    ck_assert_uint_eq(request->tokens, peer->tokens);
+    ck_assert_uint_eq(request->group_begin, peer->group_begin);
+    ck_assert_uint_eq(request->group_end, peer->group_end);
+    ck_assert_int_eq(request->digest_only, peer->digest_only != 0);
+    assert_range_is(flat, request->attention, peer->attention);
+    assert_range_is(flat, request->positions, peer->positions);
+    ck_assert_str_eq(request->equation, ""); // what is not in this message
+    ck_assert_int_eq(request->recipe, 0);
+    ck_assert_uint_eq(request->activations.bytes, 0);
+    ck_assert_uint_eq(request->activation_scales.bytes, 0);
+}
+
+// Cut short, it is a shorter message in protobuf-c's eyes too, or refused.
+START_TEST(reads_an_output_project_request)
+{
+    uint8_t flat[MESSAGE_BYTES_MAX];
+    size_t n = pack_output_project(flat), accepted = 0;
+    struct cut cut;
+    struct wire_request request;
+    struct error err;
+    for (size_t kept = 0; kept <= n; kept++) {
+        cut_evenly(&cut, flat, kept, 1 + kept % 40);
+        enum status status =
+            wire_read_request(cut.slices, cut.slices_n, WIRE_OUTPUT_PROJECT, &request, &err);
+        cut_free(&cut);
+        Einsum__V1__OutputProjectRequest *peer =
+            einsum__v1__output_project_request__unpack(NULL, kept, flat);
+        ck_assert_int_eq(status, peer ? STATUS_OK : STATUS_INVALID_ARGUMENT);
+        if (!peer)
+            continue;
+        assert_output_project_agrees(&request, flat, peer);
+        einsum__v1__output_project_request__free_unpacked(peer, NULL);
+        accepted++;
+    }
+    ck_assert_uint_eq(accepted, 11); // between the ten fields, and at both ends
+}
+END_TEST
+
+static size_t wrap(uint8_t *to, uint8_t tag, const uint8_t *inner, size_t inner_n)
+{
+    ck_assert(inner_n >= 128 && inner_n < 1 << 14); // a length of two bytes
+    to[0] = tag;
+    to[1] = (uint8_t)(0x80 | inner_n);
+    to[2] = (uint8_t)(inner_n >> 7);
+    memcpy(to + 3, inner, inner_n);
+    return 3 + inner_n;
+}
+
+// As protobuf-c reads the oneof.
+START_TEST(the_last_of_both_kinds_counts)
+{
+    uint8_t einsum[MESSAGE_BYTES_MAX], project[MESSAGE_BYTES_MAX], both[2 * MESSAGE_BYTES_MAX];
+    size_t einsum_n = pack_full_request(einsum), project_n = pack_output_project(project);
+    struct wire_request request;
+
+    size_t n = wrap(both, 0x0a, einsum, einsum_n);
+    n += wrap(both + n, 0x12, project, project_n);
+    ck_assert_int_eq(read_flat(both, n, true, &request, NULL), STATUS_OK);
+    Einsum__V1__EinsumStreamRequest *peer =
+        einsum__v1__einsum_stream_request__unpack(NULL, n, both);
+    ck_assert_int_eq(peer->kind_case, EINSUM__V1__EINSUM_STREAM_REQUEST__KIND_OUTPUT_PROJECT);
+    assert_output_project_agrees(&request, both, peer->output_project);
+    einsum__v1__einsum_stream_request__free_unpacked(peer, NULL);
+
+    n = wrap(both, 0x12, project, project_n);
+    n += wrap(both + n, 0x0a, einsum, einsum_n);
+    ck_assert_int_eq(read_flat(both, n, true, &request, NULL), STATUS_OK);
+    peer = einsum__v1__einsum_stream_request__unpack(NULL, n, both);
+    ck_assert_int_eq(peer->kind_case, EINSUM__V1__EINSUM_STREAM_REQUEST__KIND_REQUEST);
+    ck_assert_int_eq(request.kind, WIRE_EINSUM);
+    assert_agrees(&request, both, peer->request);
+    ck_assert_uint_eq(request.attention.bytes, 0);
+    einsum__v1__einsum_stream_request__free_unpacked(peer, NULL);
+}
+END_TEST
+
+static const struct refusal output_project_refusals[] = {
+#define BYTES(literal) (literal), sizeof(literal) - 1
+    {BYTES("\x40\x01"), "attention", "wire type 0, expected 2"},
+    {BYTES("\x49\x01\x02\x03\x04\x05\x06\x07\x08"), "positions", "wire type 1, expected 2"},
+    {BYTES("\x4a\x02\x01"), "positions", "length that runs past the end"},
+    {BYTES("\x42\xff\xff\xff\xff\x0f"), "attention", "length that runs past the end"},
+    {BYTES("\x22\x01\x05"), "tokens", "wire type 2, expected 0"},
+    {BYTES("\x52\x01\xff"), "kernel", "not UTF-8"},
+    {BYTES("\x5b"), "", "group"},
+#undef BYTES
+};
+
+START_TEST(names_the_fault_of_an_output_project_request)
+{
+    const struct refusal *refusal = &output_project_refusals[_i];
+    uint8_t wrapped[64] = {0x12, (uint8_t)refusal->bytes_n};
+    memcpy(wrapped + 2, refusal->bytes, refusal->bytes_n);
+    struct wire_request request;
+    struct error err;
+    struct cut cut;
+    cut_evenly(&cut, wrapped + 2, refusal->bytes_n, 3);
+    ck_assert_int_eq(
+        wire_read_request(cut.slices, cut.slices_n, WIRE_OUTPUT_PROJECT, &request, &err),
+        STATUS_INVALID_ARGUMENT);
+    cut_free(&cut);
+    ck_assert_str_eq(err.field, refusal->field);
+    ck_assert_msg(strstr(err.text, refusal->text), "\"%s\" lacks \"%s\"", err.text, refusal->text);
+
+    ck_assert_int_eq(read_flat(wrapped, 2 + refusal->bytes_n, true, &request, &err),
+                     STATUS_INVALID_ARGUMENT);
+    ck_assert_str_eq(err.field, refusal->field);
+}
+END_TEST
+
+// ---- copying
+
 // Whether every range of `flat` comes out of `cut` unchanged, with nothing written past its end.
 static bool copies_every_range(const struct cut *cut, const uint8_t *flat, size_t n)
 {
@@ -603,6 +750,10 @@ int main(void)
     tcase_add_test(reading, merges_a_stream_request_sent_in_pieces);
     tcase_add_test(reading, keeps_what_came_before_the_fault);
     tcase_add_test(reading, refuses_a_stream_request_of_another_type);
+    tcase_add_test(reading, reads_an_output_project_request);
+    tcase_add_test(reading, the_last_of_both_kinds_counts);
+    tcase_add_loop_test(reading, names_the_fault_of_an_output_project_request, 0,
+                        (int)ARRAY_LEN(output_project_refusals));
     tcase_add_test(reading, copies_any_range_from_any_cut);
     tcase_add_test_raise_signal(reading, copying_past_the_end_is_a_broken_invariant, SIGABRT);
     suite_add_tcase(suite, reading);
