@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #include "kernels/einsum.h"
+#include "rope.h"
 #include "selftest.h"
 
 enum {
@@ -42,6 +43,7 @@ enum kind {
     KIND_BOOL,
     KIND_U32,
     KIND_U64,
+    KIND_REAL,
     KIND_MODE, // uint32_t, written as an octal string
     KIND_STRING,
     KIND_CHOICE, // char *, one of `choices`
@@ -91,6 +93,9 @@ static const char *const log_formats[] = {
 #define U64(member, least, most, preset, of, means)                                                \
     AT(member), .kind = KIND_U64, .min = (least), .max = (most), .default_json = (preset),         \
                 .unit = (of), .meaning = (means)
+#define REAL(member, least, most, preset, of, means)                                               \
+    AT(member), .kind = KIND_REAL, .min = (least), .max = (most), .default_json = (preset),        \
+                .unit = (of), .meaning = (means)
 #define MODE(member, preset, means)                                                                \
     AT(member), .kind = KIND_MODE, .max = 0777, .default_json = (preset), .meaning = (means)
 #define BOOL(member, preset, means)                                                                \
@@ -124,6 +129,27 @@ static const struct key weights_keys[] = {
 #undef OF
 static const struct table weights_table = {weights_keys, ARRAY_LEN(weights_keys),
                                            sizeof(struct config_weights)};
+
+#define OF config_rope
+static const struct key rope_keys[] = {
+    {STRING(weights, 1, 255, NULL,
+            "shell pattern of weight names; the first entry that matches a weight is its rope")},
+    {REAL(theta, 0, ROPE_THETA_MAX, "0", NULL, "base of the frequencies; 0: see cache")},
+    {REAL(factor, 0, ROPE_FACTOR_MAX, "0", NULL, "YaRN's; 0 or 1: no YaRN")},
+    {U32(original_positions_max, 0, ROPE_POSITIONS_MAX, "0", "positions",
+         "of YaRN: what the model was first trained with")},
+    {REAL(beta_fast, 0, 1000000, "0", "turns", "of YaRN; 0: 32")},
+    {REAL(beta_slow, 0, 1000000, "0", "turns", "of YaRN; 0: 1")},
+    {U32(positions_max, 0, ROPE_POSITIONS_MAX, "0", "positions",
+         "from which on positions are refused; 0: 1048576, or all of the cache")},
+    {STRING(cache, 0, STRING_BYTES_MAX, "\"\"",
+            "in place of theta: a .safetensors file; relative to the first root")},
+    {STRING(cache_tensor, 0, ROPE_TENSOR_BYTES - 1, "\"\"",
+            "its tensor, F32 [positions, 64], cos then sin; \"\": \"" ROPE_CACHE_TENSOR "\"")},
+};
+#undef OF
+static const struct table rope_table = {rope_keys, ARRAY_LEN(rope_keys),
+                                        sizeof(struct config_rope)};
 
 #define OF config
 static const struct key config_keys[] = {
@@ -177,6 +203,9 @@ static const struct key config_keys[] = {
             "the only directories from which weights are read, at start and by LoadWeights")},
     {LIST(0, CONFIG_WEIGHTS_MAX, weights),
      OBJECT(weights, &weights_table, "[]", "what to load at start")},
+    {LIST(0, CONFIG_ROPES_MAX, ropes),
+     OBJECT(ropes, &rope_table, "[]",
+            "how positions turn; OutputProject needs one for its weight")},
     {U32(load_threads, 0, 256, "0", "threads", "that load weights at start; 0: one per core")},
 
     {SECTION("running"), U32(drain_grace_ms, 0, DAY_MS, "30000", "milliseconds",
@@ -201,6 +230,8 @@ static size_t value_bytes(const struct key *key)
         return sizeof(uint32_t);
     case KIND_U64:
         return sizeof(uint64_t);
+    case KIND_REAL:
+        return sizeof(double);
     case KIND_STRING:
     case KIND_CHOICE:
         return sizeof(char *);
@@ -260,6 +291,10 @@ static void append_expected_value(const struct key *key, char text[EXPECTED_BYTE
     case KIND_U32:
     case KIND_U64:
         append(text, EXPECTED_BYTES, "an integer from %llu to %llu%s%s", min, max,
+               key->unit ? " " : "", key->unit ? key->unit : "");
+        return;
+    case KIND_REAL:
+        append(text, EXPECTED_BYTES, "a number from %llu to %llu%s%s", min, max,
                key->unit ? " " : "", key->unit ? key->unit : "");
         return;
     case KIND_MODE:
@@ -339,6 +374,12 @@ static bool to_integer(const struct key *key, const json_t *value, uint64_t *int
     return true;
 }
 
+static bool to_real(const struct key *key, const json_t *value, double *real)
+{
+    *real = json_number_value(value);
+    return json_is_number(value) && *real >= (double)key->min && *real <= (double)key->max;
+}
+
 // Digits 0 to 7 alone: strtoul would take signs and blanks.
 static bool to_mode(const struct key *key, const json_t *value, uint32_t *mode)
 {
@@ -375,6 +416,7 @@ static enum status set_value(const struct key *key, void *to, const char *path, 
                              struct error *err)
 {
     uint64_t integer;
+    double real;
     uint32_t mode;
     unsigned choice;
     switch (key->kind) {
@@ -392,6 +434,11 @@ static enum status set_value(const struct key *key, void *to, const char *path, 
         if (!to_integer(key, value, &integer))
             break;
         *(uint64_t *)to = integer;
+        return STATUS_OK;
+    case KIND_REAL:
+        if (!to_real(key, value, &real))
+            break;
+        *(double *)to = real;
         return STATUS_OK;
     case KIND_MODE:
         if (!to_mode(key, value, &mode))
@@ -678,6 +725,24 @@ static enum status check_buckets(const struct config *config, struct error *err)
     return STATUS_OK;
 }
 
+static enum status check_ropes(const struct config *config, struct error *err)
+{
+    for (size_t i = 0; i < config->ropes_n; i++) {
+        const struct config_rope *rope = &config->ropes[i];
+        char path[PATH_BYTES];
+        snprintf(path, sizeof path, "ropes[%zu].theta", i);
+        if ((rope->theta > 0) == (rope->cache[0] != '\0'))
+            return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                               "expected exactly one of theta and cache, got %s",
+                               rope->cache[0] ? "both" : "neither");
+        snprintf(path, sizeof path, "ropes[%zu].cache", i);
+        if (rope->cache[0] && !config->weights_roots_n)
+            return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                               "needs weights_roots, the only directories that are read");
+    }
+    return STATUS_OK;
+}
+
 static enum status check_together(const struct config *config, struct error *err)
 {
     enum status status = check_listens(config, err);
@@ -696,6 +761,9 @@ static enum status check_together(const struct config *config, struct error *err
     if (config->weights_n && !config->weights_roots_n)
         return error_field(err, STATUS_INVALID_ARGUMENT, "weights_roots",
                            "must name the directory that weights are read from");
+    status = check_ropes(config, err);
+    if (status)
+        return status;
     for (size_t i = 0; i < config->weights_n; i++) {
         const struct config_weights *weights = &config->weights[i];
         if (weights->tensor_parallel_rank < weights->tensor_parallel_size)
@@ -827,6 +895,8 @@ static json_t *value_to_json(const struct key *key, const void *value)
         return json_integer(*(const uint32_t *)value);
     case KIND_U64:
         return json_integer((json_int_t) * (const uint64_t *)value);
+    case KIND_REAL:
+        return json_real(*(const double *)value);
     case KIND_MODE:
         snprintf(mode, sizeof mode, "%04o", *(const uint32_t *)value);
         return json_string(mode);

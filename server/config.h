@@ -1,8 +1,9 @@
 // The configuration: one JSON object, one table of keys (config.c). A key is spelled like its
-// member below, and none is nested but those of "weights":
+// member below, and none is nested but those of "weights" and "ropes":
 //
 //     {"listen": ["unix:/run/einsumd.sock"], "weights_roots": ["/models"],
-//      "weights": [{"path": "deepseek-v4-flash"}], "log_format": "json"}
+//      "weights": [{"path": "deepseek-v4-flash"}], "ropes": [{"weights": "*", "theta": 10000}],
+//      "log_format": "json"}
 //
 // Every key has a unit, a range and a default in the table, and `einsumd --help-config` prints it.
 // Unknown keys, duplicates and values out of range are errors that name the line or the key.
@@ -15,6 +16,7 @@ enum {
     CONFIG_LISTEN_MAX = 16,
     CONFIG_ROOTS_MAX = 16,
     CONFIG_WEIGHTS_MAX = 64,
+    CONFIG_ROPES_MAX = 64,
     CONFIG_TENSORS_MAX = 16,
     CONFIG_BUCKETS_MAX = 64,
 };
@@ -27,6 +29,16 @@ struct config_weights { // one entry of "weights": what to load at start; as Loa
     uint32_t tensor_parallel_rank;
     uint32_t tensor_parallel_size;
     uint32_t output_dim;
+};
+
+struct config_rope { // one entry of "ropes": how attention's output of some weights was rotated
+    char *weights;   // shell pattern of weight names; the first entry that matches a weight is its
+    double theta;    // the rest as struct rope_options; 0 and "": not given
+    double factor;
+    uint32_t original_positions_max;
+    double beta_fast, beta_slow;
+    uint32_t positions_max;
+    char *cache, *cache_tensor; // never NULL
 };
 
 struct config {
@@ -71,6 +83,8 @@ struct config {
     size_t weights_roots_n;
     struct config_weights weights[CONFIG_WEIGHTS_MAX];
     size_t weights_n;
+    struct config_rope ropes[CONFIG_ROPES_MAX]; // of weights loaded at start and by LoadWeights
+    size_t ropes_n;
     uint32_t load_threads; // at start; 0 (default): one per core
 
     // running

@@ -16,6 +16,7 @@
 #include "batch.h"
 #include "control.h"
 #include "listener.h"
+#include "rope.h"
 #include "rpc.h"
 #include "service.h"
 #include "verify.h"
@@ -66,7 +67,7 @@ static void resolve_threads(struct config *config)
 
 // What a batch of the largest weight needs at most: GKT pads tokens to 4 for each request, and each
 // tensor starts at a cache line, which a little slack covers; FP32 scales of 32 are the widest,
-// FP32 the widest output.
+// FP32 the widest output. Where weights have ropes, attention's output is wider than both.
 static void resolve_batch_bytes(struct config *config, const struct weights_totals *totals)
 {
     bool none = totals->weights == 0;
@@ -78,9 +79,12 @@ static void resolve_batch_bytes(struct config *config, const struct weights_tota
     uint64_t activations = einsum_activation_bytes(tokens, groups, reduced_dim);
     uint64_t scales =
         einsum_scale_bytes(EINSUM_SCALES_GKT, EINSUM_SCALE_FP32, tokens, groups, reduced_dim / 32);
+    uint64_t input = activations + scales;
+    if (config->ropes_n > 0) // twice as wide; without a rope there is none
+        input = attention_bytes(tokens, groups, reduced_dim) +
+                tokens * sizeof(struct attention_rotation);
     if (config->batch_input_bytes == 0)
-        config->batch_input_bytes =
-            align_up(activations + scales + slack, (uint64_t)sysconf(_SC_PAGESIZE));
+        config->batch_input_bytes = align_up(input + slack, (uint64_t)sysconf(_SC_PAGESIZE));
     if (config->batch_output_bytes == 0)
         config->batch_output_bytes =
             align_up(einsum_output_bytes(EINSUM_OUTPUT_FP32, tokens, groups, output_dim) + slack,
@@ -142,6 +146,30 @@ static bool on_load_progress(void *context, uint32_t weights_done, uint32_t weig
     return !stop_requested();
 }
 
+NODISCARD static enum status add_ropes(struct daemon *daemon, struct error *err)
+{
+    const struct config *config = daemon->config;
+    enum status status = STATUS_OK;
+    for (size_t i = 0; i < config->ropes_n && status == STATUS_OK; i++) {
+        const struct config_rope *entry = &config->ropes[i];
+        const struct rope_options options = {
+            .theta = entry->theta,
+            .factor = entry->factor,
+            .original_positions_max = entry->original_positions_max,
+            .beta_fast = entry->beta_fast,
+            .beta_slow = entry->beta_slow,
+            .positions_max = entry->positions_max,
+            .cache = entry->cache,
+            .cache_tensor = entry->cache_tensor,
+        };
+        struct error cause;
+        status = weights_add_rope(daemon->context.weights, entry->weights, &options, &cause);
+        if (status != STATUS_OK) // which of them
+            error_set(err, status, "ropes[%zu].%.480s", i, cause.text);
+    }
+    return status;
+}
+
 NODISCARD static enum status load_weights(struct daemon *daemon, struct error *err)
 {
     struct config *config = daemon->config;
@@ -149,6 +177,8 @@ NODISCARD static enum status load_weights(struct daemon *daemon, struct error *e
     enum status status = weights_create(
         context->engine_ops, context->engine, (const char *const *)config->weights_roots,
         config->weights_roots_n, REDUCED_DIM_MAX, &context->weights, err);
+    if (status == STATUS_OK)
+        status = add_ropes(daemon, err);
     for (size_t i = 0; i < config->weights_n && status == STATUS_OK; i++) {
         const struct config_weights *entry = &config->weights[i];
         uint64_t started_ns = now_ns();

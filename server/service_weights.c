@@ -9,6 +9,7 @@
 #include "log.h"
 #include "message.h"
 #include "request.h"
+#include "rope.h"
 #include "service.h"
 #include "weights.h"
 
@@ -25,8 +26,22 @@ struct weight_list {
 struct weight_entry {
     Einsum__V1__Weight message;
     Einsum__V1__Recipe recipes[4];
+    Einsum__V1__Rope rope;
     struct weight *weight; // a reference: the message borrows its strings
 };
+
+static void describe_rope(Einsum__V1__Rope *message, const struct rope_options *rope)
+{
+    *message = (Einsum__V1__Rope)EINSUM__V1__ROPE__INIT;
+    message->theta = rope->theta;
+    message->factor = rope->factor;
+    message->original_positions_max = rope->original_positions_max;
+    message->beta_fast = rope->beta_fast;
+    message->beta_slow = rope->beta_slow;
+    message->positions_max = rope->positions_max;
+    message->cache = (char *)(uintptr_t)rope->cache;
+    message->cache_tensor = (char *)(uintptr_t)rope->cache_tensor;
+}
 
 static void describe_weight(struct weight_entry *entry, struct weight *weight)
 {
@@ -47,6 +62,10 @@ static void describe_weight(struct weight_entry *entry, struct weight *weight)
     message->tensor_parallel_rank = weight->tensor_parallel_rank;
     message->tensor_parallel_size = weight->tensor_parallel_size;
     message->generation = weight->generation;
+    if (weight->rope) {
+        describe_rope(&entry->rope, rope_describe(weight->rope));
+        message->rope = &entry->rope;
+    }
     message->recipes = entry->recipes;
     for (int recipe = EINSUM_RECIPE_1_128_128; recipe <= EINSUM_RECIPE_1_1_32; recipe++)
         if (request_recipe_fits((enum einsum_recipe)recipe, format))
@@ -259,11 +278,28 @@ static bool on_load_progress(void *context, uint32_t weights_done, uint32_t weig
     return !call_cancelled(load->call) && !control_stopping(call_context(load->call)->control);
 }
 
+static struct rope_options rope_options_of(const Einsum__V1__Rope *message)
+{
+    return (struct rope_options){
+        .theta = message->theta,
+        .factor = message->factor,
+        .original_positions_max = message->original_positions_max,
+        .beta_fast = message->beta_fast,
+        .beta_slow = message->beta_slow,
+        .positions_max = message->positions_max,
+        .cache = message->cache,
+        .cache_tensor = message->cache_tensor,
+    };
+}
+
 static void run_load(struct control_task *task)
 {
     struct load *load = CONTAINER_OF(task, struct load, task);
     const Einsum__V1__LoadWeightsRequest *request = load->request;
     struct service_context *context = call_context(load->call);
+    struct rope_options rope = {0};
+    if (request->rope)
+        rope = rope_options_of(request->rope);
     const struct weights_load options = {
         .path = request->path,
         .tensors = (const char *const *)request->tensors,
@@ -273,6 +309,7 @@ static void run_load(struct control_task *task)
         .tensor_parallel_size = request->tensor_parallel_size,
         .output_dim = request->output_dim,
         .replace = request->replace,
+        .rope = request->rope ? &rope : NULL,
         .threads = 1, // serving goes on beside it
         .progress = on_load_progress,
         .progress_context = load,

@@ -67,6 +67,7 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.reply_timeout_ms, 10000);
     ck_assert_uint_eq(config.weights_roots_n, 0);
     ck_assert_uint_eq(config.weights_n, 0);
+    ck_assert_uint_eq(config.ropes_n, 0);
     ck_assert_uint_eq(config.load_threads, 0);
     ck_assert_uint_eq(config.drain_grace_ms, 30000);
     ck_assert_uint_eq(config.lame_duck_ms, 0);
@@ -102,6 +103,11 @@ static const char everything[] =
     " \"weights\": [{\"path\": \"flash\"},"
     "   {\"path\": \"/n/pro\", \"tensors\": [\"a*\", \"b*\"], \"name_prefix\": \"pro.\","
     "    \"tensor_parallel_rank\": 18, \"tensor_parallel_size\": 19, \"output_dim\": 20}],"
+    " \"ropes\": [{\"weights\": \"layers.0.*\", \"theta\": 10000},"
+    "   {\"weights\": \"*\", \"theta\": 160000.5, \"factor\": 16, \"original_positions_max\": "
+    "65536,"
+    "    \"beta_fast\": 31.5, \"beta_slow\": 1.5, \"positions_max\": 1048575},"
+    "   {\"weights\": \"pro.*\", \"cache\": \"rope.safetensors\", \"cache_tensor\": \"t\"}],"
     " \"load_threads\": 21, \"drain_grace_ms\": 22, \"lame_duck_ms\": 23,"
     " \"self_test_at_start\": false, \"log_level\": \"debug\", \"log_format\": \"json\"}";
 
@@ -153,6 +159,20 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(pro->tensor_parallel_rank, 18);
     ck_assert_uint_eq(pro->tensor_parallel_size, 19);
     ck_assert_uint_eq(pro->output_dim, 20);
+    ck_assert_uint_eq(config->ropes_n, 3);
+    const struct config_rope *plain = &config->ropes[0], *yarn = &config->ropes[1];
+    ck_assert_str_eq(plain->weights, "layers.0.*");
+    ck_assert_double_eq(plain->theta, 10000);
+    ck_assert_double_eq(plain->factor, 0);
+    ck_assert_str_eq(plain->cache, "");
+    ck_assert_double_eq(yarn->theta, 160000.5);
+    ck_assert_double_eq(yarn->factor, 16);
+    ck_assert_uint_eq(yarn->original_positions_max, 65536);
+    ck_assert_double_eq(yarn->beta_fast, 31.5);
+    ck_assert_double_eq(yarn->beta_slow, 1.5);
+    ck_assert_uint_eq(yarn->positions_max, 1048575);
+    ck_assert_str_eq(config->ropes[2].cache, "rope.safetensors");
+    ck_assert_str_eq(config->ropes[2].cache_tensor, "t");
     ck_assert_uint_eq(config->load_threads, 21);
     ck_assert_uint_eq(config->drain_grace_ms, 22);
     ck_assert_uint_eq(config->lame_duck_ms, 23);
@@ -350,6 +370,19 @@ static const struct {
     {"{\"weights_roots\": {}}", "weights_roots", "got an object"},
     {"{\"weights\": {\"path\": \"a\"}}", "weights", "each an object, got an object"},
     {"{\"weights\": [\"a\"]}", "weights[0]", "expected an object, got \"a\""},
+    {"{\"ropes\": [{\"theta\": 1e4}]}", "ropes[0].weights", "must be given"},
+    {"{\"ropes\": [{\"weights\": \"*\", \"theta\": \"1e4\"}]}", "ropes[0].theta",
+     "expected a number from 0 to 1073741824, got \"1e4\""},
+    {"{\"ropes\": [{\"weights\": \"*\", \"theta\": -0.5}]}", "ropes[0].theta", "got -0.5"},
+    {"{\"ropes\": [{\"weights\": \"*\", \"theta\": 1e10}]}", "ropes[0].theta", "got 1"},
+    {"{\"ropes\": [{\"weights\": \"*\", \"theta\": 1, \"beta_fast\": true}]}", "ropes[0].beta_fast",
+     "a number from 0 to 1000000 turns, got true"},
+    {"{\"ropes\": [{\"weights\": \"*\", \"positions_max\": 1.5}]}", "ropes[0].positions_max",
+     "expected an integer"},
+    {"{\"ropes\": [{\"weights\": \"*\"}]}", "ropes[0].theta", "exactly one of theta and cache"},
+    {"{\"ropes\": [{\"weights\": \"*\", \"theta\": 2, \"cache\": \"c\"}]}", "ropes[0].theta",
+     "got both"},
+    {"{\"ropes\": [{\"weights\": \"*\", \"cache\": \"c\"}]}", "ropes[0].cache", "weights_roots"},
     {"{\"weights\": [{}]}", "weights[0].path", "must be given"},
     {"{\"weights\": [{\"path\": \"\"}]}", "weights[0].path", "got \"\""},
     {"{\"weights\": [{\"path\": \"a\"}, {\"path\": \"b\", \"output_dim\": 0}]}",
