@@ -77,10 +77,10 @@ struct engine_info {
     const char *kernels[ENGINE_KERNELS_MAX]; // that a segment may ask for; static
     uint32_t threads;
     // Held on the device besides weights and batches; nothing is counted twice.
-    uint64_t lanes_bytes;     // tables and workspaces of the lanes
-    uint64_t graphs_bytes;    // of all captured graphs
-    uint64_t scratch_bytes;   // the rest
-    uint32_t bucket_graphs_n; // graphs captured for each bucket; 0: the engine has none
+    uint64_t lanes_bytes;                             // tables and workspaces of the lanes
+    uint64_t graphs_bytes;                            // of all captured graphs
+    uint64_t scratch_bytes;                           // the rest
+    uint32_t bucket_graphs_n[ENGINE_BUCKETS_MAX];     // captured, by bucket
     uint64_t bucket_graphs_bytes[ENGINE_BUCKETS_MAX]; // by bucket, as far as memory grew for them
     uint64_t graph_replays, eager_launches; // so far: of captured graphs, of kernels outside them
 };

@@ -1,8 +1,8 @@
 // The engine that computes on one NVIDIA GPU, with the kernels of kernels/cuda.
 //
-// A lane is a stream with captured graphs: one per bucket, and another with the attention step before
-// it. What differs from batch to batch (weights, layouts, where the tensors lie) travels with it, in
-// the table that the graph's kernels read:
+// A lane is a stream with captured graphs: for each bucket one for every set of kernels that a batch
+// may need. What else differs from batch to batch (weights, layouts, where the tensors lie) travels
+// with it, in the table that the graph's kernels read:
 //
 //     small   input, table ----.                                  .--> output, report (pinned)
 //                              v                                  |
@@ -68,7 +68,7 @@ struct lane {
     cudaStream_t stream;
     cudaEvent_t done;
     cudaEvent_t marks[MARKS_N];
-    cudaGraphExec_t *graphs[2]; // by bucket; the second with the attention step
+    cudaGraphExec_t *graphs; // by bucket, then by the set of kernels; NULL where none can be needed
     struct mailbox *mailbox, *mailbox_device;
     struct cuda_table *table; // pinned
     void *table_mapped;       // the same, as the device calls it
@@ -134,21 +134,19 @@ static enum status out_of_memory(struct error *err, const char *what)
 
 // ---- kernels by name
 
-static bool bucket_has(const struct cuda_bucket *bucket, enum cuda_kernel kernel)
-{
-    return kernel != CUDA_KERNEL_PREFILL || bucket->prefill_blocks > 0;
-}
-
-// What a request may ask for: all that the largest bucket has.
+// What a request may ask for.
 static void list_kernels(struct engine *engine)
 {
     static const struct {
         const char *name;
         enum cuda_kernel kernel;
-    } known[] = {{"decode", CUDA_KERNEL_DECODE}, {"prefill", CUDA_KERNEL_PREFILL}};
+        uint32_t launch;
+    } known[] = {{"decode", CUDA_KERNEL_DECODE, CUDA_LAUNCH_DECODE},
+                 {"prefill", CUDA_KERNEL_PREFILL, CUDA_LAUNCH_PREFILL},
+                 {"hopper", CUDA_KERNEL_HOPPER, CUDA_LAUNCH_HOPPER}};
     struct engine_info *info = &engine->info;
     for (size_t i = 0; i < ARRAY_LEN(known); i++)
-        if (bucket_has(&engine->buckets[engine->buckets_n - 1], known[i].kernel)) {
+        if (cuda_bucket_can_launch(&engine->buckets[0], known[i].launch)) { // as all buckets
             info->kernels[info->kernels_n++] = known[i].name;
             engine->kernels[info->kernels_n] = known[i].kernel;
         }
@@ -182,24 +180,11 @@ static void *mapped_of(const struct buffer *buffer, const void *host)
     return buffer->mapped + offset_in(buffer, host);
 }
 
-// The smallest bucket that holds the batch and has the kernels that it asks for.
-static uint32_t bucket_for(const struct engine *engine, const struct engine_batch *batch)
-{
-    uint32_t bucket = batch->bucket;
-    for (uint32_t i = 0; i < batch->segments_n; i++)
-        while (!bucket_has(&engine->buckets[bucket], engine->kernels[batch->segments[i].kernel])) {
-            bucket++;
-            ASSERT(bucket < engine->buckets_n); // else the kernel was not listed
-        }
-    return bucket;
-}
-
-// Turns the segments' host addresses into the device's. True if one of them needs the attention step.
-static bool place_segments(const struct engine *engine, struct lane *lane,
+// Turns the segments' host addresses into the device's.
+static void place_segments(const struct engine *engine, struct lane *lane,
                            const struct engine_batch *batch, const struct buffer *input,
                            const struct buffer *output)
 {
-    bool attention = false;
     for (uint32_t i = 0; i < batch->segments_n; i++) {
         const struct engine_segment *segment = &batch->segments[i];
         lane->segments[i] = (struct cuda_segment){
@@ -212,12 +197,15 @@ static bool place_segments(const struct engine *engine, struct lane *lane,
         operand->scales = twin_of(input, operand->scales);
         operand->output =
             lane->small ? mapped_of(output, operand->output) : twin_of(output, operand->output);
-        if (operand->rotations) {
+        if (operand->rotations)
             operand->rotations = twin_of(input, operand->rotations);
-            attention = true;
-        }
     }
-    return attention;
+}
+
+static cudaGraphExec_t *graph_of(const struct lane *lane, uint32_t bucket, uint32_t launches)
+{
+    ASSERT(launches < CUDA_LAUNCH_SETS);
+    return &lane->graphs[bucket * CUDA_LAUNCH_SETS + launches];
 }
 
 static void write_order(struct lane *lane, const struct buffer *input, uint64_t input_bytes)
@@ -268,17 +256,18 @@ static cudaError_t enqueue(struct engine *engine, struct lane *lane,
 {
     const struct buffer *input = buffer_of(engine, batch->input);
     const struct buffer *output = buffer_of(engine, batch->output);
-    const uint32_t bucket = bucket_for(engine, batch);
     cudaError_t error = cudaSuccess;
     if (!lane->small) // before the table is built, which takes as long as the copy's start
         error = copy_in(lane, input, batch->input_bytes);
     if (error != cudaSuccess)
         return error;
-    bool attention = place_segments(engine, lane, batch, input, output);
-    cuda_table_build(&engine->buckets[bucket], lane->segments, batch->segments_n, lane->sorted,
-                     lane->table);
+    place_segments(engine, lane, batch, input, output);
+    cuda_table_build(&engine->buckets[batch->bucket], lane->segments, batch->segments_n,
+                     lane->sorted, lane->table);
     write_order(lane, input, lane->small ? batch->input_bytes : 0);
-    error = cudaGraphLaunch(lane->graphs[attention][bucket], lane->stream);
+    cudaGraphExec_t graph = *graph_of(lane, batch->bucket, cuda_table_launches(lane->table));
+    ASSERT(graph);
+    error = cudaGraphLaunch(graph, lane->stream);
     atomic_fetch_add_explicit(&engine->graph_replays, 1, memory_order_relaxed);
     if (error == cudaSuccess && !lane->small)
         error = copy_out(lane, output, batch->output_bytes);
@@ -558,12 +547,10 @@ static void cuda_memory_free(struct engine *engine, void *memory, uint64_t bytes
 
 static void lane_close(const struct engine *engine, struct lane *lane)
 {
-    for (size_t step = 0; step < ARRAY_LEN(lane->graphs); step++) {
-        for (uint32_t i = 0; lane->graphs[step] && i < engine->buckets_n; i++)
-            if (lane->graphs[step][i])
-                cudaGraphExecDestroy(lane->graphs[step][i]);
-        free(lane->graphs[step]);
-    }
+    for (uint32_t i = 0; lane->graphs && i < engine->buckets_n * CUDA_LAUNCH_SETS; i++)
+        if (lane->graphs[i])
+            cudaGraphExecDestroy(lane->graphs[i]);
+    free(lane->graphs);
     free(lane->segments);
     free(lane->sorted);
     cudaFree(lane->table_device);
@@ -580,31 +567,30 @@ static void lane_close(const struct engine *engine, struct lane *lane)
 }
 
 static cudaError_t launch_all(const struct cuda_bucket *bucket, const struct lane *lane,
-                              bool attention)
+                              uint32_t launches)
 {
     const struct cuda_order *order = &lane->mailbox_device->order;
     struct cuda_report *report = &lane->mailbox_device->report;
     cudaError_t error = cuda_fetch_launch(order, report, lane->stream);
     if (error == cudaSuccess)
-        error = cuda_launch(bucket, lane->table_device, lane->workspace,
-                            CUDA_LAUNCH_WRITTEN | (attention ? CUDA_LAUNCH_ATTENTION : 0),
-                            lane->stream);
+        error = cuda_launch(bucket, launches | CUDA_LAUNCH_WRITTEN, lane->table_device,
+                            lane->workspace, lane->stream);
     if (error == cudaSuccess)
         error = cuda_report_launch(order, report, lane->stream);
     return error;
 }
 
-// Captures one bucket's launch on a lane. All addresses are the lane's; what they hold is not read
+// Captures one set of a bucket's kernels on a lane. All addresses are the lane's; what they hold is not read
 // before a batch has written it.
-static cudaError_t capture(const struct engine *engine, struct lane *lane, bool attention,
-                           uint32_t bucket)
+static cudaError_t capture(const struct engine *engine, struct lane *lane, uint32_t bucket,
+                           uint32_t launches)
 {
     cudaGraph_t graph = NULL;
-    cudaGraphExec_t *exec = &lane->graphs[attention][bucket];
+    cudaGraphExec_t *exec = graph_of(lane, bucket, launches);
     cudaError_t error = cudaStreamBeginCapture(lane->stream, cudaStreamCaptureModeThreadLocal);
     if (error != cudaSuccess)
         return error;
-    cudaError_t launched = launch_all(&engine->buckets[bucket], lane, attention);
+    cudaError_t launched = launch_all(&engine->buckets[bucket], lane, launches);
     error = cudaStreamEndCapture(lane->stream, &graph);
     if (launched != cudaSuccess)
         error = launched;
@@ -668,9 +654,8 @@ static enum status lane_open(const struct engine *engine, struct lane *lane, str
 {
     lane->segments = calloc(engine->segments_max, sizeof *lane->segments);
     lane->sorted = calloc(engine->segments_max, sizeof *lane->sorted);
-    for (size_t step = 0; step < ARRAY_LEN(lane->graphs); step++)
-        lane->graphs[step] = calloc(engine->buckets_n, sizeof(cudaGraphExec_t));
-    if (!lane->graphs[0] || !lane->graphs[1] || !lane->segments || !lane->sorted)
+    lane->graphs = calloc((size_t)engine->buckets_n * CUDA_LAUNCH_SETS, sizeof *lane->graphs);
+    if (!lane->graphs || !lane->segments || !lane->sorted)
         return out_of_memory(err, "a lane");
     cudaError_t error = lane_open_device(engine, lane);
     return error == cudaSuccess ? STATUS_OK : cuda_failed(error, "opening a lane", err);
@@ -682,8 +667,12 @@ static cudaError_t capture_bucket(struct engine *engine, uint32_t bucket)
     cudaError_t error = cudaSuccess;
     for (uint32_t i = 0; i < engine->lanes_n && error == cudaSuccess; i++) {
         struct lane *lane = &engine->lanes[i];
-        for (int attention = 0; attention < 2 && error == cudaSuccess; attention++)
-            error = capture(engine, lane, attention, bucket);
+        for (uint32_t set = 0; set < CUDA_LAUNCH_SETS && error == cudaSuccess; set++) {
+            if (!cuda_bucket_can_launch(&engine->buckets[bucket], set))
+                continue;
+            error = capture(engine, lane, bucket, set);
+            engine->info.bucket_graphs_n[bucket]++;
+        }
         if (error == cudaSuccess)
             error = cudaStreamSynchronize(lane->stream); // uploaded, so that it can be weighed
     }
@@ -757,7 +746,7 @@ static enum status check_device(int device, const char *kernel, struct cudaDevic
 }
 
 static enum status fill_buckets(struct engine *engine, const struct engine_options *options,
-                                struct error *err)
+                                bool hopper, struct error *err)
 {
     ASSERT(options->buckets_n <= ENGINE_BUCKETS_MAX);
     engine->buckets_n = options->buckets_n;
@@ -768,7 +757,7 @@ static enum status fill_buckets(struct engine *engine, const struct engine_optio
         return out_of_memory(err, "the engine");
     cudaError_t error = cudaSetDevice(engine->device);
     for (uint32_t i = 0; i < options->buckets_n && error == cudaSuccess; i++)
-        error = cuda_bucket_init(&engine->buckets[i], options->buckets[i]);
+        error = cuda_bucket_init(&engine->buckets[i], options->buckets[i], hopper);
     return error == cudaSuccess ? STATUS_OK : cuda_failed(error, "choosing kernels", err);
 }
 
@@ -791,7 +780,7 @@ static enum status capture_all(struct engine *engine, struct error *err)
 {
     struct engine_info *info = &engine->info;
     uint64_t started_ns = now_ns();
-    info->bucket_graphs_n = 2 * engine->lanes_n;
+    uint64_t graphs = 0;
     for (uint32_t i = 0; i < engine->buckets_n; i++) {
         uint64_t before = device_bytes_free();
         cudaError_t error = capture_bucket(engine, i);
@@ -799,22 +788,22 @@ static enum status capture_all(struct engine *engine, struct error *err)
             return cuda_failed(error, "capturing the graphs", err);
         info->bucket_graphs_bytes[i] = device_bytes_taken(before);
         info->graphs_bytes += info->bucket_graphs_bytes[i];
+        graphs += info->bucket_graphs_n[i];
         LOG(INFO, "bucket captured", LOG_U64("tokens", engine->buckets[i].tokens_max),
-            LOG_U64("graphs", info->bucket_graphs_n),
+            LOG_U64("graphs", info->bucket_graphs_n[i]),
             LOG_U64("device_bytes", info->bucket_graphs_bytes[i]));
     }
-    LOG(INFO, "graphs captured",
-        LOG_U64("graphs", (uint64_t)info->bucket_graphs_n * engine->buckets_n),
+    LOG(INFO, "graphs captured", LOG_U64("graphs", graphs),
         LOG_U64("device_bytes", info->graphs_bytes), LOG_U64("lanes_bytes", info->lanes_bytes),
         LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
     return STATUS_OK;
 }
 
 static enum status open_device(struct engine *engine, const struct engine_options *options,
-                               struct error *err)
+                               bool hopper, struct error *err)
 {
     struct engine_info *info = &engine->info;
-    enum status status = fill_buckets(engine, options, err);
+    enum status status = fill_buckets(engine, options, hopper, err);
     if (status != STATUS_OK)
         return status;
     list_kernels(engine);
@@ -849,7 +838,8 @@ static enum status cuda_open(const struct engine_options *options, struct engine
              device_info.multiProcessorCount, (double)device_info.totalGlobalMem / (1 << 30));
     snprintf(engine->info.kernel, sizeof engine->info.kernel, "%s: %s", choice.name, choice.reason);
 
-    status = open_device(engine, options, err);
+    bool hopper = device_info.major == 9 && device_info.minor == 0 && !options->kernel;
+    status = open_device(engine, options, hopper, err);
     if (status != STATUS_OK) {
         close_all(engine);
         return status;
