@@ -42,6 +42,13 @@ static inline uint64_t attention_bytes(uint64_t tokens, uint64_t groups, uint64_
 void attention_quantise(void *row, uint32_t reduced_dim, uint32_t block_r,
                         const struct attention_rotation *rotation);
 
+// The two ways, of which the above takes the faster one that the CPU has.
+void attention_quantise_portable(void *row, uint32_t reduced_dim, uint32_t block_r,
+                                 const struct attention_rotation *rotation);
+bool attention_avx2_supported(void);
+void attention_quantise_avx2(void *row, uint32_t reduced_dim, uint32_t block_r,
+                             const struct attention_rotation *rotation);
+
 #ifdef __cplusplus
 }
 #endif
