@@ -7,6 +7,7 @@
 #include "client/checkpoint.h"
 #include "folder.h"
 #include "server/request.h"
+#include "server/rope.h"
 
 enum { GROUPS = 4, OUTPUT_DIM = 128, REDUCED_DIM = 512, TOKENS = 3, TOKENS_MAX = 64 };
 
@@ -14,8 +15,9 @@ static char directory[64];
 static struct engine *engine;
 static struct weights *weights;
 
-// One layer with 128 x 128 blocks, and under "mx/" one with 32 x 32 blocks.
-static void load(uint32_t block, const char *name_prefix)
+// One layer with 128 x 128 blocks, and under "mx/" one with 32 x 32 blocks. Only the first has a
+// rope of its own; "mx/" gets one by the rules.
+static void load(uint32_t block, const char *name_prefix, const struct rope_options *rope)
 {
     struct error err;
     struct checkpoint_options options;
@@ -33,7 +35,7 @@ static void load(uint32_t block, const char *name_prefix)
     };
     ck_assert_msg(checkpoint_write(&options, &err) == STATUS_OK, "%s", err.text);
     const struct weights_load what = {
-        .path = directory, .name_prefix = name_prefix, .output_dim = OUTPUT_DIM};
+        .path = directory, .name_prefix = name_prefix, .output_dim = OUTPUT_DIM, .rope = rope};
     uint32_t loaded;
     ck_assert_msg(weights_load(weights, &what, &loaded, &err) == STATUS_OK, "%s", err.text);
     ck_assert_uint_eq(loaded, 1);
@@ -48,8 +50,13 @@ static void set_up(void)
     const char *root = directory;
     ck_assert_int_eq(weights_create(&engine_null, engine, &root, 1, 4096, &weights, &err),
                      STATUS_OK);
-    load(128, "");
-    load(32, "mx/");
+    const struct rope_options by_rule = {.theta = 160000, .positions_max = 1000};
+    const struct rope_options later = {.theta = 5};
+    ck_assert_int_eq(weights_add_rope(weights, "mx/*", &by_rule, &err), STATUS_OK);
+    ck_assert_int_eq(weights_add_rope(weights, "m*", &later, &err), STATUS_OK);
+    const struct rope_options own = {.theta = 10000, .positions_max = 100};
+    load(128, "", &own);
+    load(32, "mx/", NULL);
 }
 
 static void tear_down(void)
@@ -255,6 +262,188 @@ START_TEST(a_wrong_request_is_told_what_is_wrong)
 }
 END_TEST
 
+// ---- OutputProject
+
+static struct wire_request good_output_project(void)
+{
+    struct wire_request request = {
+        .kind = WIRE_OUTPUT_PROJECT,
+        .weight = "layers.0.attn.wo_a",
+        .output_type = EINSUM_OUTPUT_FP32,
+        .tokens = TOKENS,
+        .attention = {.bytes = TOKENS * GROUPS * REDUCED_DIM * 2},
+        .positions = {.bytes = TOKENS * 8},
+    };
+    return request;
+}
+
+START_TEST(a_right_output_project_becomes_an_operand)
+{
+    struct wire_request request = good_output_project();
+    request.group_begin = 1;
+    request.group_end = 3;
+    request.attention.bytes /= 2;
+    struct job job;
+    expect_ok(&request, &job);
+    ck_assert(job.attention);
+    ck_assert_uint_eq(job.operand.tokens, TOKENS);
+    ck_assert_uint_eq(job.operand.group_begin, 1);
+    ck_assert_uint_eq(job.operand.groups, 2);
+    ck_assert_int_eq(job.operand.output_type, EINSUM_OUTPUT_FP32);
+    struct wire_request other = good_request(); // the same job may carry the other kind next
+    ck_assert_int_eq(request_check(&other, weights, TOKENS_MAX, &job, NULL), STATUS_OK);
+    ck_assert(!job.attention);
+    weight_unref(job.weight);
+}
+END_TEST
+
+WRONG(attention_short, request->attention.bytes -= 2)
+WRONG(attention_missing, request->attention.bytes = 0)
+WRONG(positions_int32, request->positions.bytes /= 2)
+WRONG(positions_one_more, request->positions.bytes += 8)
+
+static const struct {
+    void (*spoil)(struct wire_request *request);
+    enum status status;
+    const char *field, *text;
+} wrong_output_projects[] = {
+    {wrong_no_weight, STATUS_INVALID_ARGUMENT, "weight", "not given"},
+    {wrong_unknown_weight, STATUS_NOT_FOUND, "weight", "\"layers.7.attn.wo_a\" is not resident"},
+    {wrong_no_output_type, STATUS_INVALID_ARGUMENT, "output_type", "not given"},
+    {wrong_other_output_type, STATUS_UNIMPLEMENTED, "output_type", "OUTPUT_TYPE_FP32"},
+    {wrong_too_many_tokens, STATUS_INVALID_ARGUMENT, "tokens", "at most 64"},
+    {wrong_tokens_overflow, STATUS_INVALID_ARGUMENT, "tokens", "got 4294967295"},
+    {wrong_group_past_end, STATUS_INVALID_ARGUMENT, "group_end", "got [0, 5)"},
+    {wrong_attention_short, STATUS_INVALID_ARGUMENT, "attention",
+     "expected 12288 bytes (T 3 * 4 heads * 512 * 2 bytes), got 12286"},
+    {wrong_attention_missing, STATUS_INVALID_ARGUMENT, "attention", "got 0"},
+    {wrong_positions_int32, STATUS_INVALID_ARGUMENT, "positions",
+     "expected 24 bytes (T 3 * 8 bytes), got 12"},
+    {wrong_positions_one_more, STATUS_INVALID_ARGUMENT, "positions", "got 32"},
+};
+
+START_TEST(a_wrong_output_project_is_told_what_is_wrong)
+{
+    struct wire_request request = good_output_project();
+    wrong_output_projects[_i].spoil(&request);
+    struct job job = {0};
+    struct error err;
+    ck_assert_int_eq(request_check(&request, weights, TOKENS_MAX, &job, &err),
+                     wrong_output_projects[_i].status);
+    ck_assert_str_eq(err.field, wrong_output_projects[_i].field);
+    ck_assert_msg(strstr(err.text, wrong_output_projects[_i].text), "\"%s\" does not say \"%s\"",
+                  err.text, wrong_output_projects[_i].text);
+    ck_assert_ptr_null(job.weight);
+}
+END_TEST
+
+START_TEST(a_weight_has_the_rope_of_its_load_or_of_the_first_rule)
+{
+    static const struct {
+        const char *name;
+        double theta;
+    } cases[] = {{"layers.0.attn.wo_a", 10000}, {"mx/layers.0.attn.wo_a", 160000}};
+    for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
+        struct weight *weight = weights_get(weights, cases[i].name, strlen(cases[i].name));
+        ck_assert_ptr_nonnull(weight->rope);
+        ck_assert_double_eq(rope_describe(weight->rope)->theta, cases[i].theta);
+        weight_unref(weight);
+    }
+}
+END_TEST
+
+START_TEST(a_weight_without_a_rope_takes_no_attention)
+{
+    load(128, "bare/", NULL);
+    struct wire_request request = good_output_project();
+    strcpy(request.weight, "bare/layers.0.attn.wo_a");
+    struct job job = {0};
+    struct error err;
+    ck_assert_int_eq(request_check(&request, weights, TOKENS_MAX, &job, &err),
+                     STATUS_FAILED_PRECONDITION);
+    ck_assert_str_eq(err.field, "weight");
+    ck_assert_ptr_nonnull(strstr(err.text, "\"ropes\""));
+}
+END_TEST
+
+START_TEST(a_weight_of_broken_heads_takes_no_attention)
+{
+    struct error err;
+    struct checkpoint_options options;
+    ck_assert_int_eq(checkpoint_options_init(&options, "v4-flash", &err), STATUS_OK);
+    options.directory = directory;
+    options.layers = options.shards = 1;
+    options.format.groups = 1;
+    options.format.output_dim = OUTPUT_DIM;
+    options.format.reduced_dim = 512 + 128;
+    ck_assert_int_eq(checkpoint_write(&options, &err), STATUS_OK);
+    const struct weights_load what = {
+        .path = directory, .name_prefix = "mx/odd/", .output_dim = OUTPUT_DIM};
+    uint32_t loaded;
+    ck_assert_int_eq(weights_load(weights, &what, &loaded, &err), STATUS_OK);
+    struct wire_request request = good_output_project();
+    strcpy(request.weight, "mx/odd/layers.0.attn.wo_a");
+    struct job job = {0};
+    ck_assert_int_eq(request_check(&request, weights, TOKENS_MAX, &job, &err),
+                     STATUS_FAILED_PRECONDITION);
+    ck_assert_ptr_nonnull(strstr(err.text, "R = 640"));
+}
+END_TEST
+
+START_TEST(a_load_with_a_bad_rope_loads_nothing)
+{
+    struct error err;
+    const struct rope_options bad = {.theta = 10000, .factor = 16};
+    const struct weights_load what = {
+        .path = directory, .name_prefix = "bad/", .output_dim = OUTPUT_DIM, .rope = &bad};
+    uint32_t loaded, before = weights_totals(weights).weights;
+    ck_assert_int_eq(weights_load(weights, &what, &loaded, &err), STATUS_INVALID_ARGUMENT);
+    ck_assert_str_eq(err.field, "original_positions_max");
+    ck_assert_uint_eq(weights_totals(weights).weights, before);
+}
+END_TEST
+
+// The last position is the only one that may be wrong; offset 3, so that none is aligned.
+static const struct {
+    int64_t position;
+    const char *text; // NULL: fine
+} position_cases[] = {
+    {99, NULL},
+    {100, "[2] is 100, expected 0 to below the 100"},
+    {-1, "[2] is -1"},
+    {INT64_MAX, "[2] is 9223372036854775807"},
+    {INT64_MIN, "[2] is -9223372036854775808"},
+    {1ll << 32, "[2] is 4294967296"},
+};
+
+START_TEST(positions_outside_the_rope_are_named)
+{
+    const char *name = "layers.0.attn.wo_a";
+    struct weight *weight = weights_get(weights, name, strlen(name));
+    const int64_t positions[] = {0, 42, position_cases[_i].position};
+    uint8_t message[3 + sizeof positions + 5];
+    memset(message, 0xff, sizeof message);
+    memcpy(message + 3, positions, sizeof positions);
+    for (size_t cut = 0; cut <= sizeof message; cut++) {
+        grpc_slice slices[] = {
+            grpc_slice_from_copied_buffer((const char *)message, cut),
+            grpc_slice_from_copied_buffer((const char *)message + cut, sizeof message - cut),
+        };
+        struct error err = {.text = ""};
+        enum status status = request_check_positions(
+            slices, 2, (struct wire_range){3, sizeof positions}, weight, &err);
+        grpc_slice_unref(slices[0]);
+        grpc_slice_unref(slices[1]);
+        ck_assert_int_eq(status, position_cases[_i].text ? STATUS_INVALID_ARGUMENT : STATUS_OK);
+        if (!position_cases[_i].text)
+            continue;
+        ck_assert_str_eq(err.field, "positions");
+        ck_assert_ptr_nonnull(strstr(err.text, position_cases[_i].text));
+    }
+    weight_unref(weight);
+}
+END_TEST
+
 START_TEST(words_of_scales_need_blocks_by_four)
 {
     struct error err;
@@ -295,6 +484,14 @@ int main(void)
     tcase_add_test(tests, a_name_may_be_spelled_as_in_the_checkpoint);
     tcase_add_loop_test(tests, a_wrong_request_is_told_what_is_wrong, 0, ARRAY_LEN(wrong_cases));
     tcase_add_test(tests, words_of_scales_need_blocks_by_four);
+    tcase_add_test(tests, a_right_output_project_becomes_an_operand);
+    tcase_add_loop_test(tests, a_wrong_output_project_is_told_what_is_wrong, 0,
+                        ARRAY_LEN(wrong_output_projects));
+    tcase_add_test(tests, a_weight_has_the_rope_of_its_load_or_of_the_first_rule);
+    tcase_add_test(tests, a_weight_without_a_rope_takes_no_attention);
+    tcase_add_test(tests, a_weight_of_broken_heads_takes_no_attention);
+    tcase_add_test(tests, a_load_with_a_bad_rope_loads_nothing);
+    tcase_add_loop_test(tests, positions_outside_the_rope_are_named, 0, ARRAY_LEN(position_cases));
     suite_add_tcase(suite, tests);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_ENV);
