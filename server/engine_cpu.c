@@ -8,6 +8,9 @@
 //              task: weight b, operand  3       items 64 .. 127
 //     lane 1   ...
 //
+// Where segments hold attention's output, the batch has items twice: first runs of rows to quantise in
+// place; who finishes the last of them publishes the others.
+//
 // A task is all that one batch asks of one weight by one kernel; the weight is then read once however
 // many requests share it.
 //
@@ -21,6 +24,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../kernels/attention.h"
 #include "../kernels/cpu/cpu.h"
 #include "engine.h"
 #include "futex.h"
@@ -29,6 +33,7 @@ enum {
     STAGING_BYTES = 256 * 1024, // of a weight on its way in; stays within a core's L2
     STAGING_ROWS_MULTIPLE = 16, // what cpu_relayout takes
     LANES_DEFAULT = 2,
+    ROW_ITEMS_PER_THREAD = 4, // so that the last to finish is not far behind
 };
 
 struct task {
@@ -36,8 +41,19 @@ struct task {
     const struct cpu_kernel *kernel;
 };
 
+// A segment that holds attention's output.
+struct attention {
+    const struct einsum_operand *operand;
+    const struct einsum_weight_format *format;
+    uint32_t row_begin; // rows (token, group) of those before it
+};
+
 struct lane {
     bool submitted; // scheduler thread only
+    // What there is to quantise, and how many items follow then.
+    struct attention *attentions; // batch_segments_max
+    uint32_t attentions_n, rows, einsum_items;
+    bool quantises; // the items are runs of rows; changed between the last of them and the others
     uint32_t tasks_n;
     struct task *tasks;   // batch_segments_max, as the next two
     uint32_t *item_begin; // of each task, and one more: where the last one ends
@@ -71,9 +87,10 @@ struct engine {
 
     uint32_t lanes_n;
     struct lane *lanes;
-    struct task *tasks; // the lanes' tables point into these three
+    struct task *tasks; // the lanes' tables point into these
     uint32_t *item_begins;
     struct einsum_operand *operands;
+    struct attention *attentions;
     uint64_t submitted_n; // scheduler thread only
 
     uint32_t workers_n; // that have been started
@@ -140,10 +157,54 @@ static void finish_batch(struct engine *engine, struct lane *lane)
     engine->wake(engine->wake_context);
 }
 
-static void run_item(struct engine *engine, struct lane *lane, uint32_t item, void *scratch)
+static void wake_workers(struct engine *engine, uint32_t threads)
 {
-    if (item == 0)
-        lane->started_ns = now_ns();
+    atomic_fetch_add(&engine->submissions, 1);
+    if (atomic_load(&engine->sleepers) > 0)
+        futex_wake(&engine->submissions, threads);
+}
+
+static void publish_items(struct engine *engine, struct lane *lane, uint32_t items)
+{
+    atomic_store_explicit(&lane->items_left, items, memory_order_relaxed);
+    atomic_store_explicit(&lane->work, (uint64_t)items << 32, memory_order_release);
+    wake_workers(engine, items);
+}
+
+static uint32_t row_items(const struct engine *engine, const struct lane *lane)
+{
+    uint32_t most = engine->workers_n * ROW_ITEMS_PER_THREAD;
+    return lane->rows < most ? lane->rows : most;
+}
+
+static void quantise_row(const struct attention *attention, uint32_t row)
+{
+    const struct einsum_operand *operand = attention->operand;
+    uint32_t reduced_dim = attention->format->reduced_dim;
+    uint64_t at =
+        einsum_activation_offset(operand->activation_layout, operand->tokens, operand->groups,
+                                 reduced_dim, row / operand->groups, row % operand->groups);
+    // The batch's own memory, which requests fill and this step alone changes.
+    attention_quantise((uint8_t *)(uintptr_t)operand->activations + at, reduced_dim,
+                       attention->format->block_r, &operand->rotations[row / operand->groups]);
+}
+
+static void quantise_rows(const struct engine *engine, const struct lane *lane, uint32_t item)
+{
+    uint64_t items = row_items(engine, lane), rows = lane->rows;
+    uint32_t row = (uint32_t)(rows * item / items), end = (uint32_t)(rows * (item + 1) / items);
+    uint32_t i = lane->attentions_n - 1;
+    while (lane->attentions[i].row_begin > row)
+        i--;
+    for (; row < end; row++) {
+        if (i + 1 < lane->attentions_n && lane->attentions[i + 1].row_begin == row)
+            i++;
+        quantise_row(&lane->attentions[i], row - lane->attentions[i].row_begin);
+    }
+}
+
+static void project(const struct lane *lane, uint32_t item, void *scratch)
+{
     uint32_t low = 0, high = lane->tasks_n; // the task lies in [low, high)
     while (high - low > 1) {
         uint32_t middle = low + (high - low) / 2;
@@ -155,8 +216,24 @@ static void run_item(struct engine *engine, struct lane *lane, uint32_t item, vo
     uint32_t begin = lane->item_begin[low], items = lane->item_begin[low + 1] - begin;
     const struct task *task = &lane->tasks[low];
     cpu_task_run(task->kernel, &task->cpu, item - begin, items, scratch);
-    if (atomic_fetch_sub_explicit(&lane->items_left, 1, memory_order_acq_rel) == 1)
+}
+
+static void run_item(struct engine *engine, struct lane *lane, uint32_t item, void *scratch)
+{
+    if (item == 0 && (lane->quantises || lane->rows == 0))
+        lane->started_ns = now_ns();
+    if (lane->quantises)
+        quantise_rows(engine, lane, item);
+    else
+        project(lane, item, scratch);
+    if (atomic_fetch_sub_explicit(&lane->items_left, 1, memory_order_acq_rel) > 1)
+        return;
+    if (lane->quantises) {
+        lane->quantises = false;
+        publish_items(engine, lane, lane->einsum_items);
+    } else {
         finish_batch(engine, lane);
+    }
 }
 
 static void *compute_run(void *argument)
@@ -179,13 +256,6 @@ static void *compute_run(void *argument)
         futex_wait(&engine->submissions, seen, UINT64_MAX);
         atomic_fetch_sub(&engine->sleepers, 1);
     }
-}
-
-static void wake_workers(struct engine *engine, uint32_t threads)
-{
-    atomic_fetch_add(&engine->submissions, 1);
-    if (atomic_load(&engine->sleepers) > 0)
-        futex_wake(&engine->submissions, threads);
 }
 
 // --- submit, poll
@@ -221,6 +291,24 @@ static uint32_t lane_fill(const struct engine *engine, struct lane *lane,
     return items;
 }
 
+// Those segments that hold attention's output, as lane_fill has copied them.
+static void lane_fill_attention(struct lane *lane, const struct engine_batch *batch)
+{
+    lane->attentions_n = lane->rows = 0;
+    for (uint32_t i = 0; i < batch->segments_n; i++) {
+        const struct einsum_operand *operand = &lane->operands[i];
+        if (!operand->rotations || operand->tokens == 0 || operand->groups == 0)
+            continue;
+        lane->attentions[lane->attentions_n++] = (struct attention){
+            .operand = operand,
+            .format = &batch->segments[i].weight->cpu.format,
+            .row_begin = lane->rows,
+        };
+        lane->rows += operand->tokens * operand->groups;
+    }
+    lane->quantises = lane->rows > 0;
+}
+
 static void cpu_submit(struct engine *engine, uint32_t index, const struct engine_batch *batch)
 {
     ASSERT(index < engine->lanes_n);
@@ -230,16 +318,15 @@ static void cpu_submit(struct engine *engine, uint32_t index, const struct engin
     lane->submitted = true;
     uint64_t number = engine->submitted_n++;
     lane->measured = engine->phase_sample > 0 && number % engine->phase_sample == 0;
-    uint32_t items = lane_fill(engine, lane, batch);
-    if (items == 0) {
+    lane->einsum_items = lane_fill(engine, lane, batch);
+    lane_fill_attention(lane, batch);
+    if (lane->einsum_items == 0) { // then there are no rows either
         lane->started_ns = now_ns();
         finish_batch(engine, lane);
         return;
     }
-    atomic_store_explicit(&lane->items_left, items, memory_order_relaxed);
     atomic_store_explicit(&lane->order, number, memory_order_relaxed);
-    atomic_store_explicit(&lane->work, (uint64_t)items << 32, memory_order_release);
-    wake_workers(engine, items);
+    publish_items(engine, lane, lane->quantises ? row_items(engine, lane) : lane->einsum_items);
 }
 
 static bool cpu_poll(struct engine *engine, uint32_t index, struct engine_result *result)
@@ -425,6 +512,7 @@ static void list_kernels(struct engine *engine)
 static void tables_free(struct engine *engine)
 {
     free(engine->workers);
+    free(engine->attentions);
     free(engine->operands);
     free(engine->item_begins);
     free(engine->tasks);
@@ -438,9 +526,10 @@ static enum status tables_alloc(struct engine *engine, uint32_t threads, struct 
     engine->tasks = calloc(segments, sizeof *engine->tasks);
     engine->item_begins = calloc(segments + engine->lanes_n, sizeof *engine->item_begins);
     engine->operands = calloc(segments, sizeof *engine->operands);
+    engine->attentions = calloc(segments, sizeof *engine->attentions);
     engine->workers = calloc(threads, sizeof *engine->workers);
     if (!engine->lanes || !engine->tasks || !engine->item_begins || !engine->operands ||
-        !engine->workers) {
+        !engine->attentions || !engine->workers) {
         tables_free(engine);
         return out_of_memory(err, "the tables of the lanes");
     }
@@ -449,6 +538,7 @@ static enum status tables_alloc(struct engine *engine, uint32_t threads, struct 
             .tasks = engine->tasks + i * engine->segments_max,
             .item_begin = engine->item_begins + i * (engine->segments_max + 1),
             .operands = engine->operands + i * engine->segments_max,
+            .attentions = engine->attentions + i * engine->segments_max,
         };
     return STATUS_OK;
 }

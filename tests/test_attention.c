@@ -1,107 +1,19 @@
 // Goal: attention_quantise and both of its ways give exactly the bytes that attention.h describes.
-// Method: an implementation in FP64 that shares no code with kernels/: it decodes, rounds each FP32
-// operation from an FP64 one, looks for the scale and for the nearest code by trying them all.
+// Method: plain_attention.h, which shares no code with kernels/.
 #include <check.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/attention.h"
+#include "plain_attention.h"
 
 enum {
-    HEADS_MAX = 128,
-    ROW_BYTES_MAX = HEADS_MAX * ATTENTION_HEAD_DIM * 2,
+    HEADS_MAX = EINSUM_DIM_MAX / ATTENTION_HEAD_DIM,
+    ROW_BYTES_MAX = EINSUM_DIM_MAX * 2,
     GUARD_BYTES = 64,
     POISON = 0xA5,
 };
-
-// --- the straightforward implementation
-
-static double bf16_value(uint16_t code)
-{
-    int exponent = code >> 7 & 0xFF;
-    double fraction = code & 0x7F;
-    double value = exponent == 0     ? ldexp(fraction, -133)
-                   : exponent == 255 ? (fraction != 0 ? NAN : INFINITY)
-                                     : ldexp(128 + fraction, exponent - 134);
-    return code & 0x8000 ? -value : value;
-}
-
-static double e4m3_value(int code)
-{
-    int exponent = code >> 3 & 15, fraction = code & 7;
-    return exponent == 0 ? ldexp(fraction, -9) : ldexp(8 + fraction, exponent - 10);
-}
-
-// One operation in FP64, then one rounding: for a product or a sum of two FP32 that is what FP32
-// itself gives, since FP64 has more than twice its digits.
-static double rounded(double value)
-{
-    return (double)(float)value;
-}
-
-static uint8_t nearest_code(double value)
-{
-    double magnitude = fabs(value), closest = INFINITY;
-    int best = 0;
-    for (int code = 0; code < 0x7F; code++) {
-        double distance = fabs(e4m3_value(code) - magnitude);
-        if (distance < closest || (distance <= closest && code % 2 == 0)) {
-            closest = distance;
-            best = code;
-        }
-    }
-    return (uint8_t)(best | (signbit(value) ? 0x80 : 0));
-}
-
-static uint8_t smallest_scale(double amax)
-{
-    double least = fmax(amax, (double)1e-10f) / 448;
-    for (int exponent = -127; exponent < 128; exponent++)
-        if (ldexp(1, exponent) >= least)
-            return (uint8_t)(exponent + 127);
-    ck_abort_msg("no scale for %g", amax);
-    return 0;
-}
-
-static void rotated(const uint16_t *row, uint32_t reduced_dim,
-                    const struct attention_rotation *rotation, double *values)
-{
-    for (uint32_t r = 0; r < reduced_dim; r += 2) {
-        double x0 = bf16_value(row[r]), x1 = bf16_value(row[r + 1]);
-        uint32_t dim = r % 512;
-        values[r] = x0;
-        values[r + 1] = x1;
-        if (dim < 448)
-            continue;
-        double cos = (double)rotation->cos[(dim - 448) / 2];
-        double sin = (double)rotation->sin[(dim - 448) / 2];
-        values[r] = rounded(rounded(x0 * cos) + rounded(x1 * sin));
-        values[r + 1] = rounded(rounded(x1 * cos) - rounded(x0 * sin));
-    }
-}
-
-static void straightforward(const uint16_t *row, uint32_t reduced_dim, uint32_t block_r,
-                            const struct attention_rotation *rotation, uint8_t *codes,
-                            uint8_t *scales)
-{
-    static double values[ROW_BYTES_MAX / 2];
-    rotated(row, reduced_dim, rotation, values);
-    for (uint32_t block = 0; block < reduced_dim / block_r; block++) {
-        const double *x = values + (size_t)block * block_r;
-        double amax = 0;
-        bool finite = true;
-        for (uint32_t i = 0; i < block_r; i++) {
-            finite = finite && isfinite(x[i]);
-            amax = fmax(amax, fabs(x[i]));
-        }
-        scales[block] = finite ? smallest_scale(amax) : 0xFF;
-        for (uint32_t i = 0; i < block_r; i++)
-            codes[block * block_r + i] =
-                finite ? nearest_code(rounded(x[i] / ldexp(1, scales[block] - 127))) : 0;
-    }
-}
 
 // --- comparison
 
@@ -124,22 +36,12 @@ static uint32_t next_random(void)
     return state;
 }
 
-static struct attention_rotation rotation_of(double angle)
-{
-    struct attention_rotation rotation;
-    for (int i = 0; i < ATTENTION_ROPE_PAIRS; i++) {
-        rotation.cos[i] = (float)cos(angle * (i + 1));
-        rotation.sin[i] = (float)sin(angle * (i + 1));
-    }
-    return rotation;
-}
-
 static void check_row(const uint16_t *row, uint32_t reduced_dim, uint32_t block_r,
                       const struct attention_rotation *rotation, const char *what)
 {
     static uint8_t codes[ROW_BYTES_MAX / 2], scales[ROW_BYTES_MAX / 64];
     static _Alignas(64) uint8_t memory[GUARD_BYTES + ROW_BYTES_MAX + GUARD_BYTES];
-    straightforward(row, reduced_dim, block_r, rotation, codes, scales);
+    plain_attention(row, reduced_dim, block_r, rotation, codes, scales);
     for (int way = 0; way < WAYS; way++) {
         if (ways[way].quantise == attention_quantise_avx2 && !attention_avx2_supported())
             continue;
@@ -173,7 +75,7 @@ START_TEST(every_code_in_order)
     static uint16_t row[65536];
     for (uint32_t i = 0; i < 65536; i++)
         row[i] = (uint16_t)(i >> 1 | i << 15); // positive and negative side by side
-    struct attention_rotation rotation = rotation_of(0.37);
+    struct attention_rotation rotation = plain_rotation(0.37);
     check_row(row, 65536, blocks_r[_i], &rotation, "codes in order");
 }
 END_TEST
@@ -190,7 +92,7 @@ START_TEST(every_code_shuffled)
         row[i] = row[j];
         row[j] = swap;
     }
-    struct attention_rotation rotation = rotation_of(2.1);
+    struct attention_rotation rotation = plain_rotation(2.1);
     check_row(row, 65536, blocks_r[_i], &rotation, "codes shuffled");
     for (uint32_t i = 0; i < 65536; i++)
         if ((row[i] & 0x7F80) == 0x7F80)
@@ -203,7 +105,7 @@ END_TEST
 START_TEST(every_code_under_near_scales)
 {
     static uint16_t row[512];
-    struct attention_rotation rotation = rotation_of(0);
+    struct attention_rotation rotation = plain_rotation(0);
     uint32_t block_r = blocks_r[_i];
     for (uint32_t exponent = 1; exponent < 255; exponent++)
         for (uint32_t above = 0; above < 20 && exponent + above < 255; above += 1 + above / 4) {
@@ -230,7 +132,7 @@ START_TEST(random_rows)
             if (random >> 8 % 61 == 0)
                 row[i] &= 0x807F; // subnormal, zero
         }
-        struct attention_rotation rotation = rotation_of(next_random() % 100000 * 1e-3);
+        struct attention_rotation rotation = plain_rotation(next_random() % 100000 * 1e-3);
         check_row(row, reduced_dim, blocks_r[_i], &rotation, "random");
     }
 }
@@ -249,7 +151,7 @@ START_TEST(special_blocks)
     uint16_t row[2 * ATTENTION_HEAD_DIM];
     for (size_t s = 0; s < sizeof specials / sizeof *specials; s++)
         for (uint32_t at = 0; at < 2 * ATTENTION_HEAD_DIM; at += 61) {
-            struct attention_rotation rotation = rotation_of((double)at);
+            struct attention_rotation rotation = plain_rotation((double)at);
             for (uint32_t i = 0; i < 2 * ATTENTION_HEAD_DIM; i++)
                 row[i] = i / block_r == at / block_r ? specials[s] : (uint16_t)(0x3F80 + i % 64);
             check_row(row, 2 * ATTENTION_HEAD_DIM, block_r, &rotation, "a special block");
@@ -271,7 +173,7 @@ START_TEST(special_rotations)
         row[i] = (uint16_t)(next_random() & 0xBFFF);
     for (int c = 0; c < SPECIALS; c++)
         for (int s = 0; s < SPECIALS; s++) {
-            struct attention_rotation rotation = rotation_of(1);
+            struct attention_rotation rotation = plain_rotation(1);
             for (int i = c % 3; i < ATTENTION_ROPE_PAIRS; i += 3) {
                 rotation.cos[i] = specials[c];
                 rotation.sin[i] = specials[s];
@@ -280,7 +182,7 @@ START_TEST(special_rotations)
         }
     for (uint32_t i = 0; i < ATTENTION_HEAD_DIM; i++)
         row[i] = 0x7F7F;
-    struct attention_rotation rotation = rotation_of(0.785398163);
+    struct attention_rotation rotation = plain_rotation(0.785398163);
     check_row(row, ATTENTION_HEAD_DIM, blocks_r[_i], &rotation, "overflow");
 }
 END_TEST
@@ -288,7 +190,7 @@ END_TEST
 START_TEST(by_hand)
 {
     _Alignas(64) uint16_t row[512] = {0};
-    struct attention_rotation rotation = rotation_of(0);
+    struct attention_rotation rotation = plain_rotation(0);
     rotation.cos[0] = 0;
     rotation.sin[0] = 1;
     row[0] = 0x3F80;   // 1: scale 2^-8, code of 256

@@ -1,7 +1,8 @@
 // Goal: an engine computes what kernels/reference.c says whatever a batch mixes, on several
 // lanes at once, while weights come and go; and a load that fails leaves an error and nothing else.
 // Built once for each engine that computes: ENGINE_UNDER_TEST is engine_cpu or engine_cuda.
-// Method: random weights through a source that lives in memory and fails on demand; random batches;
+// Method: random weights through a source that lives in memory and fails on demand; random batches,
+// some of their segments from attention's output, which plain_attention.h quantises for the reference;
 // every output compared, every byte between outputs checked to be untouched (by the CPU engine; the
 // CUDA engine copies batches out whole). Also engine_find and the null engine, which are too small
 // for files of their own.
@@ -17,6 +18,7 @@
 
 #include "kernels/cpu/cpu.h"
 #include "kernels/fp8.h"
+#include "plain_attention.h"
 #include "server/engine.h"
 
 enum {
@@ -58,6 +60,8 @@ static const struct einsum_weight_format formats[] = {
     {2, 96, 512, EINSUM_WEIGHT_BF16, EINSUM_SCALE_NONE, 1, 128},
     {1, 160, 4096, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 32, 32}, // read in three pieces
     {1, 32, 16384, EINSUM_WEIGHT_BF16, EINSUM_SCALE_NONE, 1, 128}, // sixteen rows pass a staging
+    {2, 64, 1024, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 32},
+    {3, 32, 1536, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 1, 128},
 };
 enum { FORMATS = ARRAY_LEN(formats) };
 
@@ -256,9 +260,13 @@ static void free_all(void)
 
 struct test_batch {
     struct engine_segment segments[SEGMENTS_MAX];
-    int formats[SEGMENTS_MAX]; // whose weight each uses
+    // The same operand, or for attention what it is to become, in memory of its own.
+    struct einsum_operand wanted[SEGMENTS_MAX];
+    uint8_t *quantised[SEGMENTS_MAX]; // that memory
+    int formats[SEGMENTS_MAX];        // whose weight each uses
     struct engine_batch batch;
     uint8_t *input, *output;
+    uint8_t *input_filled; // as it was filled: engines may quantise in place
 };
 
 static void batch_init(struct test_batch *it)
@@ -268,12 +276,15 @@ static void batch_init(struct test_batch *it)
     ck_assert_int_eq(ops->memory_alloc(engine, OUTPUT_BYTES, &output, NULL), STATUS_OK);
     ck_assert_uint_eq((uintptr_t)input % 4096, 0);
     ck_assert_uint_eq((uintptr_t)output % 4096, 0);
-    it->input = input;
-    it->output = output;
+    *it =
+        (struct test_batch){.input = input, .output = output, .input_filled = malloc(INPUT_BYTES)};
 }
 
 static void batch_deinit(struct test_batch *it)
 {
+    for (uint32_t s = 0; s < SEGMENTS_MAX; s++)
+        free(it->quantised[s]);
+    free(it->input_filled);
     ops->memory_free(engine, it->input, INPUT_BYTES);
     ops->memory_free(engine, it->output, OUTPUT_BYTES);
 }
@@ -282,6 +293,7 @@ static void random_operand(struct einsum_operand *operand,
                            const struct einsum_weight_format *format)
 {
     uint32_t blocks = format->reduced_dim / format->block_r;
+    *operand = (struct einsum_operand){0};
     operand->tokens = 1 + random_below(TOKENS_MAX);
     operand->group_begin = random_below(format->groups);
     operand->groups = 1 + random_below(format->groups - operand->group_begin);
@@ -299,6 +311,61 @@ static uint64_t operand_output_bytes(const struct test_batch *it, uint32_t s)
                                formats[it->formats[s]].output_dim);
 }
 
+// Returns how many bytes of input it takes.
+static uint64_t fill_ordinary(struct einsum_operand *operand,
+                              const struct einsum_weight_format *format, uint8_t *input)
+{
+    uint64_t a_bytes =
+        einsum_activation_bytes(operand->tokens, operand->groups, format->reduced_dim);
+    uint64_t s_bytes =
+        einsum_scale_bytes(operand->scale_layout, operand->scale_type, operand->tokens,
+                           operand->groups, format->reduced_dim / format->block_r);
+    uint8_t *scales = input + align_up(a_bytes, CACHE_LINE_BYTES);
+    fill_e4m3(input, a_bytes);
+    fill_scales(scales, s_bytes, operand->scale_type);
+    operand->activations = input;
+    operand->scales = scales;
+    return align_up(a_bytes, CACHE_LINE_BYTES) + align_up(s_bytes, CACHE_LINE_BYTES);
+}
+
+// Attention's output; `wanted` gets what plain_attention.h makes of it, in `quantised`.
+static uint64_t fill_attention(struct einsum_operand *operand, struct einsum_operand *wanted,
+                               const struct einsum_weight_format *format, uint8_t *input,
+                               uint8_t **quantised)
+{
+    uint32_t reduced_dim = format->reduced_dim, blocks = reduced_dim / format->block_r;
+    uint32_t rows = operand->tokens * operand->groups;
+    uint64_t bytes = attention_bytes(operand->tokens, operand->groups, reduced_dim);
+    struct attention_rotation *rotations = (struct attention_rotation *)(void *)(input + bytes);
+    operand->activation_layout = EINSUM_ACTIVATIONS_IN_PLACE;
+    operand->scale_layout = EINSUM_SCALES_IN_PLACE;
+    operand->scale_type = EINSUM_SCALE_UE8M0;
+    operand->activations = input;
+    operand->scales = input + reduced_dim;
+    operand->rotations = rotations;
+    fill_bf16(input, bytes);
+    if (one_in(4)) { // a NaN, an infinity or something large
+        static const uint16_t codes[] = {0x7FC1, 0xFF80, 0x4E01, 0xCE81};
+        memcpy(input + 2 * (random_next() % (bytes / 2)), &codes[random_below(4)], 2);
+    }
+    for (uint32_t t = 0; t < operand->tokens; t++)
+        rotations[t] = plain_rotation(random_below(10000));
+
+    *wanted = *operand;
+    *quantised = malloc((uint64_t)rows * (reduced_dim + blocks));
+    uint8_t *scales = *quantised + (uint64_t)rows * reduced_dim;
+    wanted->activation_layout = EINSUM_ACTIVATIONS_TGR;
+    wanted->scale_layout = EINSUM_SCALES_TGK;
+    wanted->activations = *quantised;
+    wanted->scales = scales;
+    wanted->rotations = NULL;
+    for (uint64_t row = 0; row < rows; row++)
+        plain_attention((const uint16_t *)(const void *)(input + row * 2 * reduced_dim),
+                        reduced_dim, format->block_r, &rotations[row / operand->groups],
+                        *quantised + row * reduced_dim, scales + row * blocks);
+    return bytes + align_up(operand->tokens * sizeof *rotations, CACHE_LINE_BYTES);
+}
+
 static void batch_fill(struct test_batch *it, bool sorted)
 {
     uint64_t input_used = 0, output_used = CACHE_LINE_BYTES;
@@ -310,19 +377,17 @@ static void batch_fill(struct test_batch *it, bool sorted)
         const struct einsum_weight_format *format = &formats[which];
         struct einsum_operand *operand = &it->segments[s].operand;
         random_operand(operand, format);
-        uint64_t a_bytes =
-            einsum_activation_bytes(operand->tokens, operand->groups, format->reduced_dim);
-        uint64_t s_bytes =
-            einsum_scale_bytes(operand->scale_layout, operand->scale_type, operand->tokens,
-                               operand->groups, format->reduced_dim / format->block_r);
-        uint8_t *a = it->input + input_used, *scales = a + align_up(a_bytes, CACHE_LINE_BYTES);
-        input_used += align_up(a_bytes, CACHE_LINE_BYTES) + align_up(s_bytes, CACHE_LINE_BYTES);
-        ck_assert_uint_le(input_used, INPUT_BYTES);
-        fill_e4m3(a, a_bytes);
-        fill_scales(scales, s_bytes, operand->scale_type);
-        operand->activations = a;
-        operand->scales = scales;
         operand->output = it->output + output_used;
+        free(it->quantised[s]);
+        it->quantised[s] = NULL;
+        uint8_t *input = it->input + input_used;
+        if (format->reduced_dim % ATTENTION_HEAD_DIM == 0 && one_in(3)) {
+            input_used += fill_attention(operand, &it->wanted[s], format, input, &it->quantised[s]);
+        } else {
+            input_used += fill_ordinary(operand, format, input);
+            it->wanted[s] = *operand;
+        }
+        ck_assert_uint_le(input_used, INPUT_BYTES);
         it->formats[s] = which;
         it->segments[s].weight = weights[which];
         it->segments[s].kernel = one_in(2) ? 0 : random_below(kernels_offered + 1);
@@ -332,6 +397,7 @@ static void batch_fill(struct test_batch *it, bool sorted)
         tokens += operand->tokens;
     }
     memset(it->output, CANARY, output_used);
+    memcpy(it->input_filled, it->input, input_used);
     it->batch = (struct engine_batch){.segments = it->segments,
                                       .segments_n = segments_n,
                                       .tokens = tokens,
@@ -339,6 +405,12 @@ static void batch_fill(struct test_batch *it, bool sorted)
                                       .input_bytes = input_used,
                                       .output = it->output,
                                       .output_bytes = output_used};
+}
+
+static void submit(uint32_t lane, struct test_batch *it)
+{
+    memcpy(it->input, it->input_filled, it->batch.input_bytes);
+    ops->submit(engine, lane, &it->batch);
 }
 
 static double output_at(const struct einsum_operand *operand, uint64_t index)
@@ -350,7 +422,7 @@ static double output_at(const struct einsum_operand *operand, uint64_t index)
 
 static void segment_check(const struct test_batch *it, uint32_t s)
 {
-    const struct einsum_operand *operand = &it->segments[s].operand;
+    const struct einsum_operand *operand = &it->wanted[s];
     const struct source *source = &sources[it->formats[s]];
     const struct einsum_weight_format *format = &source->base.format;
     uint64_t index = 0;
@@ -415,7 +487,7 @@ static void run_batches(int rounds)
         for (uint32_t lane = 0; lane < LANES; lane++)
             batch_fill(&batches[lane], one_in(2));
         for (uint32_t lane = 0; lane < LANES; lane++)
-            ops->submit(engine, lane, &batches[lane].batch);
+            submit(lane, &batches[lane]);
         wakes_wanted += LANES;
         if (!ops->polled)
             wait_wakes(wakes_wanted); // one for each batch, and after it is done
@@ -457,7 +529,7 @@ static void run_with(struct test_batch *it, uint32_t kernel, uint8_t *output)
     for (uint32_t s = 0; s < it->batch.segments_n; s++)
         it->segments[s].kernel = kernel;
     memset(it->output, CANARY, it->batch.output_bytes);
-    ops->submit(engine, 0, &it->batch);
+    submit(0, it);
     poll_until_done(0);
     batch_check(it);
     memcpy(output, it->output, it->batch.output_bytes);
@@ -498,7 +570,7 @@ START_TEST(one_lane_again_and_again)
     for (int round = 0; round < 200; round++) {
         if (round % 50 == 0)
             batch_fill(&it, true);
-        ops->submit(engine, 0, &it.batch); // at times before the threads have left the last one
+        submit(0, &it); // at times before the threads have left the last one
         poll_until_done(0);
         if (round % 50 == 49)
             batch_check(&it);
