@@ -502,7 +502,7 @@ static void check_options(const struct batcher_options *options)
     ASSERT(options->batch_tokens_max >= 1);
     ASSERT(options->batch_requests_max >= 1);
     ASSERT(options->queue_requests_max >= 1);
-    ASSERT(options->buckets_n >= 1);
+    ASSERT(options->buckets_n >= 1 && options->buckets_n <= ENGINE_BUCKETS_MAX);
     ASSERT(options->buckets[options->buckets_n - 1] == options->batch_tokens_max);
     for (uint32_t i = 1; i < options->buckets_n; i++)
         ASSERT(options->buckets[i - 1] < options->buckets[i]);

@@ -81,8 +81,12 @@ struct batcher_stats {
     uint64_t expired, cancelled;                        // jobs dropped before launch
     uint64_t failed;                                    // jobs answered with the engine's error
     uint64_t busy_ns;                                   // with at least one batch running
-    uint32_t jobs;                                      // reserved and not yet released
-    uint32_t queued;                                    // of those, not yet launched
-    uint64_t buffer_bytes;                              // all buffers
+    uint64_t queue_ns; // of all batches launched, from the first commit to the launch
+    // Of those batches that the engine timed phase by phase.
+    uint64_t phase_batches, copy_in_ns, kernel_ns, copy_out_ns;
+    uint64_t bucket_batches[ENGINE_BUCKETS_MAX]; // launched, by bucket
+    uint32_t jobs;                               // reserved and not yet released
+    uint32_t queued;                             // of those, not yet launched
+    uint64_t buffer_bytes;                       // all buffers
 };
 void batcher_stats(struct batcher *batcher, struct batcher_stats *stats);

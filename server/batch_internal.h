@@ -44,7 +44,7 @@ struct batcher {
     struct job **jobs;               // batch.jobs point in here
     struct engine_segment *segments; // and batch.segments here
     struct batch **lanes;            // the batch that runs on each; scheduler thread only
-    uint64_t launched_last_ns;       // likewise
+    uint64_t active_last_ns;         // a launch or a batch's end; likewise
     pthread_t scheduler;
     _Atomic bool device_lost; // set under the lock
     _Atomic uint32_t free_n;  // length of `free`; set under the lock

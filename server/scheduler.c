@@ -7,8 +7,9 @@
 // Launching comes before answering so that the device does not wait for replies.
 //
 // It sleeps on one word, the waker, and so cannot miss a wake: every turn begins by clearing the
-// word, every waker sets it after its change, and sleeping is refused while it is set. While lanes of
-// a polled engine are busy it does not sleep at first, and then only in naps.
+// word, every waker sets it after its change, and sleeping is refused while it is set. With a polled
+// engine it watches the word and the lanes for a while before it sleeps, so that neither a short
+// batch nor the one that follows it costs a wake-up; then it naps while lanes are busy.
 #include "batch_internal.h"
 
 #include <signal.h>
@@ -18,8 +19,8 @@
 
 enum waker_word { WAKER_CLEAR, WAKER_SET, WAKER_SLEEPING };
 
-// Of a polled engine: batches that end soon are waited for without sleeping; longer ones are looked
-// at so often that it does not matter.
+// Of a polled engine: after a launch or a batch's end what comes next is waited for without sleeping
+// so long; batches that run longer are looked at so often that it does not matter.
 enum { POLL_SPIN_NS = 200000, POLL_NAP_NS = 50000 };
 
 void batcher_wake(void *context)
@@ -34,6 +35,11 @@ void batcher_wake(void *context)
 static void waker_clear(struct batcher_waker *waker)
 {
     atomic_exchange_explicit(&waker->word, WAKER_CLEAR, memory_order_acq_rel);
+}
+
+static bool waker_is_set(struct batcher_waker *waker)
+{
+    return atomic_load_explicit(&waker->word, memory_order_relaxed) == WAKER_SET;
 }
 
 static void waker_sleep(struct batcher_waker *waker, uint64_t until_ns)
@@ -157,7 +163,7 @@ static void batch_submit(struct batcher *batcher, struct batch *batch)
         lane++;
     ASSERT(lane < batcher->options.lanes);
     batcher->lanes[lane] = batch;
-    batcher->launched_last_ns = batch->launched_ns;
+    batcher->active_last_ns = batch->launched_ns;
     batcher->options.ops->submit(batcher->options.engine, lane, &batch->launch);
 }
 
@@ -183,6 +189,8 @@ static void account_launch_locked(struct batcher *batcher, struct batch *batch, 
     stats->requests += keep;
     stats->tokens += batch->launch.tokens;
     stats->padding_tokens += batcher->options.buckets[batch->launch.bucket] - batch->launch.tokens;
+    stats->queue_ns += batch->launched_ns - batch->first_commit_ns;
+    stats->bucket_batches[batch->launch.bucket]++;
 }
 
 // Takes the first batch of the queue if it may leave now.
@@ -228,6 +236,14 @@ static bool launch_next(struct batcher *batcher)
 
 // --- complete
 
+static void account_phases_locked(struct batcher_stats *stats, const struct engine_result *result)
+{
+    stats->phase_batches += result->kernel_ns > 0;
+    stats->copy_in_ns += result->copy_in_ns;
+    stats->kernel_ns += result->kernel_ns;
+    stats->copy_out_ns += result->copy_out_ns;
+}
+
 static void account_done_locked(struct batcher *batcher, struct batch *batch, uint64_t now)
 {
     if (++batcher->lanes_free == batcher->options.lanes)
@@ -235,6 +251,7 @@ static void account_done_locked(struct batcher *batcher, struct batch *batch, ui
     if (batch->result.status) {
         batcher->stats.failed += batch->jobs_n;
     } else {
+        account_phases_locked(&batcher->stats, &batch->result);
         uint64_t run_ns = now - batch->launched_ns, average_ns = batcher->run_ns_average;
         batcher->run_ns_average = average_ns ? (7 * average_ns + run_ns) / 8 : run_ns;
     }
@@ -256,6 +273,7 @@ static struct batch *collect_done(struct batcher *batcher)
         *done_end = batch;
         done_end = &batch->next;
         uint64_t now = now_ns();
+        batcher->active_last_ns = now;
         pthread_mutex_lock(&batcher->lock);
         account_done_locked(batcher, batch, now);
         pthread_mutex_unlock(&batcher->lock);
@@ -312,8 +330,27 @@ static bool any_lane_busy(const struct batcher *batcher)
     return false;
 }
 
-// False when the thread is to end.
-static bool sleep_until_needed(struct batcher *batcher)
+// Tells the other hardware thread of this core that this one only waits.
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Until `until_ns`, or a wake, or the end of a batch, without the lock: what came to an end.
+static struct batch *watch_lanes(struct batcher *batcher, uint64_t until_ns)
+{
+    struct batch *done = NULL;
+    do {
+        relax();
+        done = collect_done(batcher);
+    } while (!done && !waker_is_set(batcher->waker) && now_ns() < until_ns);
+    return done;
+}
+
+// False when the thread is to end. `done`: batches that ended meanwhile.
+static bool sleep_until_needed(struct batcher *batcher, struct batch **done)
 {
     uint64_t now = now_ns();
     pthread_mutex_lock(&batcher->lock);
@@ -326,14 +363,15 @@ static bool sleep_until_needed(struct batcher *batcher)
         return false;
     if (launch_at_ns <= now)
         return true;
-    if (batcher->options.ops->polled && any_lane_busy(batcher)) {
-        if (now - batcher->launched_last_ns < POLL_SPIN_NS)
-            return true;
-        if (launch_at_ns > now + POLL_NAP_NS)
+    uint64_t spin_until_ns = batcher->active_last_ns + POLL_SPIN_NS;
+    if (batcher->options.ops->polled && now < spin_until_ns) {
+        *done = watch_lanes(batcher, spin_until_ns < launch_at_ns ? spin_until_ns : launch_at_ns);
+    } else {
+        if (batcher->options.ops->polled && any_lane_busy(batcher) &&
+            launch_at_ns > now + POLL_NAP_NS)
             launch_at_ns = now + POLL_NAP_NS;
+        waker_sleep(batcher->waker, launch_at_ns);
     }
-
-    waker_sleep(batcher->waker, launch_at_ns);
     pthread_mutex_lock(&batcher->lock);
     batcher->scheduler_wakes_at_ns = 0;
     pthread_mutex_unlock(&batcher->lock);
@@ -343,9 +381,11 @@ static bool sleep_until_needed(struct batcher *batcher)
 static void *scheduler_run(void *argument)
 {
     struct batcher *batcher = argument;
+    struct batch *done = NULL;
     do {
         waker_clear(batcher->waker);
-        struct batch *done = collect_done(batcher);
+        if (!done)
+            done = collect_done(batcher);
         while (launch_next(batcher))
             ;
         while (done) {
@@ -354,7 +394,7 @@ static void *scheduler_run(void *argument)
             done = next;
         }
         serve_waiting(batcher);
-    } while (sleep_until_needed(batcher));
+    } while (sleep_until_needed(batcher, &done));
     return NULL;
 }
 
