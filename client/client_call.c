@@ -354,7 +354,10 @@ enum einsum_client_status einsum_client_start(struct einsum_client *client,
     const struct einsum_client_options *options = &client->options;
     struct einsum_client_effort effort = {
         request->deadline_ms ? request->deadline_ms : options->deadline_ms, options->attempts_max};
-    struct einsum_client_call *call = new_call(client, "/einsum.v1.Einsum/Einsum", effort);
+    const char *method = request->operation == EINSUM_CLIENT_OUTPUT_PROJECT
+                             ? "/einsum.v1.Einsum/OutputProject"
+                             : "/einsum.v1.Einsum/Einsum";
+    struct einsum_client_call *call = new_call(client, method, effort);
     if (!call)
         return einsum_client_error_set(error, EINSUM_CLIENT_RESOURCE_EXHAUSTED, "no memory");
     enum einsum_client_status status = einsum_client_outgoing_init(

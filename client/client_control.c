@@ -122,6 +122,20 @@ static enum einsum_client_status call_control(struct einsum_client *client, cons
 
 // ---- weights ------------------------------------------------------------------------------------
 
+static void copy_rope(struct einsum_client_rope *to, const Einsum__V1__Rope *from)
+{
+    *to = (struct einsum_client_rope){
+        .theta = from->theta,
+        .factor = from->factor,
+        .original_positions_max = from->original_positions_max,
+        .beta_fast = from->beta_fast,
+        .beta_slow = from->beta_slow,
+        .positions_max = from->positions_max,
+    };
+    COPY_TEXT(to->cache, from->cache);
+    COPY_TEXT(to->cache_tensor, from->cache_tensor);
+}
+
 static void copy_weight(struct einsum_client_weight *to, const Einsum__V1__Weight *from)
 {
     *to = (struct einsum_client_weight){
@@ -141,6 +155,9 @@ static void copy_weight(struct einsum_client_weight *to, const Einsum__V1__Weigh
     COPY_TEXT(to->source, from->source);
     for (size_t i = 0; i < from->n_recipes && i < EINSUM_CLIENT_RECIPES_MAX; i++)
         to->recipes[to->recipes_n++] = (enum einsum_client_recipe)(int)from->recipes[i];
+    to->has_rope = from->rope != NULL;
+    if (to->has_rope)
+        copy_rope(&to->rope, from->rope);
 }
 
 static enum einsum_client_status copy_weights(struct einsum_client_weights *to,
@@ -359,6 +376,18 @@ static grpc_slice pack_load(const struct einsum_client_load *load)
     request.tensor_parallel_size = load->tensor_parallel_size;
     request.output_dim = load->output_dim;
     request.replace = load->replace;
+    Einsum__V1__Rope rope = EINSUM__V1__ROPE__INIT;
+    if (load->rope) {
+        rope.theta = load->rope->theta;
+        rope.factor = load->rope->factor;
+        rope.original_positions_max = load->rope->original_positions_max;
+        rope.beta_fast = load->rope->beta_fast;
+        rope.beta_slow = load->rope->beta_slow;
+        rope.positions_max = load->rope->positions_max;
+        rope.cache = (char *)load->rope->cache;
+        rope.cache_tensor = (char *)load->rope->cache_tensor;
+        request.rope = &rope;
+    }
     return pack(&request.base);
 }
 

@@ -1,6 +1,6 @@
 // Requests as slices over the caller's memory, and replies out of gRPC's buffers.
 //
-//     request   [head][ activations, the caller's ][tail][ scales, the caller's ]
+//     request   [head][ first tensor, the caller's ][tail][ second, the caller's ]
 //     reply     gRPC's slices --one copy--> request.output
 //
 // Building runs on the thread that starts a call; a borrowed slice is let go on whichever thread of
@@ -20,6 +20,7 @@ static enum einsum_client_status check_request(const struct einsum_client_reques
 {
     const char *equation = request->equation ? request->equation : "";
     const char *field = NULL, *why = NULL;
+    const struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
     if (!request->weight || !request->weight[0])
         field = "weight", why = "not given";
     else if (strnlen(request->weight, EINSUM_CLIENT_WEIGHT_BYTES_MAX + 1) >
@@ -31,10 +32,13 @@ static enum einsum_client_status check_request(const struct einsum_client_reques
     else if (request->kernel &&
              strnlen(request->kernel, EINSUM_CLIENT_KERNEL_BYTES) >= EINSUM_CLIENT_KERNEL_BYTES)
         field = "kernel", why = "longer than 64 bytes";
-    else if (!request->activations && request->activations_bytes)
-        field = "activations", why = "a size without memory";
-    else if (!request->scales && request->scales_bytes)
-        field = "activation_scales", why = "a size without memory";
+    else if (request->operation != EINSUM_CLIENT_EINSUM &&
+             request->operation != EINSUM_CLIENT_OUTPUT_PROJECT)
+        field = "operation", why = "neither of the two";
+    else if (!tensors.first.data && tensors.first.bytes)
+        field = tensors.first.name, why = "a size without memory";
+    else if (!tensors.second.data && tensors.second.bytes)
+        field = tensors.second.name, why = "a size without memory";
     if (!field)
         return EINSUM_CLIENT_OK;
     enum einsum_client_status status =
@@ -82,7 +86,8 @@ enum einsum_client_status einsum_client_outgoing_init(struct einsum_client_outgo
     // Before they are added up: two sizes near 2^64 must not wrap around to a small one.
     uint64_t max = client->options.send_bytes_max;
     struct einsum_client_frame frame = {.message_bytes = UINT64_MAX};
-    if (request->activations_bytes <= max && request->scales_bytes <= max)
+    const struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
+    if (tensors.first.bytes <= max && tensors.second.bytes <= max)
         einsum_client_frame_write(&frame, request, request_id, streamed);
     if (frame.message_bytes > max)
         return einsum_client_error_set(
@@ -91,9 +96,9 @@ enum einsum_client_status einsum_client_outgoing_init(struct einsum_client_outgo
             "which is grpc.max_send_message_length",
             (unsigned long long)max);
     add_copied(outgoing, frame.head, frame.head_bytes);
-    add_borrowed(outgoing, request->activations, request->activations_bytes);
+    add_borrowed(outgoing, tensors.first.data, tensors.first.bytes);
     add_copied(outgoing, frame.tail, frame.tail_bytes);
-    add_borrowed(outgoing, request->scales, request->scales_bytes);
+    add_borrowed(outgoing, tensors.second.data, tensors.second.bytes);
     return EINSUM_CLIENT_OK;
 }
 

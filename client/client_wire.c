@@ -1,4 +1,4 @@
-// Protocol buffers by hand, for the two messages where a copy matters. No state; any thread.
+// Protocol buffers by hand, for the messages where a copy matters. No state; any thread.
 
 #include "client_wire.h"
 
@@ -68,23 +68,49 @@ static uint8_t *put_scalars(uint8_t *to, const struct einsum_client_request *req
     return put_string(to, 15, request->kernel ? request->kernel : "");
 }
 
+static uint8_t *put_output_project_scalars(uint8_t *to, const struct einsum_client_request *request,
+                                           uint64_t id)
+{
+    to = put_number(to, 1, id);
+    to = put_string(to, 2, request->weight);
+    to = put_number(to, 3, (uint32_t)request->output_type);
+    to = put_number(to, 4, request->tokens);
+    to = put_number(to, 5, request->group_begin);
+    to = put_number(to, 6, request->group_end);
+    to = put_number(to, 7, request->digest_only);
+    return put_string(to, 10, request->kernel ? request->kernel : "");
+}
+
+struct einsum_client_tensors einsum_client_tensors_of(const struct einsum_client_request *request)
+{
+    if (request->operation == EINSUM_CLIENT_OUTPUT_PROJECT)
+        return (struct einsum_client_tensors){
+            {"attention", request->attention, request->attention_bytes},
+            {"positions", request->positions, request->positions_bytes}};
+    return (struct einsum_client_tensors){
+        {"activations", request->activations, request->activations_bytes},
+        {"activation_scales", request->scales, request->scales_bytes}};
+}
+
 void einsum_client_frame_write(struct einsum_client_frame *frame,
                                const struct einsum_client_request *request, uint64_t request_id,
                                bool streamed)
 {
-    uint8_t *end = put_tensor_start(frame->tail, 14, request->scales_bytes);
+    bool project = request->operation == EINSUM_CLIENT_OUTPUT_PROJECT;
+    const struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
+    uint8_t *end = put_tensor_start(frame->tail, project ? 9 : 14, tensors.second.bytes);
     frame->tail_bytes = (size_t)(end - frame->tail);
 
     uint8_t body[EINSUM_CLIENT_HEAD_BYTES_MAX - EINSUM_CLIENT_TAIL_BYTES_MAX];
-    end = put_scalars(body, request, request_id);
-    end = put_tensor_start(end, 13, request->activations_bytes);
+    end = project ? put_output_project_scalars(body, request, request_id)
+                  : put_scalars(body, request, request_id);
+    end = put_tensor_start(end, project ? 8 : 13, tensors.first.bytes);
     size_t body_bytes = (size_t)(end - body);
 
-    uint64_t inner =
-        body_bytes + request->activations_bytes + frame->tail_bytes + request->scales_bytes;
+    uint64_t inner = body_bytes + tensors.first.bytes + frame->tail_bytes + tensors.second.bytes;
     uint8_t *to = frame->head;
     if (streamed)
-        to = put_varint(put_tag(to, 1, EINSUM_CLIENT_WIRE_BYTES), inner);
+        to = put_varint(put_tag(to, project ? 2 : 1, EINSUM_CLIENT_WIRE_BYTES), inner);
     memcpy(to, body, body_bytes);
     frame->head_bytes = (size_t)(to - frame->head) + body_bytes;
     frame->message_bytes = inner + (streamed ? 1 + varint_bytes(inner) : 0);

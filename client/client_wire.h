@@ -1,5 +1,5 @@
-// The hot messages on the wire, for the client: EinsumRequest written, EinsumResponse read. Knows
-// nothing of gRPC: messages are chunks of memory.
+// The hot messages on the wire, for the client: EinsumRequest and OutputProjectRequest written,
+// EinsumResponse read. Knows nothing of gRPC: messages are chunks of memory.
 //
 // A reply is hostile until read: every length is checked against what is left before it is
 // followed, and reading touches no byte outside the chunks.
@@ -9,8 +9,17 @@
 
 enum { EINSUM_CLIENT_HEAD_BYTES_MAX = 512, EINSUM_CLIENT_TAIL_BYTES_MAX = 16 };
 
-// What of a request is not tensor: `head` goes before the activations, `tail` between them and the
-// scales. Both end with the tag and length of the tensor that follows; an empty tensor has neither.
+// The two tensors of a request, in the order in which they are sent.
+struct einsum_client_tensors {
+    struct einsum_client_tensor {
+        const char *name;
+        const void *data;
+        uint64_t bytes;
+    } first, second;
+};
+struct einsum_client_tensors einsum_client_tensors_of(const struct einsum_client_request *request);
+
+// What of a request is not tensor: `head` goes before the first, `tail` between the two. Both end with the tag and length of the tensor that follows; an empty tensor has neither.
 struct einsum_client_frame {
     uint8_t head[EINSUM_CLIENT_HEAD_BYTES_MAX], tail[EINSUM_CLIENT_TAIL_BYTES_MAX];
     size_t head_bytes, tail_bytes;

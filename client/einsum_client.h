@@ -168,6 +168,13 @@ enum einsum_client_output_type {
     EINSUM_CLIENT_OUTPUT_FP32 = 2,
 };
 
+// What is asked of the weight: its einsum with quantised activations, or all from attention's output
+// on: the inverse rotation by the weight's rope, quantisation, einsum.
+enum einsum_client_operation {
+    EINSUM_CLIENT_EINSUM = 0,
+    EINSUM_CLIENT_OUTPUT_PROJECT = 1,
+};
+
 struct einsum_client_request {
     uint64_t request_id;  // echoed in the response; otherwise free
     const char *weight;   // "layers.3.attn.wo_a"
@@ -190,6 +197,14 @@ struct einsum_client_request {
     uint64_t output_bytes; // room there
     uint32_t deadline_ms;  // from now; 0: the client's
     const char *kernel;    // one of info.kernels; NULL: the server's choice
+
+    // OUTPUT_PROJECT takes the two tensors below and no equation, recipe, layout, scale type,
+    // activations or scales: the weight says them.
+    enum einsum_client_operation operation;
+    const void *attention; // BF16 [T, heads, 512], heads = groups * R / 512; borrowed as above
+    uint64_t attention_bytes;
+    const int64_t *positions; // [T], borrowed likewise
+    uint64_t positions_bytes;
 };
 
 struct einsum_client_digest {
@@ -224,7 +239,7 @@ struct einsum_client_response {
     uint32_t attempts;
 };
 
-// Blocks until answered. Fails; INVALID_ARGUMENT also if the output does not fit its buffer, which
+// Either operation. Blocks until answered. Fails; INVALID_ARGUMENT also if the output does not fit its buffer, which
 // is then untouched. Not from a callback.
 EINSUM_CLIENT_API EINSUM_CLIENT_NODISCARD enum einsum_client_status
 einsum_client_einsum(struct einsum_client *client, const struct einsum_client_request *request,
@@ -284,6 +299,17 @@ enum einsum_client_weight_type {
     EINSUM_CLIENT_WEIGHT_BF16 = 2,
 };
 
+// How a position turns; the proto explains each. As the server tells it, with defaults filled in; as
+// it is told, 0 and "" are "not given".
+struct einsum_client_rope {
+    double theta;  // 0: from the cache
+    double factor; // YaRN's; 1: none
+    uint32_t original_positions_max;
+    double beta_fast, beta_slow;
+    uint32_t positions_max;
+    char cache[EINSUM_CLIENT_SOURCE_BYTES], cache_tensor[EINSUM_CLIENT_TEXT_BYTES];
+};
+
 struct einsum_client_weight {
     char name[EINSUM_CLIENT_NAME_BYTES];
     uint32_t groups, output_dim, reduced_dim; // G, D, R
@@ -296,6 +322,8 @@ struct einsum_client_weight {
     char source[EINSUM_CLIENT_SOURCE_BYTES]; // file, below its root
     uint32_t tensor_parallel_rank, tensor_parallel_size;
     uint64_t generation;
+    bool has_rope; // else it refuses EINSUM_CLIENT_OUTPUT_PROJECT
+    struct einsum_client_rope rope;
 };
 
 struct einsum_client_weights {
@@ -329,6 +357,7 @@ struct einsum_client_load {
     uint32_t tensor_parallel_size; // 0 means 1
     uint32_t output_dim;           // 0 means 1024
     bool replace;
+    const struct einsum_client_rope *rope; // of all; NULL: by the server's configuration
     // Called as the server reports, on the client's thread; may be NULL. false gives up: nothing is
     // loaded, and the call ends with CANCELLED.
     bool (*on_progress)(void *context, const struct einsum_client_progress *progress);

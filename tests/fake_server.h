@@ -229,6 +229,39 @@ static inline bool fake_reply(struct fake *fake, grpc_call *call,
     return sent;
 }
 
+// The same answer for the two kinds of request, from their two tensors.
+static inline Einsum__V1__EinsumRequest
+fake_as_einsum(const Einsum__V1__OutputProjectRequest *request)
+{
+    Einsum__V1__EinsumRequest same = EINSUM__V1__EINSUM_REQUEST__INIT;
+    same.request_id = request->request_id;
+    same.tokens = request->tokens;
+    same.output_type = request->output_type;
+    same.digest_only = request->digest_only;
+    same.activations = request->attention;
+    same.activation_scales = request->positions;
+    return same;
+}
+
+// `bytes` are a request of the method that was called.
+static inline void fake_answer(struct fake *fake, grpc_call *call, const uint8_t *bytes, size_t n)
+{
+    if (strstr(fake->method, "OutputProject")) {
+        Einsum__V1__OutputProjectRequest *request =
+            einsum__v1__output_project_request__unpack(NULL, n, bytes);
+        if (request) {
+            const Einsum__V1__EinsumRequest same = fake_as_einsum(request);
+            fake_reply(fake, call, &same, false, 0);
+        }
+        einsum__v1__output_project_request__free_unpacked(request, NULL);
+        return;
+    }
+    Einsum__V1__EinsumRequest *request = einsum__v1__einsum_request__unpack(NULL, n, bytes);
+    if (request)
+        fake_reply(fake, call, request, false, 0);
+    einsum__v1__einsum_request__free_unpacked(request, NULL);
+}
+
 static inline void fake_unary(struct fake *fake, grpc_call *call, const struct fake_act *act)
 {
     grpc_op start = {.op = GRPC_OP_SEND_INITIAL_METADATA};
@@ -245,11 +278,7 @@ static inline void fake_unary(struct fake *fake, grpc_call *call, const struct f
     fake_batch(fake, call, &start, 1);
     if (act->kind == FAKE_ANSWER && message) {
         grpc_slice flat = fake_flatten(message);
-        Einsum__V1__EinsumRequest *request = einsum__v1__einsum_request__unpack(
-            NULL, GRPC_SLICE_LENGTH(flat), GRPC_SLICE_START_PTR(flat));
-        if (request)
-            fake_reply(fake, call, request, false, 0);
-        einsum__v1__einsum_request__free_unpacked(request, NULL);
+        fake_answer(fake, call, GRPC_SLICE_START_PTR(flat), GRPC_SLICE_LENGTH(flat));
         grpc_slice_unref(flat);
     } else {
         grpc_byte_buffer_destroy(message);
@@ -290,8 +319,12 @@ static inline void fake_stream(struct fake *fake, grpc_call *call, const struct 
         while (flush && held_n > 0) {
             Einsum__V1__EinsumStreamRequest *last = held[--held_n];
             bool refuse = act->kind == FAKE_STREAM_REFUSE && seen++ % 2 == 1;
+            bool project =
+                last->kind_case == EINSUM__V1__EINSUM_STREAM_REQUEST__KIND_OUTPUT_PROJECT;
+            const Einsum__V1__EinsumRequest same =
+                project ? fake_as_einsum(last->output_project) : *last->request;
             if (act->kind != FAKE_STREAM_QUIT && act->kind != FAKE_STREAM_BYTES)
-                fake_reply(fake, call, last->request, true, refuse ? 8 : 0);
+                fake_reply(fake, call, &same, true, refuse ? 8 : 0);
             einsum__v1__einsum_stream_request__free_unpacked(last, NULL);
         }
         if (!request || act->kind == FAKE_STREAM_QUIT)

@@ -50,6 +50,25 @@ static struct einsum_client_request a_request(void *output, uint64_t output_byte
     };
 }
 
+// With the same bytes as attention and positions, so that the answer is the same.
+static struct einsum_client_request a_projection(void *output, uint64_t output_bytes)
+{
+    fill_tensors();
+    return (struct einsum_client_request){
+        .operation = EINSUM_CLIENT_OUTPUT_PROJECT,
+        .request_id = 77,
+        .weight = "layers.3.attn.wo_a",
+        .output_type = EINSUM_CLIENT_OUTPUT_BF16,
+        .tokens = TOKENS,
+        .attention = activations,
+        .attention_bytes = A_BYTES,
+        .positions = (const int64_t *)(const void *)scales,
+        .positions_bytes = S_BYTES,
+        .output = output,
+        .output_bytes = output_bytes,
+    };
+}
+
 enum { OUT_BYTES = TOKENS * FAKE_GROUPS * FAKE_OUTPUT_DIM * 2 };
 
 static void check_output(const uint8_t *output)
@@ -81,12 +100,13 @@ static size_t write_message(const struct einsum_client_request *request, bool st
     uint8_t *to = message;
     memcpy(to, frame.head, frame.head_bytes);
     to += frame.head_bytes;
-    memcpy(to, request->activations, request->activations_bytes);
-    to += request->activations_bytes;
+    const struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
+    memcpy(to, tensors.first.data, tensors.first.bytes);
+    to += tensors.first.bytes;
     memcpy(to, frame.tail, frame.tail_bytes);
     to += frame.tail_bytes;
-    memcpy(to, request->scales, request->scales_bytes);
-    to += request->scales_bytes;
+    memcpy(to, tensors.second.data, tensors.second.bytes);
+    to += tensors.second.bytes;
     ck_assert_uint_eq((uint64_t)(to - message), frame.message_bytes);
     return (size_t)(to - message);
 }
@@ -139,7 +159,58 @@ START_TEST(test_frame)
     Einsum__V1__EinsumStreamRequest *wrapped =
         einsum__v1__einsum_stream_request__unpack(NULL, bytes, message);
     ck_assert_ptr_nonnull(wrapped);
+    ck_assert_int_eq(wrapped->kind_case, EINSUM__V1__EINSUM_STREAM_REQUEST__KIND_REQUEST);
     check_request(wrapped->request, &request);
+    einsum__v1__einsum_stream_request__free_unpacked(wrapped, NULL);
+}
+END_TEST
+
+static void check_projection(const Einsum__V1__OutputProjectRequest *got,
+                             const struct einsum_client_request *sent)
+{
+    ck_assert_ptr_nonnull(got);
+    ck_assert_uint_eq(got->request_id, 1234567890123456789u);
+    ck_assert_str_eq(got->weight, sent->weight);
+    ck_assert_str_eq(got->kernel, sent->kernel ? sent->kernel : "");
+    ck_assert_int_eq((int)got->output_type, (int)sent->output_type);
+    ck_assert_uint_eq(got->tokens, sent->tokens);
+    ck_assert_uint_eq(got->group_begin, sent->group_begin);
+    ck_assert_uint_eq(got->group_end, sent->group_end);
+    ck_assert_int_eq(got->digest_only, sent->digest_only);
+    ck_assert_uint_eq(got->attention.len, sent->attention_bytes);
+    ck_assert_uint_eq(got->positions.len, sent->positions_bytes);
+    if (sent->attention_bytes)
+        ck_assert_mem_eq(got->attention.data, sent->attention, sent->attention_bytes);
+    if (sent->positions_bytes)
+        ck_assert_mem_eq(got->positions.data, sent->positions, sent->positions_bytes);
+}
+
+START_TEST(test_frame_of_a_projection)
+{
+    struct einsum_client_request request = a_projection(NULL, 0);
+    request.group_begin = _i & 1 ? 3 : 0;
+    request.group_end = 300;
+    request.digest_only = _i & 2;
+    request.attention_bytes = _i & 4 ? 0 : A_BYTES;
+    request.positions_bytes = _i & 8 ? 0 : S_BYTES;
+    request.kernel = _i & 16 ? "decode" : NULL;
+    request.equation = "not sent"; // nor are these
+    request.recipe = EINSUM_CLIENT_RECIPE_1_1_32;
+    uint8_t message[A_BYTES + S_BYTES + 1024];
+
+    size_t bytes = write_message(&request, false, message);
+    Einsum__V1__OutputProjectRequest *plain =
+        einsum__v1__output_project_request__unpack(NULL, bytes, message);
+    check_projection(plain, &request);
+    ck_assert_uint_eq(plain->base.n_unknown_fields, 0);
+    einsum__v1__output_project_request__free_unpacked(plain, NULL);
+
+    bytes = write_message(&request, true, message);
+    Einsum__V1__EinsumStreamRequest *wrapped =
+        einsum__v1__einsum_stream_request__unpack(NULL, bytes, message);
+    ck_assert_ptr_nonnull(wrapped);
+    ck_assert_int_eq(wrapped->kind_case, EINSUM__V1__EINSUM_STREAM_REQUEST__KIND_OUTPUT_PROJECT);
+    check_projection(wrapped->output_project, &request);
     einsum__v1__einsum_stream_request__free_unpacked(wrapped, NULL);
 }
 END_TEST
@@ -414,6 +485,33 @@ START_TEST(test_blocking)
     ck_assert_uint_eq(response.digest.crc32,
                       fake_sum(scales, S_BYTES, fake_sum(activations, A_BYTES, 1)));
     ck_assert_float_eq(response.digest.head[1], -2.25f);
+    einsum_client_destroy(client);
+    fake_stop(&fake);
+}
+END_TEST
+
+START_TEST(test_blocking_projection)
+{
+    struct fake fake;
+    fake_start(&fake, &answer, 1);
+    struct einsum_client *client = connect_to(&fake, NULL);
+    uint8_t output[OUT_BYTES];
+    struct einsum_client_request request = a_projection(output, sizeof output);
+    struct einsum_client_response response;
+    struct einsum_client_error error;
+    ck_assert_msg(einsum_client_einsum(client, &request, &response, &error) == 0, "%s", error.text);
+    check_output(output);
+    ck_assert_str_eq(fake.method, "/einsum.v1.Einsum/OutputProject");
+    ck_assert_uint_eq(response.request_id, 77);
+
+    request.positions = NULL;
+    ck_assert_int_eq((int)einsum_client_einsum(client, &request, &response, &error),
+                     EINSUM_CLIENT_INVALID_ARGUMENT);
+    ck_assert_str_eq(error.field, "positions");
+    request.operation = (enum einsum_client_operation)2;
+    ck_assert_int_eq((int)einsum_client_einsum(client, &request, &response, &error),
+                     EINSUM_CLIENT_INVALID_ARGUMENT);
+    ck_assert_str_eq(error.field, "operation");
     einsum_client_destroy(client);
     fake_stop(&fake);
 }
@@ -966,7 +1064,8 @@ START_TEST(test_stream)
     static struct flight flights[FLIGHTS];
     for (uint32_t i = 0; i < FLIGHTS; i++) {
         flights[i] = (struct flight){.tally = &tally, .id = 1000 + i};
-        struct einsum_client_request request = a_request(flights[i].output, OUT_BYTES);
+        struct einsum_client_request request = i % 3 ? a_request(flights[i].output, OUT_BYTES)
+                                                     : a_projection(flights[i].output, OUT_BYTES);
         request.request_id = flights[i].id;
         ck_assert_int_eq(
             (int)einsum_client_stream_submit(stream, &request, on_flight, &flights[i], &error), 0);
@@ -1152,6 +1251,11 @@ START_TEST(test_control)
     weight.recipes = recipes;
     weight.n_recipes = 2;
     weight.resident_bytes = 1ull << 33;
+    Einsum__V1__Rope rope = EINSUM__V1__ROPE__INIT;
+    rope.theta = 160000;
+    rope.positions_max = 1 << 20;
+    rope.cache = (char *)"a\nb";
+    weight.rope = &rope;
     Einsum__V1__Weight *weights[2] = {&weight, &weight};
     Einsum__V1__ListWeightsResponse list = EINSUM__V1__LIST_WEIGHTS_RESPONSE__INIT;
     list.weights = weights;
@@ -1194,6 +1298,10 @@ START_TEST(test_control)
     ck_assert_uint_eq(got.items[1].recipes_n, 2);
     ck_assert_int_eq((int)got.items[1].recipes[1], EINSUM_CLIENT_RECIPE_1_1_128);
     ck_assert_uint_eq(got.items[0].resident_bytes, 1ull << 33);
+    ck_assert(got.items[0].has_rope);
+    ck_assert_double_eq(got.items[0].rope.theta, 160000);
+    ck_assert_uint_eq(got.items[0].rope.positions_max, 1 << 20);
+    ck_assert_str_eq(got.items[0].rope.cache, "a?b");
     einsum_client_weights_deinit(&got);
 
     int count = 0;
@@ -1309,6 +1417,7 @@ int main(void)
     Suite *suite = suite_create("client");
     TCase *wire = add_case(suite, "wire");
     tcase_add_loop_test(wire, test_frame, 0, 32);
+    tcase_add_loop_test(wire, test_frame_of_a_projection, 0, 32);
     tcase_add_test(wire, test_reply_in_pieces);
     tcase_add_test(wire, test_reply_cut);
     tcase_add_test(wire, test_reply_garbled);
@@ -1317,6 +1426,7 @@ int main(void)
     tcase_add_loop_test(call, test_endpoint, 0, (int)LEN(endpoints));
     tcase_add_test(call, test_options);
     tcase_add_test(call, test_blocking);
+    tcase_add_test(call, test_blocking_projection);
     tcase_add_test(call, test_caller_mistakes);
     tcase_add_test(call, test_chunks);
     tcase_add_test(call, test_many_threads);
