@@ -1,6 +1,6 @@
 #!/bin/bash
-# Packs what a bare GPU machine needs into one folder: daemon, command line tool, GPU tests, and the
-# shared libraries that they use, but for the C library's own. It runs on another x86-64 Linux, of
+# Packs what a bare GPU machine needs into one folder: daemon, command line tool, GPU tests and bench, and
+# the shared libraries that they use, but for the C library's own. It runs on another x86-64 Linux, of
 # glibc 2.36 or newer, with nothing but NVIDIA's driver installed:
 #
 #     deploy/bundle.sh [FOLDER]     by default build/bundle; needs nvcc
@@ -15,11 +15,11 @@ case "${1:-}" in
     ;;
 esac
 folder=${1:-build/bundle}
-programs=(einsumd einsumctl tests/test_engine_cuda tests/test_engine_cpu)
+programs=(einsumd einsumctl tests/test_engine_cuda tests/test_engine_cpu tests/bench/pipeline)
 
 deploy/install-dependencies.sh --tests
 cmake --preset cuda >/dev/null
-cmake --build build/cuda --target einsumd einsumctl test_engine_cuda test_engine_cpu
+cmake --build build/cuda --target einsumd einsumctl test_engine_cuda test_engine_cpu pipeline
 
 rm -rf "$folder"
 mkdir -p "$folder/bin" "$folder/lib"
