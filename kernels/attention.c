@@ -80,11 +80,12 @@ void attention_quantise_portable(void *row, uint32_t reduced_dim, uint32_t block
     uint8_t *bytes = row;
     uint8_t scales[SCALES_MAX];
     float values[BLOCK_R_MAX];
-    for (uint32_t r = 0; r < reduced_dim; r += block_r) {
+    uint32_t blocks = reduced_dim / block_r;
+    for (uint32_t b = 0, r = 0; b < blocks; b++, r += block_r) {
         uint32_t most =
             load_block(bytes + 2 * (uint64_t)r, r % ATTENTION_HEAD_DIM, block_r, rotation, values);
         uint8_t scale = scale_code(most);
-        scales[r / block_r] = scale;
+        scales[b] = scale;
         if (scale == UE8M0_NAN) {
             memset(bytes + r, 0, block_r);
             continue;
@@ -92,7 +93,8 @@ void attention_quantise_portable(void *row, uint32_t reduced_dim, uint32_t block
         for (uint32_t i = 0; i < block_r; i++)
             bytes[r + i] = e4m3_from_float(values[i] * scale_inverse(scale));
     }
-    memcpy(bytes + reduced_dim, scales, reduced_dim / block_r);
+    // cppcheck-suppress uninitvar ; a row has blocks
+    memcpy(bytes + reduced_dim, scales, blocks);
 }
 
 // --- AVX2: eight values at a time
@@ -175,11 +177,12 @@ AVX2 void attention_quantise_avx2(void *row, uint32_t reduced_dim, uint32_t bloc
     uint8_t *bytes = row;
     uint8_t scales[SCALES_MAX];
     __m256 values[BLOCK_R_MAX / 8];
-    for (uint32_t r = 0; r < reduced_dim; r += block_r) {
+    uint32_t blocks = reduced_dim / block_r;
+    for (uint32_t b = 0, r = 0; b < blocks; b++, r += block_r) {
         uint32_t most = load_block_avx2(bytes + 2 * (uint64_t)r, r % ATTENTION_HEAD_DIM, block_r,
                                         rotation, values);
         uint8_t scale = scale_code(most);
-        scales[r / block_r] = scale;
+        scales[b] = scale;
         if (scale == UE8M0_NAN) {
             memset(bytes + r, 0, block_r);
             continue;
@@ -188,7 +191,8 @@ AVX2 void attention_quantise_avx2(void *row, uint32_t reduced_dim, uint32_t bloc
         for (uint32_t i = 0; i < block_r; i += 32)
             store_codes(values + i / 8, inverse, bytes + r + i);
     }
-    memcpy(bytes + reduced_dim, scales, reduced_dim / block_r);
+    // cppcheck-suppress uninitvar ; a row has blocks
+    memcpy(bytes + reduced_dim, scales, blocks);
 }
 
 bool attention_avx2_supported(void)

@@ -201,7 +201,7 @@ static struct batch *batch_with_room_locked(struct batcher *batcher, const struc
     return batch_open_locked(batcher);
 }
 
-static void set_input(struct job *job, uint8_t *input, const struct room *room)
+static void set_input(struct job *job, const uint8_t *input, const struct room *room)
 {
     struct einsum_operand *operand = &job->operand;
     operand->activations = input;
@@ -211,7 +211,7 @@ static void set_input(struct job *job, uint8_t *input, const struct room *room)
         return;
     }
     operand->scales = input + job->weight->format.reduced_dim; // behind the first row
-    operand->rotations = (const struct attention_rotation *)(input + room->second_offset);
+    operand->rotations = (const void *)(input + room->second_offset);
     operand->activation_layout = EINSUM_ACTIVATIONS_IN_PLACE;
     operand->scale_layout = EINSUM_SCALES_IN_PLACE;
     operand->scale_type = EINSUM_SCALE_UE8M0;
@@ -220,7 +220,7 @@ static void set_input(struct job *job, uint8_t *input, const struct room *room)
 static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, struct job *job,
                                  const struct room *room)
 {
-    set_input(job, (uint8_t *)batch->input + batch->input_used, room);
+    set_input(job, (const uint8_t *)batch->input + batch->input_used, room);
     job->operand.output = (uint8_t *)batch->output + batch->output_used;
     job->batch = batch;
     job->input_bytes = room->input_bytes;
