@@ -496,6 +496,31 @@ static void copy_counters(struct einsum_client_info *info, const Einsum__V1__Cou
     info->counters.busy_ns = from->busy_ns;
     info->counters.connections = from->connections;
     info->counters.connections_refused = from->connections_refused;
+    info->counters.queue_ns = from->queue_ns;
+    info->counters.phase_batches = from->phase_batches;
+    info->counters.copy_in_ns = from->copy_in_ns;
+    info->counters.kernel_ns = from->kernel_ns;
+    info->counters.copy_out_ns = from->copy_out_ns;
+    info->counters.graph_replays = from->graph_replays;
+    info->counters.eager_launches = from->eager_launches;
+    for (size_t i = 0; i < from->n_bucket_batches && i < EINSUM_CLIENT_BUCKETS_MAX; i++)
+        info->counters.bucket_batches[i] = from->bucket_batches[i];
+}
+
+static void copy_memory(struct einsum_client_info *info, const Einsum__V1__Memory *from)
+{
+    info->memory.weights_bytes = from->weights_bytes;
+    info->memory.batches_bytes = from->batches_bytes;
+    info->memory.scratch_bytes = from->scratch_bytes;
+    info->memory.lanes_bytes = from->lanes_bytes;
+    info->memory.graphs_bytes = from->graphs_bytes;
+    for (size_t i = 0; i < from->n_graphs && i < EINSUM_CLIENT_BUCKETS_MAX; i++) {
+        const Einsum__V1__BucketGraphs *graphs = from->graphs[i];
+        info->memory.graphs[i].bucket = graphs->bucket;
+        info->memory.graphs[i].graphs = graphs->graphs;
+        info->memory.graphs[i].device_bytes = graphs->device_bytes;
+        info->memory.graphs_n++;
+    }
 }
 
 static void copy_info(struct einsum_client_info *info, const Einsum__V1__ServerInfoResponse *from)
@@ -513,11 +538,8 @@ static void copy_info(struct einsum_client_info *info, const Einsum__V1__ServerI
         info->buckets[info->buckets_n++] = from->buckets[i];
     if (from->limits)
         copy_limits(info, from->limits);
-    if (from->memory) {
-        info->memory.weights_bytes = from->memory->weights_bytes;
-        info->memory.batches_bytes = from->memory->batches_bytes;
-        info->memory.scratch_bytes = from->memory->scratch_bytes;
-    }
+    if (from->memory)
+        copy_memory(info, from->memory);
     if (from->counters)
         copy_counters(info, from->counters);
     for (size_t i = 0; i < from->n_libraries && i < EINSUM_CLIENT_LIBRARIES_MAX; i++) {

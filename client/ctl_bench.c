@@ -56,6 +56,7 @@ struct bench_command {
     struct einsum_client_options client;
     struct einsum_client_weights weights;
     struct ctl_progress progress;
+    struct einsum_client_info before, after; // what the server says around the run
 };
 
 // ---- options ------------------------------------------------------------------------------------
@@ -214,6 +215,77 @@ static void print_result(const struct bench_options *bench, const struct bench_r
     printf("\n");
 }
 
+// What the server did meanwhile, by its own counters: the warm-up and other callers included.
+struct server_share {
+    uint64_t batches, phase_batches, graph_replays, eager_launches;
+    double queue_ns, copy_in_ns, kernel_ns, copy_out_ns; // means of a batch; 0 if none was timed
+};
+
+static double mean_of(uint64_t before, uint64_t after, uint64_t n)
+{
+    return n ? (double)(after - before) / (double)n : 0;
+}
+
+static struct server_share server_share(const struct bench_command *command)
+{
+    const struct einsum_client_info *was = &command->before, *is = &command->after;
+    uint64_t batches = is->counters.batches - was->counters.batches;
+    uint64_t timed = is->counters.phase_batches - was->counters.phase_batches;
+    return (struct server_share){
+        .batches = batches,
+        .phase_batches = timed,
+        .graph_replays = is->counters.graph_replays - was->counters.graph_replays,
+        .eager_launches = is->counters.eager_launches - was->counters.eager_launches,
+        .queue_ns = mean_of(was->counters.queue_ns, is->counters.queue_ns, batches),
+        .copy_in_ns = mean_of(was->counters.copy_in_ns, is->counters.copy_in_ns, timed),
+        .kernel_ns = mean_of(was->counters.kernel_ns, is->counters.kernel_ns, timed),
+        .copy_out_ns = mean_of(was->counters.copy_out_ns, is->counters.copy_out_ns, timed),
+    };
+}
+
+static uint64_t bucket_batches(const struct bench_command *command, uint32_t i)
+{
+    return command->after.counters.bucket_batches[i] - command->before.counters.bucket_batches[i];
+}
+
+static void print_server(const struct bench_command *command)
+{
+    struct server_share share = server_share(command);
+    char queue[CTL_TEXT_BYTES], in[CTL_TEXT_BYTES], kernel[CTL_TEXT_BYTES], out[CTL_TEXT_BYTES];
+    printf("phases      a batch: queued %s, copy in %s, kernel %s, copy out %s; %llu timed\n",
+           ctl_duration((uint64_t)share.queue_ns, queue),
+           ctl_duration((uint64_t)share.copy_in_ns, in),
+           ctl_duration((uint64_t)share.kernel_ns, kernel),
+           ctl_duration((uint64_t)share.copy_out_ns, out), (unsigned long long)share.phase_batches);
+    printf("server      %llu batches, %llu graph replays, %llu eager launches; by bucket",
+           (unsigned long long)share.batches, (unsigned long long)share.graph_replays,
+           (unsigned long long)share.eager_launches);
+    for (uint32_t i = 0; i < command->after.buckets_n; i++)
+        if (bucket_batches(command, i))
+            printf(" %u: %llu", command->after.buckets[i],
+                   (unsigned long long)bucket_batches(command, i));
+    printf("\n");
+}
+
+static json_t *server_json(const struct bench_command *command)
+{
+    struct server_share share = server_share(command);
+    json_t *buckets = json_object();
+    for (uint32_t i = 0; i < command->after.buckets_n; i++) {
+        char bucket[16];
+        snprintf(bucket, sizeof bucket, "%u", command->after.buckets[i]);
+        if (bucket_batches(command, i))
+            json_object_set_new(buckets, bucket,
+                                json_integer((json_int_t)bucket_batches(command, i)));
+    }
+    return json_pack("{s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:o}", "batches",
+                     (json_int_t)share.batches, "phase_batches", (json_int_t)share.phase_batches,
+                     "graph_replays", (json_int_t)share.graph_replays, "eager_launches",
+                     (json_int_t)share.eager_launches, "queue_ns_mean", share.queue_ns,
+                     "copy_in_ns_mean", share.copy_in_ns, "kernel_ns_mean", share.kernel_ns,
+                     "copy_out_ns_mean", share.copy_out_ns, "buckets", buckets);
+}
+
 static json_t *latency_json(const struct bench_histogram *latency)
 {
     return json_pack(
@@ -224,8 +296,9 @@ static json_t *latency_json(const struct bench_histogram *latency)
         (json_int_t)(latency->total ? latency->sum / latency->total : 0));
 }
 
-static json_t *result_json(const struct bench_options *bench, const struct bench_result *result)
+static json_t *result_json(const struct bench_command *command, const struct bench_result *result)
 {
+    const struct bench_options *bench = &command->bench;
     json_t *errors = json_object(), *buckets = json_object(), *tokens = json_array();
     for (size_t i = 0; i < BENCH_STATUSES; i++) {
         if (result->failed[i])
@@ -241,7 +314,7 @@ static json_t *result_json(const struct bench_options *bench, const struct bench
         json_array_append_new(tokens, json_integer(bench->tokens[i]));
     return json_pack(
         "{s:s, s:b, s:I, s:f, s:o, s:I, s:I, s:b, s:I, s:f, s:f, s:f, s:f, s:o, s:o, s:I,"
-        " s:{s:f, s:f, s:f, s:f, s:o}}",
+        " s:{s:f, s:f, s:f, s:f, s:o}, s:o}",
         "loop", bench->rate > 0 ? "open" : "closed", "stream", bench->streams > 0, "concurrency",
         (json_int_t)bench->concurrency, "rate", bench->rate, "tokens", tokens, "weights",
         (json_int_t)bench->weights_n, "elapsed_ns", (json_int_t)result->elapsed_ns, "interrupted",
@@ -252,7 +325,7 @@ static json_t *result_json(const struct bench_options *bench, const struct bench
         "errors", errors, "attempts", (json_int_t)result->attempts, "batch", "requests_mean",
         mean(result->batch_requests, result), "tokens_mean", mean(result->batch_tokens, result),
         "queue_ns_mean", mean(result->queue_ns, result), "run_ns_mean",
-        mean(result->run_ns, result), "buckets", buckets);
+        mean(result->run_ns, result), "buckets", buckets, "server", server_json(command));
 }
 
 // ---- the command --------------------------------------------------------------------------------
@@ -268,25 +341,29 @@ static bool on_tick(void *context, double share_done, uint64_t calls)
 static enum ctl_exit measure(struct bench_command *command)
 {
     static struct bench_result result; // large
-    struct einsum_client_info info;
+    struct einsum_client *client = command->ctl->client;
     struct einsum_client_error error;
-    if (einsum_client_server_info(command->ctl->client, &info, &error) != EINSUM_CLIENT_OK)
+    if (einsum_client_server_info(client, &command->before, &error) != EINSUM_CLIENT_OK)
         return ctl_fail(command->ctl, &error);
-    command->bench.zeros_allowed = strcmp(info.engine, "null") == 0;
+    command->bench.zeros_allowed = strcmp(command->before.engine, "null") == 0;
     ctl_progress_init(&command->progress, command->ctl, "measuring");
-    command->bench.client = command->ctl->client;
+    command->bench.client = client;
     command->bench.on_tick = on_tick;
     command->bench.context = &command->progress;
     ctl_catch_signals();
     enum einsum_client_status status = bench_run(&command->bench, &result, &error);
     ctl_progress_end(&command->progress);
+    if (status == EINSUM_CLIENT_OK)
+        status = einsum_client_server_info(client, &command->after, &error);
     if (status != EINSUM_CLIENT_OK)
         return ctl_fail(command->ctl, &error);
     qsort(result.buckets, result.buckets_n, sizeof *result.buckets, by_bucket);
     if (command->ctl->json)
-        ctl_print_json(result_json(&command->bench, &result));
-    else
+        ctl_print_json(result_json(command, &result));
+    else {
         print_result(&command->bench, &result);
+        print_server(command);
+    }
     return failures(&result) || result.interrupted || result.calls == 0 ? CTL_FAILED : CTL_OK;
 }
 

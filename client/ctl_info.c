@@ -28,11 +28,38 @@ static json_t *counters_json(const struct einsum_client_info *info)
         {"busy_ns", info->counters.busy_ns},
         {"connections", info->counters.connections},
         {"connections_refused", info->counters.connections_refused},
+        {"queue_ns", info->counters.queue_ns},
+        {"phase_batches", info->counters.phase_batches},
+        {"copy_in_ns", info->counters.copy_in_ns},
+        {"kernel_ns", info->counters.kernel_ns},
+        {"copy_out_ns", info->counters.copy_out_ns},
+        {"graph_replays", info->counters.graph_replays},
+        {"eager_launches", info->counters.eager_launches},
     };
     json_t *json = json_object();
     for (size_t i = 0; i < ARRAY_LEN(counters); i++)
         json_object_set_new(json, counters[i].name, json_integer((json_int_t)counters[i].value));
+    json_t *buckets = json_array();
+    for (uint32_t i = 0; i < info->buckets_n; i++)
+        json_array_append_new(buckets, json_integer((json_int_t)info->counters.bucket_batches[i]));
+    json_object_set_new(json, "bucket_batches", buckets);
     return json;
+}
+
+static json_t *memory_json(const struct einsum_client_info *info)
+{
+    json_t *graphs = json_array();
+    for (uint32_t i = 0; i < info->memory.graphs_n; i++)
+        json_array_append_new(graphs,
+                              json_pack("{s:I, s:I, s:I}", "bucket",
+                                        (json_int_t)info->memory.graphs[i].bucket, "graphs",
+                                        (json_int_t)info->memory.graphs[i].graphs, "device_bytes",
+                                        (json_int_t)info->memory.graphs[i].device_bytes));
+    return json_pack(
+        "{s:I, s:I, s:I, s:I, s:I, s:o}", "weights_bytes", (json_int_t)info->memory.weights_bytes,
+        "batches_bytes", (json_int_t)info->memory.batches_bytes, "scratch_bytes",
+        (json_int_t)info->memory.scratch_bytes, "lanes_bytes", (json_int_t)info->memory.lanes_bytes,
+        "graphs_bytes", (json_int_t)info->memory.graphs_bytes, "graphs", graphs);
 }
 
 static json_t *limits_json(const struct einsum_client_info *info)
@@ -62,21 +89,33 @@ static json_t *info_json(const struct einsum_client_info *info)
     for (uint32_t i = 0; i < info->libraries_n; i++)
         json_object_set_new(libraries, info->libraries[i].name,
                             json_string(info->libraries[i].version));
-    return json_pack(
-        "{s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:o, s:o, s:{s:I, s:I, s:I}, s:o, s:o, s:o}",
-        "version", info->version, "state", info->state, "engine", info->engine, "device",
-        info->device, "kernel", info->kernel, "engine_threads", (json_int_t)info->engine_threads,
-        "lanes", (json_int_t)info->lanes, "uptime_ns", (json_int_t)info->uptime_ns, "buckets",
-        buckets, "limits", limits_json(info), "memory", "weights_bytes",
-        (json_int_t)info->memory.weights_bytes, "batches_bytes",
-        (json_int_t)info->memory.batches_bytes, "scratch_bytes",
-        (json_int_t)info->memory.scratch_bytes, "counters", counters_json(info), "libraries",
-        libraries, "kernels", kernels);
+    return json_pack("{s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o}",
+                     "version", info->version, "state", info->state, "engine", info->engine,
+                     "device", info->device, "kernel", info->kernel, "engine_threads",
+                     (json_int_t)info->engine_threads, "lanes", (json_int_t)info->lanes,
+                     "uptime_ns", (json_int_t)info->uptime_ns, "buckets", buckets, "limits",
+                     limits_json(info), "memory", memory_json(info), "counters",
+                     counters_json(info), "libraries", libraries, "kernels", kernels);
+}
+
+static void print_memory(const struct einsum_client_info *info)
+{
+    char a[CTL_TEXT_BYTES], b[CTL_TEXT_BYTES], c[CTL_TEXT_BYTES];
+    printf("memory      weights %s, batches %s, scratch %s",
+           ctl_bytes(info->memory.weights_bytes, a), ctl_bytes(info->memory.batches_bytes, b),
+           ctl_bytes(info->memory.scratch_bytes, c));
+    if (info->memory.graphs_n > 0)
+        printf(", lanes %s\ngraphs      %s:", ctl_bytes(info->memory.lanes_bytes, a),
+               ctl_bytes(info->memory.graphs_bytes, b));
+    for (uint32_t i = 0; i < info->memory.graphs_n; i++)
+        printf("%s %u of %u tokens %s", i ? "," : "", info->memory.graphs[i].graphs,
+               info->memory.graphs[i].bucket, ctl_bytes(info->memory.graphs[i].device_bytes, a));
+    printf("\n");
 }
 
 static void print_info(const struct einsum_client_info *info)
 {
-    char a[CTL_TEXT_BYTES], b[CTL_TEXT_BYTES], c[CTL_TEXT_BYTES];
+    char a[CTL_TEXT_BYTES], b[CTL_TEXT_BYTES];
     printf("einsumd %s, %s, up %s\n", info->version, info->state, ctl_duration(info->uptime_ns, a));
     printf("engine      %s, %u threads, %u lanes\n", info->engine, info->engine_threads,
            info->lanes);
@@ -88,9 +127,8 @@ static void print_info(const struct einsum_client_info *info)
     printf("\nbuckets    ");
     for (uint32_t i = 0; i < info->buckets_n; i++)
         printf(" %u", info->buckets[i]);
-    printf("\nmemory      weights %s, batches %s, scratch %s\n",
-           ctl_bytes(info->memory.weights_bytes, a), ctl_bytes(info->memory.batches_bytes, b),
-           ctl_bytes(info->memory.scratch_bytes, c));
+    printf("\n");
+    print_memory(info);
     printf("limits      %u tokens a request, %u a batch; request %s, reply %s; deadline %u ms\n",
            info->limits.request_tokens_max, info->limits.batch_tokens_max,
            ctl_bytes(info->limits.request_bytes_max, a), ctl_bytes(info->limits.reply_bytes_max, b),

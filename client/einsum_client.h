@@ -431,13 +431,21 @@ struct einsum_client_info {
         uint32_t connections_max, stream_requests_max, deadline_ms_max, connection_requests_max;
     } limits;
     struct {
-        uint64_t weights_bytes, batches_bytes, scratch_bytes;
+        uint64_t weights_bytes, batches_bytes, scratch_bytes, lanes_bytes, graphs_bytes;
+        uint32_t graphs_n;
+        struct {
+            uint32_t bucket, graphs;
+            uint64_t device_bytes;
+        } graphs[EINSUM_CLIENT_BUCKETS_MAX];
     } memory;
     struct {
         uint64_t requests, answered, refused, invalid, expired, cancelled, failed;
         uint64_t batches, batch_tokens, batch_padding_tokens, batch_requests, busy_ns;
         uint32_t connections;
         uint64_t connections_refused;
+        uint64_t queue_ns, phase_batches, copy_in_ns, kernel_ns, copy_out_ns;
+        uint64_t graph_replays, eager_launches;
+        uint64_t bucket_batches[EINSUM_CLIENT_BUCKETS_MAX]; // as buckets; 0 where not told
     } counters;
     uint32_t libraries_n;
     struct einsum_client_library libraries[EINSUM_CLIENT_LIBRARIES_MAX];

@@ -175,6 +175,8 @@ static const struct key config_keys[] = {
     {STRING(kernel, 1, 63, "\"auto\"", "a kernel's name; auto: the best that the device supports")},
     {U32(compute_threads, 0, 1024, "0", "threads", "of the CPU engine; 0: one per core")},
     {U32(lanes, 0, 16, "0", "batches", "in flight on the device; 0: the engine's own choice")},
+    {U32(phase_sample, 0, 1 << 20, "16", "batches",
+         "of which one is timed phase by phase, for ServerInfo; 0: none is")},
 
     {SECTION("batching"), U32(request_tokens_max, 1, EINSUM_TOKENS_MAX, "512", "tokens",
                               "of one request; at most batch_tokens_max")},

@@ -59,6 +59,7 @@ struct config {
     char *kernel;             // "auto" (default) or a kernel's name
     uint32_t compute_threads; // CPU engine; 0 (default): one per core
     uint32_t lanes;           // batches in flight; 0 (default): the engine's own choice
+    uint32_t phase_sample;    // one batch in so many is timed phase by phase; 0: none
 
     // batching
     uint32_t request_tokens_max;          // default 512; at most batch_tokens_max

@@ -110,6 +110,7 @@ NODISCARD static enum status open_engine(struct daemon *daemon, struct error *er
         .buckets = config->buckets,
         .buckets_n = (uint32_t)config->buckets_n,
         .reduced_dim_max = REDUCED_DIM_MAX,
+        .phase_sample = config->phase_sample,
         .wake = batcher_wake,
         .wake_context = &daemon->waker,
     };
@@ -121,7 +122,8 @@ NODISCARD static enum status open_engine(struct daemon *daemon, struct error *er
     ops->describe(daemon->context.engine, &info);
     LOG(INFO, "engine", LOG_STR("name", ops->name), LOG_STR("device", info.device),
         LOG_STR("kernel", info.kernel), LOG_U64("threads", info.threads),
-        LOG_U64("scratch_bytes", info.scratch_bytes));
+        LOG_U64("scratch_bytes", info.scratch_bytes), LOG_U64("lanes_bytes", info.lanes_bytes),
+        LOG_U64("graphs_bytes", info.graphs_bytes));
     if (strcmp(config->engine, "auto") == 0 && engine_auto_note())
         LOG(INFO, "no GPU is used", LOG_STR("reason", engine_auto_note()));
     return STATUS_OK;

@@ -20,7 +20,8 @@
 // ---- ServerInfo
 
 static Einsum__V1__Counters read_counters(struct service_context *context,
-                                          const struct batcher_stats *batches)
+                                          struct batcher_stats *batches,
+                                          const struct engine_info *engine)
 {
     struct service_counters *counters = &context->counters;
     struct listener_stats connections = listener_stats(context->listener);
@@ -39,6 +40,15 @@ static Einsum__V1__Counters read_counters(struct service_context *context,
     message.busy_ns = batches->busy_ns;
     message.connections = connections.connections;
     message.connections_refused = connections.refused;
+    message.queue_ns = batches->queue_ns;
+    message.phase_batches = batches->phase_batches;
+    message.copy_in_ns = batches->copy_in_ns;
+    message.kernel_ns = batches->kernel_ns;
+    message.copy_out_ns = batches->copy_out_ns;
+    message.graph_replays = engine->graph_replays;
+    message.eager_launches = engine->eager_launches;
+    message.bucket_batches = batches->bucket_batches;
+    message.n_bucket_batches = context->config->buckets_n;
     return message;
 }
 
@@ -57,6 +67,39 @@ static Einsum__V1__Limits read_limits(const struct service_context *context)
     limits.deadline_ms_max = config->deadline_ms_max;
     limits.connection_requests_max = config->connection_requests_max;
     return limits;
+}
+
+_Static_assert((int)CONFIG_BUCKETS_MAX == (int)ENGINE_BUCKETS_MAX, "a bucket of one is one of all");
+
+// Graphs of all buckets, as `memory` points to them.
+struct bucket_graphs {
+    Einsum__V1__BucketGraphs messages[CONFIG_BUCKETS_MAX];
+    Einsum__V1__BucketGraphs *pointers[CONFIG_BUCKETS_MAX];
+};
+
+static Einsum__V1__Memory read_memory(const struct service_context *context,
+                                      const struct batcher_stats *batches,
+                                      const struct engine_info *engine,
+                                      struct bucket_graphs *graphs)
+{
+    Einsum__V1__Memory memory = EINSUM__V1__MEMORY__INIT;
+    memory.weights_bytes = weights_totals(context->weights).resident_bytes;
+    memory.batches_bytes = batches->buffer_bytes;
+    memory.scratch_bytes = engine->scratch_bytes;
+    memory.lanes_bytes = engine->lanes_bytes;
+    memory.graphs_bytes = engine->graphs_bytes;
+    memory.graphs = graphs->pointers;
+    for (size_t i = 0; i < context->config->buckets_n; i++) {
+        if (engine->bucket_graphs_n[i] == 0)
+            continue;
+        Einsum__V1__BucketGraphs *message = &graphs->messages[memory.n_graphs];
+        einsum__v1__bucket_graphs__init(message);
+        message->bucket = context->config->buckets[i];
+        message->graphs = engine->bucket_graphs_n[i];
+        message->device_bytes = engine->bucket_graphs_bytes[i];
+        graphs->pointers[memory.n_graphs++] = message;
+    }
+    return memory;
 }
 
 static const char *state_name(const struct service_context *context)
@@ -87,11 +130,9 @@ static void on_server_info(struct call *call, grpc_byte_buffer *bytes)
     batcher_stats(context->batcher, &batches);
 
     Einsum__V1__Limits limits = read_limits(context);
-    Einsum__V1__Counters counters = read_counters(context, &batches);
-    Einsum__V1__Memory memory = EINSUM__V1__MEMORY__INIT;
-    memory.weights_bytes = weights_totals(context->weights).resident_bytes;
-    memory.batches_bytes = batches.buffer_bytes;
-    memory.scratch_bytes = engine.scratch_bytes;
+    Einsum__V1__Counters counters = read_counters(context, &batches, &engine);
+    struct bucket_graphs graphs;
+    Einsum__V1__Memory memory = read_memory(context, &batches, &engine, &graphs);
     Einsum__V1__Library libraries[] = {
         library("grpc", grpc_version_string()),
         library("protobuf-c", protobuf_c_version()),

@@ -1279,7 +1279,27 @@ START_TEST(test_control)
     uint32_t buckets[100] = {1, 2, 4};
     info_message.buckets = buckets;
     info_message.n_buckets = 100;
-    uint8_t bytes[4][1024];
+    Einsum__V1__Counters counters = EINSUM__V1__COUNTERS__INIT;
+    uint64_t bucket_batches[100] = {7, 0, 9};
+    counters.kernel_ns = 1ull << 40;
+    counters.graph_replays = 16;
+    counters.bucket_batches = bucket_batches;
+    counters.n_bucket_batches = 100;
+    info_message.counters = &counters;
+    Einsum__V1__Memory memory = EINSUM__V1__MEMORY__INIT;
+    Einsum__V1__BucketGraphs graphs = EINSUM__V1__BUCKET_GRAPHS__INIT;
+    Einsum__V1__BucketGraphs *graph_pointers[100];
+    graphs.bucket = 8;
+    graphs.graphs = 6;
+    graphs.device_bytes = 1ull << 34;
+    for (size_t i = 0; i < LEN(graph_pointers); i++)
+        graph_pointers[i] = &graphs;
+    memory.graphs = graph_pointers;
+    memory.n_graphs = LEN(graph_pointers);
+    memory.lanes_bytes = 5;
+    memory.graphs_bytes = 1ull << 36;
+    info_message.memory = &memory;
+    uint8_t bytes[4][4096];
     const struct fake_act acts[] = {
         canned(&list.base, bytes[0], 1),         canned(&unload.base, bytes[1], 1),
         canned(&selftest.base, bytes[2], 1),     canned(&info_message.base, bytes[3], 1),
@@ -1318,6 +1338,16 @@ START_TEST(test_control)
     ck_assert_str_eq(info.engine, "cpu");
     ck_assert_uint_eq(info.limits.reply_bytes_max, 1ull << 35);
     ck_assert_uint_eq(info.buckets_n, EINSUM_CLIENT_BUCKETS_MAX);
+    ck_assert_uint_eq(info.counters.kernel_ns, 1ull << 40);
+    ck_assert_uint_eq(info.counters.graph_replays, 16);
+    ck_assert_uint_eq(info.counters.bucket_batches[0], 7);
+    ck_assert_uint_eq(info.counters.bucket_batches[2], 9);
+    ck_assert_uint_eq(info.memory.lanes_bytes, 5);
+    ck_assert_uint_eq(info.memory.graphs_bytes, 1ull << 36);
+    ck_assert_uint_eq(info.memory.graphs_n, EINSUM_CLIENT_BUCKETS_MAX);
+    ck_assert_uint_eq(info.memory.graphs[1].bucket, 8);
+    ck_assert_uint_eq(info.memory.graphs[1].graphs, 6);
+    ck_assert_uint_eq(info.memory.graphs[1].device_bytes, 1ull << 34);
     enum einsum_client_health health;
     ck_assert_int_eq((int)einsum_client_check_health(client, "x", &health, &error), 0);
     ck_assert_int_eq((int)health, EINSUM_CLIENT_HEALTH_NOT_SERVING);

@@ -52,6 +52,7 @@ START_TEST(defaults_are_as_documented)
     ck_assert_str_eq(config.kernel, "auto");
     ck_assert_uint_eq(config.compute_threads, 0);
     ck_assert_uint_eq(config.lanes, 0);
+    ck_assert_uint_eq(config.phase_sample, 16);
     ck_assert_uint_eq(config.request_tokens_max, 512);
     ck_assert_uint_eq(config.batch_tokens_max, 512);
     ck_assert_uint_eq(config.buckets_n, 10);
@@ -95,7 +96,8 @@ static const char everything[] =
     " \"unix_socket_mode\": \"0600\", \"connections_max\": 2, \"connection_requests_max\": 3,"
     " \"stream_requests_max\": 4, \"rpc_threads\": 5, \"calls_max\": 25, \"transport_bytes_max\": "
     "26, \"engine\": \"null\", \"kernel\": \"avx2\","
-    " \"compute_threads\": 6, \"lanes\": 7, \"request_tokens_max\": 8, \"batch_tokens_max\": 24,"
+    " \"compute_threads\": 6, \"lanes\": 7, \"phase_sample\": 27,"
+    " \"request_tokens_max\": 8, \"batch_tokens_max\": 24,"
     " \"buckets\": [9, 24], \"batch_requests_max\": 10, \"max_queue_delay_us\": 11,"
     " \"batches\": 12, \"batch_input_bytes\": 1099511627776, \"batch_output_bytes\": 14,"
     " \"queue_requests_max\": 15, \"deadline_ms_max\": 16, \"reply_timeout_ms\": 17,"
@@ -128,6 +130,7 @@ static void ck_everything(const struct config *config)
     ck_assert_str_eq(config->kernel, "avx2");
     ck_assert_uint_eq(config->compute_threads, 6);
     ck_assert_uint_eq(config->lanes, 7);
+    ck_assert_uint_eq(config->phase_sample, 27);
     ck_assert_uint_eq(config->request_tokens_max, 8);
     ck_assert_uint_eq(config->batch_tokens_max, 24);
     ck_assert_uint_eq(config->buckets_n, 2);
@@ -280,6 +283,7 @@ static const struct {
     {"rpc_threads", 0, 256},
     {"compute_threads", 0, 1024},
     {"lanes", 0, 16},
+    {"phase_sample", 0, 1 << 20},
     {"batch_requests_max", 1, 65536},
     {"max_queue_delay_us", 0, 1000000},
     {"batches", 0, 64},

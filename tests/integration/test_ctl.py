@@ -112,7 +112,13 @@ def test_info(ctl: Ctl, small: Site) -> None:
     for part in ("limits", "memory"):
         message = getattr(served, part)
         expected = {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
+        if part == "memory":
+            expected["graphs"] = [
+                {"bucket": of.bucket, "graphs": of.graphs, "device_bytes": of.device_bytes}
+                for of in message.graphs
+            ]
         assert info[part] == expected
+    assert len(info["counters"]["bucket_batches"]) == len(info["buckets"])
     assert set(info["counters"]) == set(served.counters.DESCRIPTOR.fields_by_name)
     text = ctl("info").stdout
     assert served.version in text and served.kernel in text
@@ -334,9 +340,27 @@ def test_bench(ctl: Ctl, small: Site) -> None:
         latency = result["latency_ns"]
         assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
     assert small.client.counters().answered - before > 40
-    assert "calls" in ctl("bench", "--duration", 0.2, "--warmup", 0).stdout
+    text = ctl("bench", "--duration", 0.2, "--warmup", 0).stdout
+    for word in ("calls", "phases", "eager launches"):
+        assert word in text
     result = ctl.json("bench", "--requests", 50, "--duration", 60, "--warmup", 0)
     assert result["calls"] == 50
+
+
+def test_bench_says_what_the_server_did(ctl: Ctl, small: Site) -> None:
+    """The server's own counters around the run."""
+    before = small.client.counters()
+    server = ctl.json("bench", "--requests", 200, "--duration", 60, "--warmup", 0)["server"]
+    after = small.client.counters()
+    assert server["batches"] == after.batches - before.batches > 0
+    assert sum(server["buckets"].values()) == server["batches"]
+    assert server["phase_batches"] == after.phase_batches - before.phase_batches
+    assert abs(server["phase_batches"] - server["batches"] / 16) <= 1  # phase_sample's default
+    assert server["kernel_ns_mean"] > 0
+    assert server["queue_ns_mean"] > 0
+    assert server["eager_launches"] == 0
+    replays = server["batches"] if small.client.call("ServerInfo").engine == "cuda" else 0
+    assert server["graph_replays"] == replays
 
 
 def test_bench_interrupted(small: Site) -> None:

@@ -271,6 +271,17 @@ def test_counters(small: Site, rng: np.random.Generator) -> None:
     assert grown("batch_tokens") == 8
     assert grown("batch_padding_tokens") == 3  # 5 tokens travel in a bucket of 8
     assert grown("busy_ns") > 0
+    assert grown("queue_ns") > 0
+    info = small.client.call("ServerInfo")
+    assert sum(after.bucket_batches) == after.batches
+    by_bucket = {
+        bucket: now - was
+        for bucket, was, now in zip(
+            info.buckets, before.bucket_batches, after.bucket_batches, strict=True
+        )
+    }
+    assert {bucket: n for bucket, n in by_bucket.items() if n} == {1: 1, 2: 1, 8: 1}
+    assert 0 < after.phase_batches <= after.batches and after.kernel_ns > 0
     for name in ("refused", "expired", "cancelled", "failed", "connections_refused"):
         assert grown(name) == 0, name
 
