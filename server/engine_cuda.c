@@ -415,6 +415,7 @@ static enum status load_locked(struct engine *engine, const struct engine_weight
                                struct engine_weight *weight, struct error *err)
 {
     const struct einsum_weight_format *format = &source->format;
+    cudaGetLastError(); // what this thread met before must not pass for a launch's of this load
     cudaError_t error =
         cuda_weight_init(&weight->cuda, format, weight->cuda.memory, engine->load_stream);
     if (error != cudaSuccess)
@@ -455,7 +456,6 @@ static enum status cuda_weight_load(struct engine *engine,
     if (error == cudaSuccess)
         error = cudaMalloc(&weight->cuda.memory, weight->bytes);
     if (error != cudaSuccess) {
-        cudaGetLastError(); // running out of memory is not sticky
         status = cuda_failed(error, "memory for a weight on the device", err);
         goto free_weight;
     }
