@@ -7,6 +7,9 @@
 // CUDA engine copies batches out whole). Also engine_find and the null engine, which are too small
 // for files of their own.
 #include <check.h>
+#ifdef EINSUMD_CUDA
+#include <cuda_runtime_api.h>
+#endif
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
@@ -693,6 +696,58 @@ START_TEST(no_memory_for_a_weight_is_said)
 }
 END_TEST
 
+#ifdef EINSUMD_CUDA
+enum { DEVICE_PIECES_MAX = 4096 };
+static void *device_pieces[DEVICE_PIECES_MAX];
+
+// Takes all of the device's memory, in pieces of ever smaller size. Returns how many.
+static int device_fill(void)
+{
+    int n = 0;
+    for (size_t bytes = (size_t)1 << 30; bytes >= 4096; bytes /= 2)
+        while (n < DEVICE_PIECES_MAX && cudaMalloc(&device_pieces[n], bytes) == cudaSuccess)
+            n++;
+    ck_assert_int_lt(n, DEVICE_PIECES_MAX);
+    ck_assert_int_eq(cudaGetLastError(), cudaErrorMemoryAllocation);
+    return n;
+}
+
+static void run_one(struct test_batch *it)
+{
+    batch_fill(it, true);
+    ops->submit(engine, 0, &it->batch);
+    poll_until_done(0);
+    batch_check(it);
+}
+
+START_TEST(a_full_device_refuses_a_weight_and_serves_on)
+{
+    enum { FORMAT = 4 };
+    open_engine(NULL, 0);
+    load_all();
+    struct test_batch it;
+    batch_init(&it);
+    for (int round = 0; round < 2; round++) {
+        int pieces = device_fill();
+        struct engine_weight *weight = NULL;
+        struct error err = {.text = ""};
+        ck_assert_int_eq(ops->weight_load(engine, &sources[FORMAT].base, &weight, &err),
+                         STATUS_RESOURCE_EXHAUSTED);
+        ck_assert_ptr_nonnull(strstr(err.text, "memory"));
+        ck_assert_ptr_null(weight);
+        run_one(&it);
+        while (pieces > 0)
+            ck_assert_int_eq(cudaFree(device_pieces[--pieces]), cudaSuccess);
+        ops->weight_free(engine, weights[FORMAT]);
+        weights[FORMAT] = load(&sources[FORMAT]);
+        run_one(&it);
+    }
+    batch_deinit(&it);
+    free_all();
+}
+END_TEST
+#endif
+
 START_TEST(a_weight_too_deep_is_refused)
 {
     open_engine(NULL, 1);
@@ -901,6 +956,10 @@ int main(void)
     tcase_add_test(loading, weights_come_and_go_while_batches_run);
     tcase_add_loop_test(loading, a_read_that_fails_fails_the_load, 0, ARRAY_LEN(failings));
     tcase_add_test(loading, a_weight_too_deep_is_refused);
+#ifdef EINSUMD_CUDA
+    if (ops == &engine_cuda)
+        tcase_add_test(loading, a_full_device_refuses_a_weight_and_serves_on);
+#endif
     suite_add_tcase(suite, loading);
 
     if (ops == &engine_cpu)
