@@ -309,6 +309,12 @@ static cudaError_t lane_state(struct lane *lane)
     return cudaStreamQuery(lane->stream);
 }
 
+// The device's clock may be set back.
+static uint64_t since_ns(uint64_t begun_ns, uint64_t ended_ns)
+{
+    return ended_ns > begun_ns ? ended_ns - begun_ns : 0;
+}
+
 static uint64_t between_ns(const struct lane *lane, enum mark from, enum mark to)
 {
     float ms = 0;
@@ -330,8 +336,8 @@ static void measure_phases(const struct lane *lane, struct engine_result *result
     }
     // The kernels' own writing is the copy out.
     const struct cuda_report *report = &lane->mailbox->report;
-    result->copy_in_ns = report->fetched_ns - report->begun_ns;
-    result->kernel_ns = report->computed_ns - report->fetched_ns;
+    result->copy_in_ns = since_ns(report->begun_ns, report->fetched_ns);
+    result->kernel_ns = since_ns(report->fetched_ns, report->computed_ns);
 }
 
 static bool cuda_poll(struct engine *engine, uint32_t index, struct engine_result *result)

@@ -583,6 +583,39 @@ START_TEST(one_lane_again_and_again)
 }
 END_TEST
 
+struct sampling {
+    uint32_t phase_sample, timed; // of SAMPLED batches
+};
+enum { SAMPLED = 6 };
+static const struct sampling samplings[] = {{0, 0}, {1, 6}, {2, 3}, {4, 2}, {UINT32_MAX, 1}};
+
+START_TEST(one_batch_in_so_many_is_timed)
+{
+    struct engine_options options = options_for(NULL, 2);
+    options.phase_sample = samplings[_i].phase_sample;
+    ck_assert_int_eq(ops->open(&options, &engine, NULL), STATUS_OK);
+    load_all();
+    struct test_batch it;
+    batch_init(&it);
+    uint32_t timed = 0;
+    for (int round = 0; round < SAMPLED; round++) {
+        batch_fill(&it, true);
+        ops->submit(engine, 0, &it.batch);
+        struct engine_result result = {.copy_in_ns = 1, .kernel_ns = 1, .copy_out_ns = 1};
+        while (!ops->poll(engine, 0, &result))
+            sched_yield();
+        uint64_t phases_ns = result.copy_in_ns + result.kernel_ns + result.copy_out_ns;
+        uint64_t clocks_ns = ops->polled ? 5000 : 0; // a GPU's clock is another
+        ck_assert_uint_le(phases_ns, result.ended_ns - result.started_ns + clocks_ns);
+        ck_assert_int_eq(result.kernel_ns > 0, phases_ns > 0);
+        timed += result.kernel_ns > 0;
+    }
+    ck_assert_uint_eq(timed, samplings[_i].timed);
+    batch_deinit(&it);
+    free_all();
+}
+END_TEST
+
 // --- loading
 
 static void *load_and_free(void *argument)
@@ -948,6 +981,7 @@ int main(void)
     tcase_add_checked_fixture(batches, setup, teardown);
     tcase_add_test(batches, mixed_batches_match_the_reference);
     tcase_add_test(batches, one_lane_again_and_again);
+    tcase_add_loop_test(batches, one_batch_in_so_many_is_timed, 0, ARRAY_LEN(samplings));
     suite_add_tcase(suite, batches);
 
     TCase *loading = tcase_create("loading");
