@@ -28,7 +28,7 @@ static_assert(LOADS * LOAD_LANES == ATTENTION_HEAD_DIM, "a warp reads a head");
 struct row_at {
     uint8_t *memory;
     const attention_rotation *rotation;
-    uint32_t heads, block_r;
+    uint32_t heads, block_log2;
 };
 
 // The last span that begins at or before `row`: 32 probes at once, one round for 32 spans.
@@ -46,7 +46,7 @@ __device__ inline row_at find_row(const cuda_attention *spans, uint32_t n, uint3
     uint32_t i = row - span.row_begin;
     return {(uint8_t *)span.rows + (uint64_t)i * 2 * span.reduced_dim,
             (const attention_rotation *)span.rotations + i / span.groups,
-            span.reduced_dim / ATTENTION_HEAD_DIM, span.block_r};
+            span.reduced_dim / ATTENTION_HEAD_DIM, span.block_r == 128 ? 7u : 5u};
 }
 
 // Two BF16 a word, the first one lower.
@@ -73,7 +73,7 @@ __device__ inline void rotate(float (&x)[LOAD_VALUES], float4 cos, float4 sin)
 }
 
 // Of the magnitudes of a block's values, as bits: what is not finite is greater than all that is.
-__device__ inline uint32_t greatest(const float (&x)[LOAD_VALUES], uint32_t block_r)
+__device__ inline uint32_t greatest(const float (&x)[LOAD_VALUES], uint32_t block_log2)
 {
     uint32_t most = 0;
 #pragma unroll
@@ -81,7 +81,7 @@ __device__ inline uint32_t greatest(const float (&x)[LOAD_VALUES], uint32_t bloc
         most = max(most, __float_as_uint(x[i]) & 0x7FFFFFFF);
     most = max(most, __shfl_xor_sync(0xFFFFFFFF, most, 1));
     most = max(most, __shfl_xor_sync(0xFFFFFFFF, most, 2));
-    if (block_r == 128) {
+    if (block_log2 == 7) {
         most = max(most, __shfl_xor_sync(0xFFFFFFFF, most, 4));
         most = max(most, __shfl_xor_sync(0xFFFFFFFF, most, 8));
     }
@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_OF_SM)
         table->attention_spans;
     for (uint32_t row = blockIdx.x; row < rows; row += gridDim.x) {
         row_at at = find_row(spans, table->attention_spans, row);
+        __builtin_assume(__isGlobal(at.memory));
         uint32_t reduced_dim = at.heads * ATTENTION_HEAD_DIM;
         for (uint32_t chunk = 0; chunk < at.heads; chunk += WARPS) {
             uint32_t head = chunk + warp;
@@ -152,15 +153,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_OF_SM)
                 unpack(x, raw[i]);
                 if (i == LOADS - 1 && lane >= ROTATING_LANE)
                     rotate(x, cos, sin);
-                uint32_t scale = scale_code(greatest(x, at.block_r));
+                uint32_t scale = scale_code(greatest(x, at.block_log2));
                 uint32_t place = head * ATTENTION_HEAD_DIM + dim;
                 *(uint2 *)(at.memory + place) = quantise(x, scale);
-                if (place % at.block_r == 0)
-                    scales[place / at.block_r] = (uint8_t)scale;
+                if ((place & ((1u << at.block_log2) - 1)) == 0)
+                    scales[place >> at.block_log2] = (uint8_t)scale;
             }
         }
         __syncthreads(); // the row is read, its scales are known
-        uint32_t words = reduced_dim / at.block_r / 4;
+        uint32_t words = reduced_dim >> at.block_log2 >> 2;
+#pragma unroll 1
         for (uint32_t i = threadIdx.x; i < words; i += THREADS)
             ((uint32_t *)(at.memory + reduced_dim))[i] = ((const uint32_t *)scales)[i];
         // No barrier: scales are written again behind the next row's first one.

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What the kernels for SM 12.0 and 12.1 must be, seen without a GPU: block-scaled mma in decode and
-# prefill, no local memory, no spill, shared memory within what that capability has. Needs nvcc 13 and
+# prefill, and in them and in attention no local memory, no spill, shared memory within what that capability has. Needs nvcc 13 and
 # cuobjdump (PATH, or CUOBJDUMP). Prints a table, RESULT last.
 #
 #     tests/gpu/check_static.sh
@@ -15,7 +15,7 @@ command -v "$cuobjdump" > /dev/null || {
     exit 1
 }
 
-for source in decode prefill; do
+for source in attention decode prefill; do
     nvcc -std=c++17 -O3 -gencode arch=compute_120f,code=sm_120 -Xptxas -v -cubin \
         -o "$build/$source.cubin" "$root/kernels/cuda/$source.cu" 2>> "$build/ptxas" || {
         cat "$build/ptxas" >&2
@@ -59,7 +59,7 @@ rows, ok = [], int((build / "smem").read_text()) <= LIMIT
 print(f"{'kernel':<16} {'registers':>9} {'stack':>6} {'spilled':>8} {'QMMA.SF':>8} {'QMMA':>6} "
       f"{'HMMA':>6} {'local':>6} {'all':>7}")
 for mangled, count in sorted(opcodes.items()):
-    found = re.search(r"(decode|prefill)_kernel(?:ILi(\d+)E)?", mangled)
+    found = re.search(r"(attention|decode|prefill)_kernel(?:ILi(\d+)E)?", mangled)
     if not found:
         continue
     short = found[1] + (f"<{found[2]}>" if found[2] else "")
@@ -68,13 +68,14 @@ for mangled, count in sorted(opcodes.items()):
     half = sum(n for op, n in count.items() if op.startswith("HMMA"))
     local = sum(n for op, n in count.items() if op.startswith(("LDL", "STL")))
     stack, spilled = spills[mangled]
-    good = scaled > 0 and plain == 0 and local == 0 and stack == 0 and spilled == 0
+    multiplies = found[1] != "attention"
+    good = (scaled > 0) == multiplies and plain == 0 and local == 0 and stack == 0 and spilled == 0
     ok = ok and good
     print(f"{short:<16} {registers[mangled]:>9} {stack:>6} {spilled:>8} {scaled:>8} {plain:>6} "
           f"{half:>6} {local:>6} {sum(count.values()):>7}{'' if good else '   NOT GOOD'}")
     rows.append({"kernel": short, "registers": registers[mangled], "stack": stack, "spilled": spilled,
                  "qmma_sf": scaled, "local": local, "ok": good})
-ok = ok and len(rows) == 5
+ok = ok and len(rows) == 6
 print("RESULT", json.dumps({"bench": "gpu_static", "smem_limit": LIMIT, "rows": rows, "ok": ok}))
 sys.exit(0 if ok else 1)
 PYTHON
