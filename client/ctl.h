@@ -130,7 +130,7 @@ json_t *ctl_weight_json(const struct einsum_client_weight *weight);
         "kernel", "NAME", "one of those that info shows; default the server's choice"              \
     }
 
-// Random tensors of one request.
+// Random tensors of one request: activations and scales, or attention and positions.
 struct ctl_inputs {
     uint8_t *activations, *scales; // to be freed
     uint64_t activations_bytes, scales_bytes;
@@ -143,6 +143,8 @@ NODISCARD bool ctl_random_inputs(const struct einsum_client_weight *weight, uint
                                  enum einsum_client_scale_type scale_type, uint64_t seed,
                                  struct ctl_inputs *inputs);
 void ctl_inputs_deinit(struct ctl_inputs *inputs);
+// Makes them the two tensors that the request's operation takes; it borrows them.
+void ctl_inputs_lend(const struct ctl_inputs *inputs, struct einsum_client_request *request);
 
 // Bytes of a request's scales, of all groups of a weight.
 uint64_t ctl_scales_bytes(const struct einsum_client_weight *weight, uint32_t tokens,

@@ -1,8 +1,11 @@
-// check: random activations through the daemon, and every number of the replies against FP64.
+// check: random activations, or attention, through the daemon, and every number of the replies against FP64.
 //
 //     checkpoint --catalog--> B, sB --reference--> exact, magnitude
 //                                                      |  every output
 //     random A, sA --daemon--> output -----------------+--> error / tolerance, at most 1
+//
+// With --attention the random inputs are attention's output and positions; the reference's A and sA
+// are what ctl_attention.c makes of them.
 //
 // The layouts and types of requests go round from one case to the next, so that all of them are
 // met.
@@ -10,7 +13,9 @@
 #include "../kernels/fp8.h"
 #include "../server/catalog.h"
 #include "ctl.h"
+#include "ctl_attention.h"
 #include "ctl_reference.h"
+#include "tensor_file.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -24,7 +29,9 @@ enum {
     OPT_SEED,
     OPT_PREFIX,
     OPT_TENSORS,
-    OPT_KERNEL
+    OPT_KERNEL,
+    OPT_ATTENTION,
+    OPT_ROPE
 };
 enum { TOKENS_MAX = 32, REPEAT_MAX = 10000 };
 
@@ -37,6 +44,9 @@ static const struct ctl_option options[] = {
     [OPT_PREFIX] = {"name-prefix", "P", "with which the weights were loaded; default none"},
     [OPT_TENSORS] = {"tensors", "PATTERN", "of tensor names; default *.attn.wo_a.weight"},
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
+    [OPT_ATTENTION] = {"attention", NULL, "check OutputProject: BF16 attention and positions in"},
+    CTL_OPTIONS_ROPE(OPT_ROPE, "with --attention, of all weights: ",
+                     "in place of theta, .safetensors or .npy here"),
     {0},
 };
 
@@ -50,6 +60,10 @@ struct check {
     json_t *results;
     struct ctl_progress progress;
     uint64_t done, total;
+    bool attention;
+    struct ctl_rope rope; // of all weights, if has_rope; else each has what the server says
+    bool has_rope;
+    struct tensor cache;
 
     // The checkpoint as of one tensor-parallel rank and output_dim, and one weight of it.
     struct roots roots;
@@ -65,6 +79,7 @@ struct check_case {
     uint32_t tokens;
     struct einsum_client_request request;
     struct ctl_inputs inputs;
+    struct ctl_rope rope; // of attention
     uint64_t outputs;
     uint64_t latency_ns; // the median
     double relative_error, worst_ratio;
@@ -188,10 +203,28 @@ static void compare(struct check_case *each, const double *exact, const double *
     each->relative_error = squares > 0 ? sqrt(error_squares / squares) : sqrt(error_squares);
 }
 
+// By which rope attention is checked; false: it cannot be.
+static bool rope_of(const struct check *check, const struct einsum_client_weight *weight,
+                    struct ctl_rope *rope)
+{
+    *rope = check->rope;
+    if (!check->has_rope)
+        *rope = (struct ctl_rope){
+            .theta = weight->rope.theta,
+            .factor = weight->rope.factor,
+            .original_positions_max = weight->rope.original_positions_max,
+            .beta_fast = weight->rope.beta_fast,
+            .beta_slow = weight->rope.beta_slow,
+        };
+    if (!rope->positions_max || rope->positions_max > weight->rope.positions_max)
+        rope->positions_max = weight->rope.positions_max;
+    return weight->has_rope && (rope->table || rope->theta > 1);
+}
+
 static bool compare_with_reference(const struct check *check, const struct catalog_entry *entry,
                                    struct check_case *each)
 {
-    const struct einsum_operand operand = {
+    struct einsum_operand operand = {
         .tokens = each->tokens,
         .groups = entry->format.groups,
         .activation_layout = (enum einsum_activation_layout)(int)each->request.activation_layout,
@@ -201,6 +234,17 @@ static bool compare_with_reference(const struct check *check, const struct catal
         .activations = each->inputs.activations,
         .scales = each->inputs.scales,
     };
+    struct ctl_inputs quantised = {0};
+    if (check->attention) {
+        if (!ctl_quantise_attention(&each->rope, each->weight, each->tokens, &each->inputs,
+                                    &quantised))
+            return false;
+        operand.activation_layout = EINSUM_ACTIVATIONS_TGR;
+        operand.scale_layout = EINSUM_SCALES_TGK;
+        operand.scale_type = EINSUM_SCALE_UE8M0;
+        operand.activations = quantised.activations;
+        operand.scales = quantised.scales;
+    }
     struct ctl_reference reference = {
         .format = &entry->format,
         .weight = check->weight,
@@ -214,6 +258,7 @@ static bool compare_with_reference(const struct check *check, const struct catal
         compare(each, reference.exact, reference.magnitude);
     free(reference.exact);
     free(reference.magnitude);
+    ctl_inputs_deinit(&quantised);
     return good;
 }
 
@@ -251,6 +296,7 @@ static void set_request(const struct check *check, struct check_case *each)
     bool packs = weight->block_r && weight->reduced_dim / weight->block_r % 4 == 0;
     struct einsum_client_request *request = &each->request;
     *request = (struct einsum_client_request){
+        .operation = check->attention ? EINSUM_CLIENT_OUTPUT_PROJECT : EINSUM_CLIENT_EINSUM,
         .weight = weight->name,
         .recipe = weight->recipes_n ? weight->recipes[0] : EINSUM_CLIENT_RECIPE_1_128_128,
         .activation_layout =
@@ -273,10 +319,13 @@ static void report_case(struct check *check, const struct check_case *each)
     double tokens_per_s =
         each->latency_ns ? (double)each->tokens * 1e9 / (double)each->latency_ns : 0;
     char layout[64];
-    snprintf(layout, sizeof layout, "%s %s %s > %s",
-             ctl_activation_layouts[request->activation_layout],
-             ctl_scale_layouts[request->scale_layout], ctl_scale_types[request->scale_type],
-             ctl_output_types[request->output_type]);
+    if (check->attention)
+        snprintf(layout, sizeof layout, "attention > %s", ctl_output_types[request->output_type]);
+    else
+        snprintf(layout, sizeof layout, "%s %s %s > %s",
+                 ctl_activation_layouts[request->activation_layout],
+                 ctl_scale_layouts[request->scale_layout], ctl_scale_types[request->scale_type],
+                 ctl_output_types[request->output_type]);
     check->cases++;
     check->missed += !passed;
     if (check->ctl->json) {
@@ -310,13 +359,14 @@ static enum ctl_exit run_case(struct check *check, const struct catalog_entry *e
                                            .text = "no memory for a case"};
     each->outputs = (uint64_t)each->tokens * each->weight->groups * each->weight->output_dim;
     set_request(check, each);
-    if (!ctl_random_inputs(each->weight, each->tokens, each->request.scale_layout,
-                           each->request.scale_type, check->seed + check->cases, &each->inputs))
+    uint64_t seed = check->seed + check->cases;
+    if (!(check->attention
+              ? ctl_random_attention(each->weight, each->tokens, each->rope.positions_max, seed,
+                                     &each->inputs)
+              : ctl_random_inputs(each->weight, each->tokens, each->request.scale_layout,
+                                  each->request.scale_type, seed, &each->inputs)))
         return ctl_fail_local(check->ctl, &no_memory);
-    each->request.activations = each->inputs.activations;
-    each->request.activations_bytes = each->inputs.activations_bytes;
-    each->request.scales = each->inputs.scales;
-    each->request.scales_bytes = each->inputs.scales_bytes;
+    ctl_inputs_lend(&each->inputs, &each->request);
     each->request.output = malloc(each->request.output_bytes + 1);
 
     enum ctl_exit code = CTL_OK;
@@ -358,11 +408,19 @@ static enum ctl_exit check_weight(struct check *check, const struct einsum_clien
         check->skipped++;
         return CTL_OK;
     }
+    struct ctl_rope rope = {0};
+    if (check->attention && !rope_of(check, weight, &rope)) {
+        ctl_progress_end(&check->progress);
+        fprintf(stderr, "einsumctl: %s: %s, skipped\n", weight->name,
+                weight->has_rope ? "its rope is a cache: give it by --rope-cache" : "has no rope");
+        check->skipped++;
+        return CTL_OK;
+    }
     for (size_t i = 0; i < check->tokens_n && !ctl_interrupted(); i++) {
         char note[300];
         snprintf(note, sizeof note, "%s, %u tokens", weight->name, check->tokens[i]);
         ctl_progress_draw(&check->progress, check->done++, check->total, note);
-        struct check_case each = {.weight = weight, .tokens = check->tokens[i]};
+        struct check_case each = {.weight = weight, .tokens = check->tokens[i], .rope = rope};
         enum ctl_exit code = run_case(check, entry, &each);
         if (code != CTL_OK)
             return code;
@@ -411,12 +469,49 @@ static enum ctl_exit check_all(struct check *check, size_t weights_max)
     return code;
 }
 
+// The flags of a rope, and the cache that they name.
+static enum ctl_exit read_rope(struct check *check, const struct ctl_args *args)
+{
+    struct einsum_client_rope given;
+    if (!ctl_read_rope(args, OPT_ROPE, &given, &check->has_rope))
+        return CTL_USAGE;
+    if (check->has_rope && !check->attention)
+        return ctl_usage_error("check: a rope is of --attention alone");
+    check->rope = (struct ctl_rope){
+        .theta = given.theta,
+        .factor = given.factor,
+        .original_positions_max = given.original_positions_max,
+        .beta_fast = given.beta_fast > 0 ? given.beta_fast : 32,
+        .beta_slow = given.beta_slow > 0 ? given.beta_slow : 1,
+        .positions_max = given.positions_max,
+    };
+    if (!given.cache[0])
+        return CTL_OK;
+    const char *tensor = given.cache_tensor[0] ? given.cache_tensor : "cos_sin_cache";
+    struct tensor *cache = &check->cache;
+    struct error err;
+    enum status status = tensor_read(given.cache, tensor, cache, &err);
+    if (status == STATUS_OK &&
+        (cache->kind != TENSOR_FP32 || cache->dims_n != 2 || cache->dims[1] != 64))
+        status =
+            error_set(&err, STATUS_FAILED_PRECONDITION,
+                      "rope-cache: not FP32 [positions, 64], the file holds %s of %u dimensions",
+                      cache->type, cache->dims_n);
+    if (status != STATUS_OK)
+        return ctl_fail_local(check->ctl, &err);
+    check->rope.table = (const float *)(const void *)cache->data;
+    if (!check->rope.positions_max || check->rope.positions_max > cache->dims[0])
+        check->rope.positions_max = (uint32_t)cache->dims[0];
+    return CTL_OK;
+}
+
 static enum ctl_exit run_check(struct ctl *ctl, const struct ctl_args *args)
 {
     struct check check = {.ctl = ctl,
                           .directory = ctl_value(args, OPT_CHECKPOINT),
                           .name_prefix = ctl_value(args, OPT_PREFIX),
                           .tensors = ctl_value(args, OPT_TENSORS),
+                          .attention = ctl_has(args, OPT_ATTENTION),
                           .kernel = ctl_value(args, OPT_KERNEL),
                           .repeat = 5,
                           .seed = 1};
@@ -432,8 +527,11 @@ static enum ctl_exit run_check(struct ctl *ctl, const struct ctl_args *args)
         !ctl_number(args, OPT_SEED, 0, UINT64_MAX, &check.seed) || !ctl_connect(ctl, NULL))
         return CTL_USAGE;
     ctl_catch_signals();
-    enum ctl_exit code = check_all(&check, (size_t)weights_max);
+    enum ctl_exit code = read_rope(&check, args);
+    if (code == CTL_OK)
+        code = check_all(&check, (size_t)weights_max);
     close_checkpoint(&check);
+    tensor_deinit(&check.cache);
     return code;
 }
 
@@ -447,8 +545,10 @@ const struct ctl_command ctl_command_check = {
         "case to case. Prints for each: the median latency, tokens a second, the error relative "
         "to\n"
         "the outputs' norm, and the worst error in units of what is allowed (at most 1 passes).\n"
-        "Exits 1 on any miss.\n\n"
-        "  einsumctl check --checkpoint checkpoint --tokens 1,8,64",
+        "Exits 1 on any miss. With --attention it sends attention's output and positions, rotates\n"
+        "and quantises here as well, by the rope that the flags give or else the server names.\n\n"
+        "  einsumctl check --checkpoint checkpoint --tokens 1,8,64\n"
+        "  einsumctl check --checkpoint checkpoint --attention --rope-theta 10000",
     .options = options,
     .run = run_check,
 };

@@ -212,6 +212,22 @@ json_t *ctl_real_json(double value)
     return isfinite(value) ? json_real(value) : json_null();
 }
 
+static json_t *rope_json(const struct einsum_client_rope *rope)
+{
+    if (rope->cache[0])
+        return json_pack("{s:s, s:s, s:I}", "cache", rope->cache, "cache_tensor",
+                         rope->cache_tensor, "positions_max", (json_int_t)rope->positions_max);
+    json_t *json =
+        json_pack("{s:o, s:o, s:I}", "theta", ctl_real_json(rope->theta), "factor",
+                  ctl_real_json(rope->factor), "positions_max", (json_int_t)rope->positions_max);
+    if (rope->factor > 1)
+        json_object_update_new(json, json_pack("{s:I, s:o, s:o}", "original_positions_max",
+                                               (json_int_t)rope->original_positions_max,
+                                               "beta_fast", ctl_real_json(rope->beta_fast),
+                                               "beta_slow", ctl_real_json(rope->beta_slow)));
+    return json;
+}
+
 json_t *ctl_weight_json(const struct einsum_client_weight *weight)
 {
     json_t *recipes = json_array();
@@ -223,7 +239,7 @@ json_t *ctl_weight_json(const struct einsum_client_weight *weight)
     bool known = weight->scale_type == EINSUM_CLIENT_SCALE_FP32 ||
                  weight->scale_type == EINSUM_CLIENT_SCALE_UE8M0;
     return json_pack(
-        "{s:s, s:I, s:I, s:I, s:s, s:s?, s:I, s:I, s:o, s:I, s:s, s:I, s:I, s:I}", "name",
+        "{s:s, s:I, s:I, s:I, s:s, s:s?, s:I, s:I, s:o, s:I, s:s, s:I, s:I, s:I, s:o}", "name",
         weight->name, "groups", (json_int_t)weight->groups, "output_dim",
         (json_int_t)weight->output_dim, "reduced_dim", (json_int_t)weight->reduced_dim,
         "weight_type", weight->weight_type == EINSUM_CLIENT_WEIGHT_BF16 ? "bf16" : "e4m3",
@@ -231,7 +247,8 @@ json_t *ctl_weight_json(const struct einsum_client_weight *weight)
         (json_int_t)weight->block_d, "block_r", (json_int_t)weight->block_r, "recipes", recipes,
         "resident_bytes", (json_int_t)weight->resident_bytes, "source", weight->source,
         "tensor_parallel_rank", (json_int_t)weight->tensor_parallel_rank, "tensor_parallel_size",
-        (json_int_t)weight->tensor_parallel_size, "generation", (json_int_t)weight->generation);
+        (json_int_t)weight->tensor_parallel_size, "generation", (json_int_t)weight->generation,
+        "rope", weight->has_rope ? rope_json(&weight->rope) : json_null());
 }
 
 // ---- for people ---------------------------------------------------------------------------------
@@ -378,6 +395,21 @@ bool ctl_random_inputs(const struct einsum_client_weight *weight, uint32_t token
         memcpy(inputs->scales + i, &scale, sizeof scale);
     }
     return true;
+}
+
+void ctl_inputs_lend(const struct ctl_inputs *inputs, struct einsum_client_request *request)
+{
+    if (request->operation == EINSUM_CLIENT_OUTPUT_PROJECT) {
+        request->attention = inputs->activations;
+        request->attention_bytes = inputs->activations_bytes;
+        request->positions = (const int64_t *)(const void *)inputs->scales;
+        request->positions_bytes = inputs->scales_bytes;
+        return;
+    }
+    request->activations = inputs->activations;
+    request->activations_bytes = inputs->activations_bytes;
+    request->scales = inputs->scales;
+    request->scales_bytes = inputs->scales_bytes;
 }
 
 void ctl_inputs_deinit(struct ctl_inputs *inputs)

@@ -13,6 +13,8 @@ enum {
     OPT_WEIGHT,
     OPT_ACTIVATIONS,
     OPT_SCALES,
+    OPT_ATTENTION,
+    OPT_POSITIONS,
     OPT_RANDOM,
     OPT_SEED,
     OPT_RECIPE,
@@ -30,6 +32,9 @@ static const struct ctl_option options[] = {
     [OPT_WEIGHT] = {"weight", "NAME", "a resident weight; required"},
     [OPT_ACTIVATIONS] = {"activations", "FILE", ".npy or .safetensors[:TENSOR (activations)]"},
     [OPT_SCALES] = {"scales", "FILE", ".npy or .safetensors[:TENSOR (scales)]"},
+    [OPT_ATTENTION] = {"attention", "FILE",
+                       "in place of both: BF16 [T, heads, 512], in .npy as uint16"},
+    [OPT_POSITIONS] = {"positions", "FILE", "with --attention: int64 [T]"},
     [OPT_RANDOM] = {"random", "TOKENS", "random tensors in place of files"},
     [OPT_SEED] = {"seed", "N", "of the random tensors; default 1"},
     [OPT_RECIPE] = {"recipe", "R",
@@ -50,12 +55,34 @@ struct run {
     const struct ctl_args *args;
     struct einsum_client_weight weight;
     struct einsum_client_request request;
-    struct tensor activations, scales;
+    struct tensor activations, scales; // or attention and positions
     struct ctl_inputs random;
     void *output;
 };
 
 // ---- the request --------------------------------------------------------------------------------
+
+// Nothing but these may be said of attention: the weight says the rest.
+static bool read_words_of_attention(struct run *run)
+{
+    static const int others[] = {
+        OPT_ACTIVATIONS,       OPT_SCALES,       OPT_RANDOM,     OPT_RECIPE,
+        OPT_ACTIVATION_LAYOUT, OPT_SCALE_LAYOUT, OPT_SCALE_TYPE, OPT_TOKENS};
+    for (size_t i = 0; i < ARRAY_LEN(others); i++) {
+        if (ctl_has(run->args, others[i])) {
+            ctl_usage_error("run: --%s is not for --attention", options[others[i]].name);
+            return false;
+        }
+    }
+    int output = 1;
+    if (!ctl_word(run->args, OPT_OUTPUT_TYPE, ctl_output_types, &output))
+        return false;
+    run->request.operation = EINSUM_CLIENT_OUTPUT_PROJECT;
+    run->request.output_type = (enum einsum_client_output_type)output;
+    run->request.digest_only = ctl_has(run->args, OPT_DIGEST);
+    run->request.kernel = ctl_value(run->args, OPT_KERNEL);
+    return true;
+}
 
 static bool read_words(struct run *run)
 {
@@ -97,10 +124,7 @@ static enum ctl_exit make_random(struct run *run)
         const struct error none = {.status = STATUS_RESOURCE_EXHAUSTED, .text = "no memory"};
         return ctl_fail_local(run->ctl, &none);
     }
-    run->request.activations = run->random.activations;
-    run->request.activations_bytes = run->random.activations_bytes;
-    run->request.scales = run->random.scales;
-    run->request.scales_bytes = run->random.scales_bytes;
+    ctl_inputs_lend(&run->random, &run->request);
     return CTL_OK;
 }
 
@@ -165,6 +189,46 @@ static enum ctl_exit read_files(struct run *run)
     return CTL_OK;
 }
 
+// BF16 has no name in .npy: any two bytes but those of FP16, which has one.
+static enum status check_attention(const struct run *run, struct error *err)
+{
+    const struct tensor *attention = &run->activations, *positions = &run->scales;
+    if (attention->element_bytes != 2 || strstr(attention->type, "f2") ||
+        strcmp(attention->type, "F16") == 0)
+        return error_set(err, STATUS_INVALID_ARGUMENT,
+                         "attention: not BF16 or uint16, the file holds %s", attention->type);
+    if (strcmp(positions->type, "<i8") != 0 && strcmp(positions->type, "I64") != 0)
+        return error_set(err, STATUS_INVALID_ARGUMENT, "positions: not int64, the file holds %s",
+                         positions->type);
+    uint64_t tokens = positions->bytes / sizeof(int64_t);
+    if (tokens > EINSUM_TOKENS_MAX)
+        return error_set(err, STATUS_INVALID_ARGUMENT, "positions: %" PRIu64 " tokens", tokens);
+    return STATUS_OK;
+}
+
+static enum ctl_exit read_attention(struct run *run)
+{
+    const char *positions = ctl_value(run->args, OPT_POSITIONS);
+    if (!positions)
+        return ctl_usage_error("run: --attention needs --positions");
+    struct error err;
+    enum status status =
+        tensor_read(ctl_value(run->args, OPT_ATTENTION), "attention", &run->activations, &err);
+    if (status == STATUS_OK)
+        status = tensor_read(positions, "positions", &run->scales, &err);
+    if (status == STATUS_OK)
+        status = check_attention(run, &err);
+    if (status != STATUS_OK)
+        return ctl_fail_local(run->ctl, &err);
+    struct einsum_client_request *request = &run->request;
+    request->attention = run->activations.data;
+    request->attention_bytes = run->activations.bytes;
+    request->positions = (const int64_t *)(const void *)run->scales.data;
+    request->positions_bytes = run->scales.bytes;
+    request->tokens = (uint32_t)(run->scales.bytes / sizeof(int64_t));
+    return CTL_OK;
+}
+
 // ---- the answer ---------------------------------------------------------------------------------
 
 static json_t *digest_json(const struct einsum_client_digest *digest)
@@ -182,16 +246,19 @@ static void print_json(const struct run *run, const struct einsum_client_respons
                        uint32_t crc, const char *file)
 {
     const struct einsum_client_request *request = &run->request;
+    bool project = request->operation == EINSUM_CLIENT_OUTPUT_PROJECT;
     json_t *json = json_pack(
-        "{s:s, s:s, s:s, s:s, s:s, s:s, s:[I,I,I], s:I, s:{s:I, s:I, s:I, s:I, s:I}, s:s?}",
-        "weight", request->weight, "recipe", ctl_recipes[request->recipe], "activation_layout",
-        ctl_activation_layouts[request->activation_layout], "scale_layout",
-        ctl_scale_layouts[request->scale_layout], "scale_type",
-        ctl_scale_types[request->scale_type], "output_type", ctl_output_types[request->output_type],
-        "shape", (json_int_t)response->tokens, (json_int_t)response->groups,
-        (json_int_t)response->output_dim, "latency_ns", (json_int_t)response->latency_ns, "batch",
-        "requests", (json_int_t)response->batch_requests, "tokens",
-        (json_int_t)response->batch_tokens, "bucket", (json_int_t)response->batch_bucket,
+        "{s:s, s:s, s:s?, s:s?, s:s?, s:s?, s:s, s:[I,I,I], s:I, s:{s:I, s:I, s:I, s:I, s:I},"
+        " s:s?}",
+        "weight", request->weight, "operation", project ? "output_project" : "einsum", "recipe",
+        project ? NULL : ctl_recipes[request->recipe], "activation_layout",
+        project ? NULL : ctl_activation_layouts[request->activation_layout], "scale_layout",
+        project ? NULL : ctl_scale_layouts[request->scale_layout], "scale_type",
+        project ? NULL : ctl_scale_types[request->scale_type], "output_type",
+        ctl_output_types[request->output_type], "shape", (json_int_t)response->tokens,
+        (json_int_t)response->groups, (json_int_t)response->output_dim, "latency_ns",
+        (json_int_t)response->latency_ns, "batch", "requests", (json_int_t)response->batch_requests,
+        "tokens", (json_int_t)response->batch_tokens, "bucket", (json_int_t)response->batch_bucket,
         "queue_ns", (json_int_t)response->queue_ns, "run_ns", (json_int_t)response->run_ns,
         "output", file);
     if (response->has_digest)
@@ -206,10 +273,14 @@ static void print_text(const struct run *run, const struct einsum_client_respons
 {
     const struct einsum_client_request *request = &run->request;
     char took[CTL_TEXT_BYTES], ran[CTL_TEXT_BYTES];
-    printf("%s, recipe %s, %s %s %s > %s\n", request->weight, ctl_recipes[request->recipe],
-           ctl_activation_layouts[request->activation_layout],
-           ctl_scale_layouts[request->scale_layout], ctl_scale_types[request->scale_type],
-           ctl_output_types[request->output_type]);
+    if (request->operation == EINSUM_CLIENT_OUTPUT_PROJECT)
+        printf("%s, attention bf16 > %s\n", request->weight,
+               ctl_output_types[request->output_type]);
+    else
+        printf("%s, recipe %s, %s %s %s > %s\n", request->weight, ctl_recipes[request->recipe],
+               ctl_activation_layouts[request->activation_layout],
+               ctl_scale_layouts[request->scale_layout], ctl_scale_types[request->scale_type],
+               ctl_output_types[request->output_type]);
     printf("output [%u, %u, %u] in %s; ran %s in a batch of %u requests, %u tokens, bucket %u\n",
            response->tokens, response->groups, response->output_dim,
            ctl_duration(response->latency_ns, took), ctl_duration(response->run_ns, ran),
@@ -262,22 +333,26 @@ static enum ctl_exit call(struct run *run)
 static enum ctl_exit run_all(struct run *run)
 {
     const char *name = ctl_value(run->args, OPT_WEIGHT);
-    bool random = ctl_has(run->args, OPT_RANDOM);
+    bool random = ctl_has(run->args, OPT_RANDOM), attention = ctl_has(run->args, OPT_ATTENTION);
     if (!name)
         return ctl_usage_error("run: --weight NAME is required");
     if (random && (ctl_has(run->args, OPT_ACTIVATIONS) || ctl_has(run->args, OPT_SCALES)))
         return ctl_usage_error("run: --random and files exclude each other");
     if (ctl_has(run->args, OPT_DIGEST) && ctl_has(run->args, OPT_OUTPUT))
         return ctl_usage_error("run: --digest and --output exclude each other");
+    if (ctl_has(run->args, OPT_POSITIONS) && !attention)
+        return ctl_usage_error("run: --positions needs --attention");
     if (!ctl_connect(run->ctl, NULL))
         return CTL_USAGE;
     struct einsum_client_error error;
     if (einsum_client_get_weight(run->ctl->client, name, &run->weight, &error) != EINSUM_CLIENT_OK)
         return ctl_fail(run->ctl, &error);
     run->request.weight = name;
-    if (!read_words(run))
+    if (!(attention ? read_words_of_attention(run) : read_words(run)))
         return CTL_USAGE;
-    enum ctl_exit code = random ? make_random(run) : read_files(run);
+    enum ctl_exit code = random      ? make_random(run)
+                         : attention ? read_attention(run)
+                                     : read_files(run);
     return code == CTL_OK ? call(run) : code;
 }
 
@@ -299,11 +374,15 @@ const struct ctl_command ctl_command_run = {
     .help =
         "Sends activations (E4M3, one byte an element) and their scales, and writes the output.\n"
         "Layouts are never guessed: with files they are required. With --random they default to\n"
-        "tgr, tgk and ue8m0. Prints what was used.\n\n"
+        "tgr, tgk and ue8m0. Prints what was used. With --attention it sends attention's output "
+        "and\n"
+        "positions instead, and the server rotates back and quantises.\n\n"
         "  einsumctl run --weight layers.0.attn.wo_a --random 4 --digest\n"
         "  einsumctl run --weight layers.0.attn.wo_a --activations step.safetensors:a \\\n"
         "    --scales step.safetensors:s --activation-layout gtr --scale-layout gkt \\\n"
-        "    --scale-type fp32 --output out.npy",
+        "    --scale-type fp32 --output out.npy\n"
+        "  einsumctl run --weight layers.0.attn.wo_a --attention o.npy --positions p.npy \\\n"
+        "    --output out.npy",
     .options = options,
     .run = run_run,
 };

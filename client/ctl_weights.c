@@ -1,10 +1,11 @@
 // weights: list, get, load and unload what is resident.
 
 #include "ctl.h"
+#include "ctl_attention.h"
 
 #include <string.h>
 
-enum { OPT_REPLACE, OPT_TENSORS, OPT_PREFIX, OPT_RANK, OPT_SIZE, OPT_DIM };
+enum { OPT_REPLACE, OPT_TENSORS, OPT_PREFIX, OPT_RANK, OPT_SIZE, OPT_DIM, OPT_ROPE };
 
 static const struct ctl_option options[] = {
     [OPT_REPLACE] = {"replace", NULL, "load: replace resident weights of the same names"},
@@ -15,6 +16,7 @@ static const struct ctl_option options[] = {
     [OPT_RANK] = {"tp-rank", "N", "load: hold this rank's share of the groups; default 0"},
     [OPT_SIZE] = {"tp-size", "N", "load: of so many ranks; default 1"},
     [OPT_DIM] = {"output-dim", "D", "load: D of weights stored as [G*D, R]; default 1024"},
+    CTL_OPTIONS_ROPE(OPT_ROPE, "load: ", "in place of theta, a .safetensors file on the server"),
     {0},
 };
 
@@ -31,6 +33,11 @@ static void print_weight(const struct einsum_client_weight *weight)
     printf("  %s  %s", ctl_bytes(weight->resident_bytes, bytes), weight->source);
     if (weight->tensor_parallel_size > 1)
         printf("  rank %u of %u", weight->tensor_parallel_rank, weight->tensor_parallel_size);
+    const struct einsum_client_rope *rope = &weight->rope;
+    if (weight->has_rope && rope->cache[0])
+        printf("  rope %s", rope->cache);
+    else if (weight->has_rope)
+        printf("  rope theta %g%s", rope->theta, rope->factor > 1 ? " yarn" : "");
     printf("\n");
 }
 
@@ -87,7 +94,10 @@ static bool on_progress(void *context, const struct einsum_client_progress *prog
 static enum ctl_exit load(struct ctl *ctl, const struct ctl_args *args, const char *path)
 {
     uint64_t rank = 0, size = 0, output_dim = 0;
-    if (!ctl_number(args, OPT_RANK, 0, UINT32_MAX, &rank) ||
+    struct einsum_client_rope rope;
+    bool has_rope;
+    if (!ctl_read_rope(args, OPT_ROPE, &rope, &has_rope) ||
+        !ctl_number(args, OPT_RANK, 0, UINT32_MAX, &rank) ||
         !ctl_number(args, OPT_SIZE, 1, UINT32_MAX, &size) ||
         !ctl_number(args, OPT_DIM, 1, UINT32_MAX, &output_dim))
         return CTL_USAGE;
@@ -103,6 +113,7 @@ static enum ctl_exit load(struct ctl *ctl, const struct ctl_args *args, const ch
         .tensor_parallel_size = (uint32_t)size,
         .output_dim = (uint32_t)output_dim,
         .replace = ctl_has(args, OPT_REPLACE),
+        .rope = has_rope ? &rope : NULL,
         .on_progress = on_progress,
         .context = &progress,
     };
@@ -172,7 +183,8 @@ const struct ctl_command ctl_command_weights = {
         "checkpoint's\n"
         "folder or one .safetensors file under its weights_roots (PATH is the server's, absolute\n"
         "or relative to its first root): all or none become visible; interrupted, none. unload\n"
-        "forgets weights by name or shell pattern; requests in flight finish with them.\n\n"
+        "forgets weights by name or shell pattern; requests in flight finish with them. A rope is\n"
+        "needed for OutputProject alone; without one given, the server's configuration has it.\n\n"
         "  einsumctl weights list\n"
         "  einsumctl weights get layers.3.attn.wo_a\n"
         "  einsumctl weights load DeepSeek-V4-Flash --tp-rank 1 --tp-size 4 --replace\n"
