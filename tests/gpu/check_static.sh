@@ -1,7 +1,7 @@
 #!/bin/sh
 # What the kernels for SM 12.0 and 12.1 must be, seen without a GPU: block-scaled mma in decode and
-# prefill, and in them and in attention no local memory, no spill, shared memory within what that capability has. Needs nvcc 13 and
-# cuobjdump (PATH, or CUOBJDUMP). Prints a table, RESULT last.
+# prefill, and in them and in attention no local memory, no spill, shared memory within what that
+# capability has. Needs nvcc 13 and cuobjdump (PATH, or CUOBJDUMP). Prints a table, RESULT last.
 #
 #     tests/gpu/check_static.sh
 set -eu
