@@ -39,7 +39,8 @@ struct engine {
     pthread_mutex_t lock;
     struct fake_lane lanes[LANES_MAX];
     const struct engine_batch *log[JOBS_MAX]; // in order of submission
-    uint32_t submitted_n;
+    uint32_t submitted_n, polled_n;
+    bool wakes_nobody;
     struct batcher_waker waker;
     int allocations, allocation_fails_at; // the call that fails, counted from 1; 0: none
     int allocated;                        // live
@@ -82,11 +83,25 @@ static bool fake_poll(struct engine *engine, uint32_t lane, struct engine_result
             error_set(&result->error, it->status, "fake failure");
         result->started_ns = it->submitted_ns;
         result->ended_ns = now_ns();
+        // Every other batch is timed; the tokens make the figures differ.
+        uint64_t timed = engine->polled_n++ % 2 == 0 ? it->batch->tokens : 0;
+        result->copy_in_ns = timed;
+        result->kernel_ns = 10 * timed;
+        result->copy_out_ns = 100 * timed;
         it->batch = NULL;
     }
     pthread_mutex_unlock(&engine->lock);
     return done;
 }
+
+static const struct engine_ops polled_ops = {
+    .name = "fake, polled",
+    .polled = true,
+    .memory_alloc = fake_memory_alloc,
+    .memory_free = fake_memory_free,
+    .submit = fake_submit,
+    .poll = fake_poll,
+};
 
 static const struct engine_ops fake_ops = {
     .name = "fake",
@@ -113,7 +128,8 @@ static void fake_complete(struct engine *engine, uint32_t submission, enum statu
     engine->lanes[lane].done = true;
     engine->lanes[lane].status = status;
     pthread_mutex_unlock(&engine->lock);
-    batcher_wake(&engine->waker);
+    if (!engine->wakes_nobody)
+        batcher_wake(&engine->waker);
 }
 
 // --- fixture
@@ -588,6 +604,105 @@ START_TEST(a_delay_gathers_and_ends)
     fake_complete(&engine, 0, STATUS_OK);
     wait_release(0, STATUS_OK);
     wait_release(1, STATUS_OK);
+}
+END_TEST
+
+static void sleep_us(uint32_t us)
+{
+    nanosleep(&(struct timespec){.tv_sec = us / 1000000, .tv_nsec = us % 1000000 * 1000L}, NULL);
+}
+
+static void start_polled(uint32_t max_queue_delay_us)
+{
+    struct batcher_options options = base;
+    options.ops = &polled_ops;
+    options.lanes = 2;
+    options.max_queue_delay_us = max_queue_delay_us;
+    engine.wakes_nobody = true;
+    start(&options);
+}
+
+// While it watches, naps, or sleeps between jobs: what a polled engine finishes is found.
+static const uint32_t pauses_us[] = {0, 20, 150, 250, 1000, 20000};
+
+START_TEST(a_polled_engine_is_looked_at_without_a_wake)
+{
+    enum { ROUNDS = 20 };
+    start_polled(0);
+    for (uint32_t i = 0; i < ROUNDS; i++) {
+        commit(0, 1);
+        wait_submitted(i + 1);
+        sleep_us(pauses_us[_i]);
+        fake_complete(&engine, i, STATUS_OK);
+        wait_release(0, STATUS_OK);
+        sleep_us(pauses_us[_i]);
+    }
+    ck_assert_uint_eq(stats().batches, ROUNDS);
+}
+END_TEST
+
+START_TEST(a_polled_engine_takes_new_batches_while_it_runs_others)
+{
+    start_polled(0);
+    commit(0, 1);
+    wait_submitted(1);
+    sleep_us(pauses_us[_i]);
+    commit(1, 2);
+    wait_submitted(2);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(1, STATUS_OK);
+    sleep_us(pauses_us[_i]);
+    ck_assert_int_eq(atomic_load(&jobs[0].done), 0);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+}
+END_TEST
+
+START_TEST(watching_cuts_no_delay_short)
+{
+    enum { DELAY_US = 100 }; // less than it watches
+    start_polled(DELAY_US);
+    for (uint32_t i = 0; i < 20; i++) {
+        commit(0, 1);
+        wait_submitted(i + 1);
+        ck_assert_uint_ge(jobs[0].job.launched_ns, jobs[0].job.queued_ns + DELAY_US * 1000u);
+        fake_complete(&engine, i, STATUS_OK);
+        wait_release(0, STATUS_OK);
+    }
+    ck_assert_uint_ge(stats().queue_ns, 20 * DELAY_US * 1000u);
+}
+END_TEST
+
+START_TEST(batches_are_counted_by_bucket_and_phase)
+{
+    static const uint32_t tokens[] = {1, 3, 4, 8, 3};
+    start(&base);
+    for (uint32_t i = 0; i < ARRAY_LEN(tokens); i++) {
+        commit(0, tokens[i]);
+        wait_submitted(i + 1);
+        fake_complete(&engine, i, STATUS_OK);
+        wait_release(0, STATUS_OK);
+    }
+    struct batcher_stats end = stats();
+    ck_assert_uint_eq(end.bucket_batches[0], 1);
+    ck_assert_uint_eq(end.bucket_batches[1], 0);
+    ck_assert_uint_eq(end.bucket_batches[2], 3);
+    ck_assert_uint_eq(end.bucket_batches[3], 1);
+    ck_assert_uint_eq(end.phase_batches, 3); // the first, third and fifth
+    ck_assert_uint_eq(end.copy_in_ns, 1 + 4 + 3);
+    ck_assert_uint_eq(end.kernel_ns, 10 * (1 + 4 + 3));
+    ck_assert_uint_eq(end.copy_out_ns, 100 * (1 + 4 + 3));
+    // What failed has no phases.
+    commit(0, 1);
+    wait_submitted(6);
+    fake_complete(&engine, 5, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    commit(0, 1);
+    wait_submitted(7);
+    fake_complete(&engine, 6, STATUS_INTERNAL);
+    wait_release(0, STATUS_INTERNAL);
+    ck_assert_uint_eq(stats().phase_batches, 3);
+    ck_assert_uint_eq(stats().kernel_ns, 80);
 }
 END_TEST
 
@@ -1377,6 +1492,12 @@ int main(void)
     tcase_add_loop_test(rules, a_closed_batch_waits_for_the_last_that_fills, 0, 2);
     tcase_add_test(rules, lanes_complete_in_any_order);
     tcase_add_test(rules, a_delay_gathers_and_ends);
+    tcase_add_loop_test(rules, a_polled_engine_is_looked_at_without_a_wake, 0,
+                        ARRAY_LEN(pauses_us));
+    tcase_add_loop_test(rules, a_polled_engine_takes_new_batches_while_it_runs_others, 0,
+                        ARRAY_LEN(pauses_us));
+    tcase_add_test(rules, watching_cuts_no_delay_short);
+    tcase_add_test(rules, batches_are_counted_by_bucket_and_phase);
     tcase_add_loop_test(rules, a_full_batch_does_not_wait_for_the_delay, 0, 2);
     tcase_add_test(rules, equal_weights_stand_side_by_side);
     tcase_add_test(rules, late_and_cancelled_jobs_are_dropped_before_launch);
