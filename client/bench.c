@@ -9,6 +9,7 @@
 
 #include "../server/base.h"
 #include "ctl.h"
+#include "ctl_attention.h"
 
 #include <errno.h>
 #include <math.h>
@@ -101,7 +102,8 @@ struct bench {
 
 static bool same_shape(const struct einsum_client_weight *a, const struct einsum_client_weight *b)
 {
-    return a->groups == b->groups && a->reduced_dim == b->reduced_dim && a->block_r == b->block_r;
+    return a->groups == b->groups && a->reduced_dim == b->reduced_dim && a->block_r == b->block_r &&
+           a->rope.positions_max == b->rope.positions_max;
 }
 
 static struct einsum_client_request request_of(const struct bench_options *options,
@@ -110,6 +112,7 @@ static struct einsum_client_request request_of(const struct bench_options *optio
 {
     bool packs = weight->block_r && weight->reduced_dim / weight->block_r % 4 == 0;
     struct einsum_client_request request = {
+        .operation = options->attention ? EINSUM_CLIENT_OUTPUT_PROJECT : EINSUM_CLIENT_EINSUM,
         .weight = weight->name,
         .recipe = weight->recipes_n ? weight->recipes[0] : EINSUM_CLIENT_RECIPE_1_128_128,
         .activation_layout = options->activation_layout,
@@ -143,6 +146,18 @@ static const struct inputs *shared_inputs(const struct bench *bench, size_t weig
     return NULL;
 }
 
+static bool random_tensors(const struct bench_options *options,
+                           const struct einsum_client_weight *weight, struct inputs *inputs,
+                           uint64_t seed)
+{
+    const struct einsum_client_request *request = &inputs->request;
+    if (options->attention)
+        return ctl_random_attention(weight, request->tokens, weight->rope.positions_max, seed,
+                                    &inputs->tensors);
+    return ctl_random_inputs(weight, request->tokens, request->scale_layout, request->scale_type,
+                             seed, &inputs->tensors);
+}
+
 static bool make_inputs(struct bench *bench)
 {
     const struct bench_options *options = bench->options;
@@ -161,14 +176,9 @@ static bool make_inputs(struct bench *bench)
         inputs->shares = shared != NULL;
         if (shared)
             inputs->tensors = shared->tensors;
-        else if (!ctl_random_inputs(weight, inputs->request.tokens, inputs->request.scale_layout,
-                                    inputs->request.scale_type, options->seed + i,
-                                    &inputs->tensors))
+        else if (!random_tensors(options, weight, inputs, options->seed + i))
             return false;
-        inputs->request.activations = inputs->tensors.activations;
-        inputs->request.activations_bytes = inputs->tensors.activations_bytes;
-        inputs->request.scales = inputs->tensors.scales;
-        inputs->request.scales_bytes = inputs->tensors.scales_bytes;
+        ctl_inputs_lend(&inputs->tensors, &inputs->request);
         inputs->request.output_bytes = (uint64_t)inputs->request.tokens * weight->groups *
                                        weight->output_dim *
                                        (inputs->request.output_type == 2 ? 4 : 2);

@@ -43,6 +43,7 @@ struct bench_options {
     enum einsum_client_scale_type scale_type;
     enum einsum_client_output_type output_type;
     bool digest_only;
+    bool attention;     // send attention's output and positions; the three layouts do not matter
     const char *kernel; // NULL: the server's choice
     bool zeros_allowed; // as the null engine answers
     uint64_t warmup_ns, duration_ns;

@@ -22,6 +22,7 @@ enum {
     OPT_SCALE_TYPE,
     OPT_OUTPUT,
     OPT_DIGEST,
+    OPT_ATTENTION,
     OPT_RETRY,
     OPT_SEED,
     OPT_KERNEL,
@@ -44,6 +45,8 @@ static const struct ctl_option options[] = {
     [OPT_SCALE_TYPE] = {"scale-type", "T", "fp32 or ue8m0 (default)"},
     [OPT_OUTPUT] = {"output-type", "T", "bf16 (default) or fp32"},
     [OPT_DIGEST] = {"digest", NULL, "ask for digests in place of outputs"},
+    [OPT_ATTENTION] = {"attention", NULL,
+                       "send attention's output and positions, to weights that have a rope"},
     [OPT_RETRY] = {"retry", NULL, "try again what the server refuses; default count it"},
     [OPT_SEED] = {"seed", "N", "default 1"},
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
@@ -76,6 +79,7 @@ static bool read_layouts(const struct ctl_args *args, struct bench_options *benc
     bench->scale_type = (enum einsum_client_scale_type)scale_type;
     bench->output_type = (enum einsum_client_output_type)output;
     bench->digest_only = ctl_has(args, OPT_DIGEST);
+    bench->attention = ctl_has(args, OPT_ATTENTION);
     bench->kernel = ctl_value(args, OPT_KERNEL);
     return true;
 }
@@ -111,6 +115,16 @@ static bool read_options(const struct ctl_args *args, struct bench_command *comm
     return true;
 }
 
+// Keeps those that take attention.
+static void drop_without_rope(struct einsum_client_weights *weights)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < weights->items_n; i++)
+        if (weights->items[i].has_rope)
+            weights->items[kept++] = weights->items[i];
+    weights->items_n = kept;
+}
+
 // Keeps of all resident weights those that are named, if any are.
 static enum ctl_exit choose_weights(const struct ctl_args *args, struct bench_command *command)
 {
@@ -130,9 +144,13 @@ static enum ctl_exit choose_weights(const struct ctl_args *args, struct bench_co
             command->weights.items_n++;
         }
     }
+    if (command->bench.attention)
+        drop_without_rope(&command->weights);
     if (command->weights.items_n == 0) {
-        const struct error none = {.status = STATUS_FAILED_PRECONDITION,
-                                   .text = "the server has no weight loaded"};
+        struct error none;
+        error_set(&none, STATUS_FAILED_PRECONDITION,
+                  command->bench.attention ? "none of these weights has a rope"
+                                           : "the server has no weight loaded");
         return ctl_fail_local(command->ctl, &none);
     }
     command->bench.weights = command->weights.items;
