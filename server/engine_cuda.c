@@ -39,10 +39,10 @@ enum {
     STAGING_ROWS_MULTIPLE = 16,
     LANES_DEFAULT = 3, // one copies in, one computes, one copies out
     BUFFERS_MAX = 256,
-    // The largest input of a small batch. Reading over the bus starts at once but runs slower than the
-    // copy engine, which needs some 4 us to start and to be waited for: 8 tokens of V4-Flash
-    // still gain.
-    SMALL_INPUT_BYTES_MAX = 320 << 10,
+    // The largest input, and output, of a small batch. Kernels that reach over the bus start at once but
+    // are slower than a copy engine, which takes some 4 us to start and to be waited for: 8 tokens of
+    // V4-Flash still gain.
+    SMALL_BYTES_MAX = 320 << 10,
     // How often a stream is asked whether the device still lives, while a report does not come.
     STREAM_CHECK_NS = 100000,
 };
@@ -282,7 +282,7 @@ static void cuda_submit(struct engine *engine, uint32_t index, const struct engi
     lane->submitted = true;
     lane->started_ns = now_ns();
     lane->check_at_ns = lane->started_ns + STREAM_CHECK_NS;
-    lane->small = batch->input_bytes <= SMALL_INPUT_BYTES_MAX;
+    lane->small = batch->input_bytes <= SMALL_BYTES_MAX && batch->output_bytes <= SMALL_BYTES_MAX;
     uint64_t replays = atomic_load_explicit(&engine->graph_replays, memory_order_relaxed);
     lane->measured = engine->phase_sample > 0 && replays % engine->phase_sample == 0;
     lane->failed = enqueue(engine, lane, batch);
