@@ -16,6 +16,11 @@
 
 enum { HEAD_DIM = 512, ROPE_DIM = 64, PAIRS = ROPE_DIM / 2, ROPE_BEGIN = HEAD_DIM - ROPE_DIM };
 
+bool ctl_takes_attention(const struct einsum_client_weight *weight)
+{
+    return weight->has_rope && weight->reduced_dim % HEAD_DIM == 0;
+}
+
 // ---- positions ----------------------------------------------------------------------------------
 
 // Counted in pairs, where one turns so many times over the original positions.

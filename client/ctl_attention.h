@@ -15,6 +15,9 @@ struct ctl_rope {
     uint32_t positions_max; // those below are tried
 };
 
+// Whether OutputProject takes this weight: it has a rope and is made of whole heads.
+bool ctl_takes_attention(const struct einsum_client_weight *weight);
+
 // BF16 values, of another magnitude in each head, as activations; positions below `positions_max`,
 // not 0, as scales. false: no memory.
 NODISCARD bool ctl_random_attention(const struct einsum_client_weight *weight, uint32_t tokens,

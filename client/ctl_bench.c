@@ -2,6 +2,7 @@
 
 #include "bench.h"
 #include "ctl.h"
+#include "ctl_attention.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -46,7 +47,7 @@ static const struct ctl_option options[] = {
     [OPT_OUTPUT] = {"output-type", "T", "bf16 (default) or fp32"},
     [OPT_DIGEST] = {"digest", NULL, "ask for digests in place of outputs"},
     [OPT_ATTENTION] = {"attention", NULL,
-                       "send attention's output and positions, to weights that have a rope"},
+                       "send attention's output and positions, to weights that take them"},
     [OPT_RETRY] = {"retry", NULL, "try again what the server refuses; default count it"},
     [OPT_SEED] = {"seed", "N", "default 1"},
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
@@ -115,12 +116,11 @@ static bool read_options(const struct ctl_args *args, struct bench_command *comm
     return true;
 }
 
-// Keeps those that take attention.
-static void drop_without_rope(struct einsum_client_weights *weights)
+static void keep_what_takes_attention(struct einsum_client_weights *weights)
 {
     size_t kept = 0;
     for (size_t i = 0; i < weights->items_n; i++)
-        if (weights->items[i].has_rope)
+        if (ctl_takes_attention(&weights->items[i]))
             weights->items[kept++] = weights->items[i];
     weights->items_n = kept;
 }
@@ -145,12 +145,14 @@ static enum ctl_exit choose_weights(const struct ctl_args *args, struct bench_co
         }
     }
     if (command->bench.attention)
-        drop_without_rope(&command->weights);
+        keep_what_takes_attention(&command->weights);
     if (command->weights.items_n == 0) {
         struct error none;
         error_set(&none, STATUS_FAILED_PRECONDITION,
-                  command->bench.attention ? "none of these weights has a rope"
-                                           : "the server has no weight loaded");
+                  command->bench.attention
+                      ? "none of these weights takes attention: no rope, or no "
+                        "whole heads"
+                      : "the server has no weight loaded");
         return ctl_fail_local(command->ctl, &none);
     }
     command->bench.weights = command->weights.items;

@@ -218,7 +218,7 @@ static bool rope_of(const struct check *check, const struct einsum_client_weight
         };
     if (!rope->positions_max || rope->positions_max > weight->rope.positions_max)
         rope->positions_max = weight->rope.positions_max;
-    return weight->has_rope && (rope->table || rope->theta > 1);
+    return rope->table || rope->theta > 1;
 }
 
 static bool compare_with_reference(const struct check *check, const struct catalog_entry *entry,
@@ -409,10 +409,12 @@ static enum ctl_exit check_weight(struct check *check, const struct einsum_clien
         return CTL_OK;
     }
     struct ctl_rope rope = {0};
-    if (check->attention && !rope_of(check, weight, &rope)) {
+    bool takes = !check->attention || ctl_takes_attention(weight);
+    if (!takes || (check->attention && !rope_of(check, weight, &rope))) {
         ctl_progress_end(&check->progress);
         fprintf(stderr, "einsumctl: %s: %s, skipped\n", weight->name,
-                weight->has_rope ? "its rope is a cache: give it by --rope-cache" : "has no rope");
+                takes ? "its rope is a cache: give it by --rope-cache"
+                      : "has no rope, or no whole heads");
         check->skipped++;
         return CTL_OK;
     }

@@ -3,11 +3,14 @@ streams and in a flood with Einsum; and every way in which it can be wrong."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Iterator
 
 import grpc
+import ml_dtypes
 import numpy as np
 import pytest
 from grpc import StatusCode
@@ -17,7 +20,7 @@ import oracle
 from checkpoints import TENSOR_NAME
 from client import Client, field_violations
 from conftest import Site, rng_for, serving
-from daemon import Daemon, count, seconds
+from daemon import EINSUMCTL, Daemon, count, run, seconds
 from oracle_attention import HEAD_DIM, Cache, Rope, activations_of, random_attention
 
 CACHE_POSITIONS = 300
@@ -566,3 +569,108 @@ def test_cancelled_while_waiting(tmp_path: Path, rng: np.random.Generator) -> No
                 future.cancel()
             for projection, future in zip(cases[::2], futures[::2]):
                 projection.check(future.result())
+
+
+# --- einsumctl ------------------------------------------------------------------------------------
+
+
+def einsumctl(site: Site, *arguments: Any, expect: int = 0) -> subprocess.CompletedProcess:
+    done = run(EINSUMCTL, "--endpoint", site.daemon.address, *arguments)
+    assert done.returncode == expect, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors"])
+def test_ctl_run(site: Site, rng: np.random.Generator, tmp_path: Path, form: str) -> None:
+    projection = Projection(rng, tokens=5)
+    if form == "npy":
+        attention, positions = tmp_path / "attention.npy", tmp_path / "positions.npy"
+        np.save(attention, projection.attention)
+        np.save(positions, projection.positions)
+    else:
+        attention = positions = tmp_path / "step.safetensors"
+        tensors = {"attention": projection.attention.view(ml_dtypes.bfloat16),
+                   "positions": projection.positions}  # fmt: skip
+        save_file(tensors, attention)
+    output = tmp_path / "out.npy"
+    files = ("--attention", attention, "--positions", positions)
+    done = einsumctl(site, "--json", "run", "--weight", NAME, *files, "--output", output)
+    told = json.loads(done.stdout)
+    assert (told["operation"], told["recipe"], told["shape"]) == ("output_project", None, [5, 8, 256])
+    exact, magnitude = projection.expected()
+    oracle.check(np.load(output).tobytes(), "BF16", exact, magnitude, 1024)
+    digest = einsumctl(site, "--json", "run", "--weight", NAME, *files, "--digest")
+    assert json.loads(digest.stdout)["digest"]["elements"] == 5 * 8 * 256
+    assert "attention bf16 > fp32" in einsumctl(
+        site, "run", "--weight", NAME, *files, "--output-type", "fp32"
+    ).stdout  # fmt: skip
+
+
+def test_ctl_run_refuses(site: Site, rng: np.random.Generator, tmp_path: Path) -> None:
+    projection = Projection(rng)
+    good, wrong, positions = (tmp_path / f"{name}.npy" for name in ("good", "wrong", "positions"))
+    np.save(good, projection.attention)
+    np.save(wrong, projection.attention.view(np.float16))
+    np.save(positions, projection.positions)
+    run_it = ("run", "--weight", NAME)
+    for arguments, code, text in (
+        (("--attention", good), 2, "--positions"),
+        (("--positions", positions), 2, "--attention"),
+        (("--attention", wrong, "--positions", positions), 2, "f2"),
+        (("--attention", good, "--positions", good), 2, "int64"),
+        (("--attention", good, "--positions", positions, "--recipe", "1,1,128"), 2, "--recipe"),
+        (("--attention", good, "--positions", positions, "--random", "3"), 2, "--random"),
+    ):
+        assert text in einsumctl(site, *run_it, *arguments, expect=code).stderr
+    files = ("--attention", good, "--positions", positions)
+    refused = einsumctl(site, "run", "--weight", WITHOUT_ROPE, *files, expect=4)
+    assert "FAILED_PRECONDITION" in refused.stderr
+
+
+def test_ctl_check(site: Site) -> None:
+    """By the ropes that the server names; with a wrong one it finds every weight wrong."""
+    check = ("--json", "check", "--checkpoint", site.root / "model", "--attention", "--tokens",
+             "1,7", "--repeat", "1")  # fmt: skip
+    told = json.loads(einsumctl(site, *check).stdout)
+    names = {result["weight"] for result in told["results"]}
+    cached, whole = PROJECTED[2], set(PROJECTED)
+    assert (told["passed"], told["missed"]) == (True, 0)
+    assert names == whole - {cached} - {BROKEN_HEADS}
+    wrong = json.loads(einsumctl(site, *check, "--rope-theta", "10001", expect=1).stdout)
+    assert wrong["missed"] == wrong["cases"] > 0
+
+
+def test_ctl_check_of_a_cache(tmp_path: Path, rng: np.random.Generator) -> None:
+    name = TENSOR_NAME.format(0)
+    (tmp_path / "root").mkdir()
+    file = tmp_path / "root/cache.safetensors"
+    save_file({"cos_sin_cache": make_cache().table}, file)
+    config = {"ropes": [{"weights": "*", "cache": "cache.safetensors"}]}
+    with serving(tmp_path, {name: WEIGHTS[name]}, 256, **config) as site:
+        check = ("check", "--checkpoint", site.root / "model", "--attention", "--tokens", "5")
+        assert "passed: 1 of 1" in einsumctl(site, *check, "--rope-cache", file).stdout
+        assert "--rope-cache" in einsumctl(site, *check, expect=1).stderr
+        einsumctl(site, *check, "--rope-theta", "10000", expect=1)
+
+
+def test_ctl_load_and_bench(site: Site) -> None:
+    load = ("weights", "load", "model", "--tensors", f"{NAME}.weight", "--name-prefix", "ctl/",
+            "--output-dim", "256", "--rope-theta", "5000", "--rope-factor", "2")  # fmt: skip
+    assert "--rope-original" in einsumctl(site, *load, expect=2).stderr
+    try:
+        shown = einsumctl(site, *load, "--rope-original", "1000")
+        assert "rope theta 5000 yarn" in shown.stdout
+        shown = einsumctl(site, "--json", "weights", "get", f"ctl/{NAME}")
+        assert json.loads(shown.stdout)["rope"] == {
+            "theta": 5000, "factor": 2, "original_positions_max": 1000, "beta_fast": 32,
+            "beta_slow": 1, "positions_max": 1 << 20,
+        }  # fmt: skip
+        bench = ("--json", "bench", "--attention", "--duration", "0.3", "--warmup", "0",
+                 "--tokens", "1,4")  # fmt: skip
+        for more in ((), ("--stream",), ("--weight", f"ctl/{NAME}")):
+            told = json.loads(einsumctl(site, *bench, *more).stdout)
+            assert told["calls"] > 0 and told["errors"] == {}
+        none = einsumctl(site, *bench, "--weight", WITHOUT_ROPE, expect=1)
+        assert "none of these weights takes attention" in none.stderr
+    finally:
+        site.client.call("UnloadWeights", names=["ctl/*"])
