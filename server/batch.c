@@ -55,7 +55,7 @@ static struct room room_for(const struct job *job)
     };
 }
 
-static enum status room_fits_empty_batch(const struct room *room,
+static enum status room_fits_empty_batch(const struct room *room, bool attention,
                                          const struct batcher_options *options, struct error *err)
 {
     if (room->tokens > options->batch_tokens_max)
@@ -63,10 +63,11 @@ static enum status room_fits_empty_batch(const struct room *room,
                            "a batch holds at most %" PRIu32 ", got %" PRIu32,
                            options->batch_tokens_max, room->tokens);
     if (room->input_bytes > options->batch_input_bytes)
-        return error_field(err, STATUS_INVALID_ARGUMENT, "activations",
-                           "a batch holds at most %" PRIu64
-                           " bytes of activations and scales, got %" PRIu64,
-                           options->batch_input_bytes, room->input_bytes);
+        return error_field(err, STATUS_INVALID_ARGUMENT, attention ? "attention" : "activations",
+                           "a batch holds at most %" PRIu64 " bytes of %s, got %" PRIu64,
+                           options->batch_input_bytes,
+                           attention ? "attention and rotations" : "activations and scales",
+                           room->input_bytes);
     if (room->output_bytes > options->batch_output_bytes)
         return error_field(err, STATUS_INVALID_ARGUMENT, "tokens",
                            "a batch holds at most %" PRIu64
@@ -285,7 +286,7 @@ static enum status reserve(struct batcher *batcher, struct job *job, bool *waits
 {
     ASSERT(job->operand.tokens >= 1);
     struct room room = room_for(job);
-    enum status status = room_fits_empty_batch(&room, &batcher->options, err);
+    enum status status = room_fits_empty_batch(&room, job->attention, &batcher->options, err);
     if (status)
         return status;
 

@@ -450,7 +450,8 @@ START_TEST(attention_too_large_for_a_batch_is_invalid)
     start(&options);
     struct error err = {.text = ""};
     ck_assert_int_eq(batcher_reserve(batcher, attention_init(0, 2), &err), STATUS_INVALID_ARGUMENT);
-    ck_assert_str_eq(err.field, "activations");
+    ck_assert_str_eq(err.field, "attention");
+    ck_assert_ptr_nonnull(strstr(err.text, "bytes of attention and rotations"));
     ck_assert_ptr_null(jobs[0].job.operand.rotations);
     ck_assert_msg(!batcher_reserve(batcher, attention_init(0, 1), &err), "%s", err.text);
     batcher_abandon(batcher, &jobs[0].job);
