@@ -4,9 +4,12 @@
 #include "../client/bench.h"
 #include "../client/checkpoint.h"
 #include "../client/ctl.h"
+#include "../client/ctl_attention.h"
 #include "../client/ctl_reference.h"
 #include "../client/tensor_file.h"
+#include "../kernels/attention.h"
 #include "../kernels/fp8.h"
+#include "../server/rope.h"
 #include "fake_server.h"
 
 #include <ftw.h>
@@ -283,6 +286,60 @@ START_TEST(test_random_inputs)
         ck_assert(fp32_load(a.scales + i) > 0.001f && fp32_load(a.scales + i) < 0.012f);
     ctl_inputs_deinit(&a);
     ctl_inputs_deinit(&b);
+}
+END_TEST
+
+// Two opinions of one step: this side's, and the server's rope with the kernels' quantisation.
+static const struct {
+    struct rope_options rope;
+    uint32_t block;
+} attentions[] = {
+    {{.theta = 10000}, 128},
+    {{.theta = 160000, .factor = 16, .original_positions_max = 65536}, 32},
+    {{.theta = 3, .factor = 2, .original_positions_max = 100, .beta_fast = 9, .beta_slow = 2}, 128},
+    {{.theta = 10000, .factor = 1.5, .original_positions_max = 1}, 32}, // a ramp before the first pair
+    {{.theta = 1e9, .factor = 9, .original_positions_max = 1 << 24, .positions_max = 1 << 24}, 32},
+};
+
+START_TEST(test_attention)
+{
+    enum { TOKENS_N = 9, GROUPS_N = 3, R = 1024, HEADS = GROUPS_N * R / 512 };
+    struct rope *server_rope;
+    struct error err;
+    ck_assert_int_eq(rope_create(&attentions[_i].rope, NULL, &server_rope, &err), STATUS_OK);
+    const struct rope_options *options = rope_describe(server_rope);
+    const struct ctl_rope rope = {.theta = options->theta,
+                                  .factor = options->factor,
+                                  .original_positions_max = options->original_positions_max,
+                                  .beta_fast = options->beta_fast,
+                                  .beta_slow = options->beta_slow};
+    uint32_t block = attentions[_i].block;
+    const struct einsum_client_weight weight = {
+        .groups = GROUPS_N, .reduced_dim = R, .block_r = block};
+    struct ctl_inputs inputs, quantised;
+    ck_assert(ctl_random_attention(&weight, TOKENS_N, options->positions_max, 5, &inputs));
+    ck_assert_uint_eq(inputs.activations_bytes, TOKENS_N * HEADS * 512 * 2);
+    ck_assert_uint_eq(inputs.scales_bytes, TOKENS_N * 8);
+    uint16_t *bits = (uint16_t *)(void *)inputs.activations;
+    bits[700] = 0x7fc0;             // NaN
+    bits[2 * 512 + 448] = 0xff80;   // infinity in the turned dims: its partner becomes NaN
+    memset(bits + 3 * 512, 0, 512); // half a head of zeros
+    ck_assert(ctl_quantise_attention(&rope, &weight, TOKENS_N, &inputs, &quantised));
+
+    const int64_t *positions = (const int64_t *)(const void *)inputs.scales;
+    struct attention_rotation rotations[TOKENS_N];
+    ck_assert_int_eq(rope_rotations(server_rope, positions, TOKENS_N, rotations, &err), STATUS_OK);
+    uint8_t *row = aligned_alloc(64, 2 * R);
+    for (uint32_t i = 0; i < TOKENS_N * GROUPS_N; i++) {
+        memcpy(row, inputs.activations + i * 2 * R, 2 * R);
+        attention_quantise(row, R, block, &rotations[i / GROUPS_N]);
+        ck_assert_mem_eq(quantised.activations + i * R, row, R);
+        ck_assert_mem_eq(quantised.scales + i * (R / block), row + R, R / block);
+    }
+    free(row);
+    ctl_inputs_deinit(&quantised);
+    ctl_inputs_deinit(&inputs);
+    rope_unref(server_rope);
 }
 END_TEST
 
@@ -567,6 +624,7 @@ int main(void)
     tcase_add_test(numbers, test_number_list);
     tcase_add_loop_test(numbers, test_reference, 0, 24);
     tcase_add_test(numbers, test_random_inputs);
+    tcase_add_loop_test(numbers, test_attention, 0, (int)ARRAY_LEN(attentions));
     suite_add_tcase(suite, numbers);
     TCase *commands = tcase_create("commands");
     tcase_set_timeout(commands, 60);
