@@ -407,7 +407,9 @@ const struct ctl_command ctl_command_bench = {
         "Checks first that each weight's reply matches its digest, then loads the server: in a\n"
         "closed loop of --concurrency requests in flight, or with --rate in an open loop, where\n"
         "latency counts from the moment at which a request was meant to be sent. Going round all\n"
-        "weights keeps them out of caches, as serving does. Exits 1 if a call failed.\n\n"
+        "weights keeps them out of caches, as serving does. Ends with what the server counted\n"
+        "meanwhile, warm-up and other callers included: where batches spent their time, and how\n"
+        "they were launched. Exits 1 if a call failed.\n\n"
         "  einsumctl bench --concurrency 32 --stream --tokens 1\n"
         "  einsumctl bench --rate 2000 --tokens 1,8,64 --mixed --duration 30 --json",
     .options = options,

@@ -131,7 +131,7 @@ static void on_server_info(struct call *call, grpc_byte_buffer *bytes)
 
     Einsum__V1__Limits limits = read_limits(context);
     Einsum__V1__Counters counters = read_counters(context, &batches, &engine);
-    struct bucket_graphs graphs;
+    struct bucket_graphs graphs = {0};
     Einsum__V1__Memory memory = read_memory(context, &batches, &engine, &graphs);
     Einsum__V1__Library libraries[] = {
         library("grpc", grpc_version_string()),

@@ -264,6 +264,7 @@ static bool outputs_right(const struct job *job, uint64_t layer)
     const struct einsum_weight_format *format = &job->weight->format;
     const uint16_t *outputs = job->operand.output;
     uint64_t n = output_bytes(job->operand.tokens) / sizeof *outputs;
+    ASSERT(n > 0);
     uint64_t bytes = einsum_weight_bytes(format), weight_scales = einsum_weight_scale_bytes(format);
     uint8_t *weight = malloc(bytes), *scales = malloc(weight_scales);
     if (!weight || !scales)
@@ -317,6 +318,13 @@ static int by_value(const void *a, const void *b)
     return (*x > *y) - (*x < *y);
 }
 
+// The value below which `percent` of all lie.
+static double share_us(const uint64_t *sorted_ns, uint64_t n, uint64_t percent)
+{
+    uint64_t index = n * percent / 100;
+    return (double)sorted_ns[index] / 1e3;
+}
+
 static void run_latency(struct batcher *batcher, struct row *row)
 {
     uint32_t tokens = row->tokens, n = settings.requests;
@@ -343,9 +351,9 @@ static void run_latency(struct batcher *batcher, struct row *row)
         fill_ns += filled_ns - reserved_ns;
     }
     qsort(taken_ns, n, sizeof *taken_ns, by_value);
-    row->p50 = (double)taken_ns[n / 2] / 1e3;
-    row->p90 = (double)taken_ns[(uint64_t)n * 90 / 100] / 1e3;
-    row->p99 = (double)taken_ns[(uint64_t)n * 99 / 100] / 1e3;
+    row->p50 = share_us(taken_ns, n, 50);
+    row->p90 = share_us(taken_ns, n, 90);
+    row->p99 = share_us(taken_ns, n, 99);
     row->fill = (double)fill_ns / n / 1e3;
     free(taken_ns);
     free(activations);
@@ -664,6 +672,17 @@ static uint32_t number(const char *text, uint32_t most)
     return (uint32_t)value;
 }
 
+static double seconds(const char *text)
+{
+    char *end;
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value >= 0.01 && value <= 3600)) {
+        fprintf(stderr, "pipeline: \"%s\" is not a number from 0.01 to 3600\n%s", text, usage);
+        exit(2);
+    }
+    return value;
+}
+
 static uint32_t number_list(char *text, uint32_t *to, uint32_t most_n, uint32_t most)
 {
     uint32_t n = 0;
@@ -712,7 +731,7 @@ static void parse(int argc, char **argv)
             settings.requests = number(optarg, 1 << 24);
             break;
         case SECONDS:
-            settings.seconds = atof(optarg);
+            settings.seconds = seconds(optarg);
             break;
         case SHAPE:
             if (number_list(optarg, shape, 3, EINSUM_DIM_MAX) != 3)
