@@ -1,9 +1,9 @@
 // Quantises attention's output row by row, in place. Any thread; rows know nothing of each other.
 //
-//     block b of a row    read, rotate -> values[block_r] -> scale, codes -> bytes [b, b+1) * block_r
+//     block b of a row   read, rotate -> values[block_r] -> scale, codes -> bytes [b, b+1) * block_r
 //
-// What a block's codes overwrite lies in blocks up to b, all read by then. The scales' place lies in
-// the row's middle, so they wait for the last block.
+// What a block's codes overwrite lies in blocks up to b, all read by then. The scales' place lies
+// in the row's middle, so they wait for the last block.
 //
 // Two ways with the same bits: plain C, and AVX2. Neither fuses a product with a sum: this file is
 // compiled with contraction off, and the AVX2 functions are not allowed the instruction.
@@ -135,8 +135,8 @@ AVX2 static uint32_t load_block_avx2(const uint8_t *from, uint32_t dim, uint32_t
 }
 
 // One code in the low byte of each lane; |x| is 448 at most. Rounding is done by integers where the
-// step follows the exponent, and below 2^-6, where it is 2^-9 throughout, by adding 2^14, whose unit
-// in the last place that is.
+// step follows the exponent, and below 2^-6, where it is 2^-9 throughout, by adding 2^14, whose
+// unit in the last place that is.
 AVX2 static __m256i to_e4m3(__m256 x)
 {
     __m256i bits = _mm256_castps_si256(x);

@@ -136,7 +136,8 @@ static inline uint64_t einsum_activation_bytes(uint64_t tokens, uint64_t groups,
     return tokens * groups * reduced_dim;
 }
 
-// Bytes of sA, where it has memory of its own. `blocks` is K. GKT with UE8M0 needs K % 4 == 0 (checked where requests enter).
+// Bytes of sA, where it has memory of its own. `blocks` is K. GKT with UE8M0 needs K % 4 == 0
+// (checked where requests enter).
 static inline uint64_t einsum_scale_bytes(enum einsum_scale_layout layout,
                                           enum einsum_scale_type type, uint64_t tokens,
                                           uint64_t groups, uint64_t blocks)

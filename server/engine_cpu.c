@@ -8,8 +8,8 @@
 //              task: weight b, operand  3       items 64 .. 127
 //     lane 1   ...
 //
-// Where segments hold attention's output, the batch has items twice: first runs of rows to quantise in
-// place; who finishes the last of them publishes the others.
+// Where segments hold attention's output, the batch has items twice: first runs of rows to quantise
+// in place; who finishes the last of them publishes the others.
 //
 // A task is all that one batch asks of one weight by one kernel; the weight is then read once however
 // many requests share it.

@@ -1,6 +1,6 @@
-// What attention.h describes, once more, in FP64 and without any code of kernels/: each FP32 operation
-// is an FP64 one and a rounding; the scale is found by trying them all, a code by halving the line of
-// them. For tests, which compare bytes.
+// What attention.h describes, once more, in FP64 and without any code of kernels/: each FP32
+// operation is an FP64 one and a rounding; the scale is found by trying them all, a code by halving
+// the line of them. For tests, which compare bytes.
 #pragma once
 
 #include <math.h>

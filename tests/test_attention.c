@@ -69,7 +69,7 @@ static const uint32_t blocks_r[] = {128, 32};
 
 // --- tests
 
-// Each of the 65536 codes, where it meets its like: blocks of close exponents, so that none vanishes.
+// Each of the 65536 codes where it meets its like: blocks of close exponents, so that none vanishes.
 START_TEST(every_code_in_order)
 {
     static uint16_t row[65536];

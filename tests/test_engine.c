@@ -2,8 +2,8 @@
 // lanes at once, while weights come and go; and a load that fails leaves an error and nothing else.
 // Built once for each engine that computes: ENGINE_UNDER_TEST is engine_cpu or engine_cuda.
 // Method: random weights through a source that lives in memory and fails on demand; random batches,
-// some of their segments from attention's output, which plain_attention.h quantises for the reference;
-// every output compared, every byte between outputs checked to be untouched (by the CPU engine; the
+// some of their segments from attention's output, which plain_attention.h quantises for the
+// reference; every output compared, every byte between outputs checked to be untouched (by the CPU engine; the
 // CUDA engine copies batches out whole). Also engine_find and the null engine, which are too small
 // for files of their own.
 #include <check.h>

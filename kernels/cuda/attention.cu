@@ -4,7 +4,7 @@
 //     table: spans of rows (token, group) --> block: one row at a time, a warp one head of a chunk
 //         16-byte loads   | barrier |   rotate, greatest of a block by shuffles, quantise, store
 //
-// A chunk is read whole before any of it is written: what is written of chunk c lies over chunk c/2.
+// A chunk is read whole before any of it is written: what is written of chunk c lies over c/2.
 // Scales lie over the row's middle and wait in shared memory for its end.
 #include "cuda.h"
 

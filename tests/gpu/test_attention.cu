@@ -1,5 +1,5 @@
-// The step before the einsum: the kernel's bytes against kernels/attention.c at every token count up
-// to 70 and in mixes; then what the einsum makes of them in place; then the time of both.
+// The step before the einsum: the kernel's bytes against kernels/attention.c at every token count
+// up to 70 and in mixes; then what the einsum makes of them in place; then the time of both.
 //
 //     test_attention [quick | full] [numbers]
 //
