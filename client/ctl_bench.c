@@ -119,7 +119,7 @@ static bool read_options(const struct ctl_args *args, struct bench_command *comm
 static void keep_what_takes_attention(struct einsum_client_weights *weights)
 {
     size_t kept = 0;
-    for (size_t i = 0; i < weights->items_n; i++)
+    for (size_t i = 0; weights->items && i < weights->items_n; i++)
         if (ctl_takes_attention(&weights->items[i]))
             weights->items[kept++] = weights->items[i];
     weights->items_n = kept;

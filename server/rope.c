@@ -137,7 +137,7 @@ static void set_frequencies(struct rope *rope)
         high += 0.001; // a step in place of a ramp
     for (uint32_t i = 0; i < ATTENTION_ROPE_PAIRS; i++) {
         float exponent = (float)(2 * i) / ATTENTION_ROPE_DIM;
-        float frequency = 1.0f / (float)pow((float)options->theta, exponent);
+        float frequency = 1.0f / (float)pow((double)(float)options->theta, (double)exponent);
         rope->frequency[i] = frequency;
         if (options->factor > 1) {
             float kept = kept_share(i, low, high);

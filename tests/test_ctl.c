@@ -297,7 +297,7 @@ static const struct {
     {{.theta = 10000}, 128},
     {{.theta = 160000, .factor = 16, .original_positions_max = 65536}, 32},
     {{.theta = 3, .factor = 2, .original_positions_max = 100, .beta_fast = 9, .beta_slow = 2}, 128},
-    {{.theta = 10000, .factor = 1.5, .original_positions_max = 1}, 32}, // a ramp before the first pair
+    {{.theta = 10000, .factor = 1.5, .original_positions_max = 1}, 32}, // a ramp before all pairs
     {{.theta = 1e9, .factor = 9, .original_positions_max = 1 << 24, .positions_max = 1 << 24}, 32},
 };
 
