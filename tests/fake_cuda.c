@@ -13,7 +13,7 @@
 #include "server/base.h"
 
 enum { BLOCKS_MAX = 1024, STREAMS_MAX = 64, GRAPH_DEVICE_BYTES = 64 << 10 };
-static const uint64_t address_space_bytes = (uint64_t)1 << 36;
+static const uint64_t address_space_bytes = (uint64_t)1 << 33;
 
 // Memory that the device reaches: its own, or the host's, pinned.
 struct block {
@@ -113,8 +113,9 @@ static void start_locked(const struct fake_cuda_device *device, uint64_t seed)
     fake.sticky = last_error = cudaSuccess;
     fake.stopping = fake.held = false;
     fake.address_next = 0;
-    fake.addresses = mmap(NULL, address_space_bytes, PROT_NONE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (!fake.addresses)
+        fake.addresses = mmap(NULL, address_space_bytes, PROT_NONE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     ASSERT(fake.addresses != MAP_FAILED);
     fake.started = true;
     int failed = pthread_create(&fake.thread, NULL, device_run, NULL);
@@ -283,7 +284,7 @@ static struct block *add_block_locked(unsigned char *memory, uint64_t bytes, boo
 static void remove_block_locked(struct block *block)
 {
     if (!block->registered)
-        free(block->memory);
+        munmap(block->memory, block->bytes);
     *block = fake.blocks[--fake.blocks_n];
 }
 
@@ -291,8 +292,9 @@ static void remove_block_locked(struct block *block)
 static unsigned char *garbage(uint64_t bytes)
 {
     enum { END_BYTES = 1 << 16 };
-    unsigned char *memory = aligned_alloc(256, align_up(bytes, 256));
-    ASSERT(memory);
+    unsigned char *memory =
+        mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    ASSERT(memory != MAP_FAILED);
     uint64_t end_bytes = bytes < END_BYTES ? bytes : END_BYTES;
     memset(memory, 0xA5, end_bytes);
     memset(memory + bytes - end_bytes, 0xA5, end_bytes);
@@ -527,7 +529,6 @@ void fake_cuda_stop(void)
     pthread_cond_broadcast(&fake.changed);
     pthread_mutex_unlock(&fake.lock);
     pthread_join(fake.thread, NULL);
-    munmap(fake.addresses, address_space_bytes);
     fake.started = false;
 }
 

@@ -28,7 +28,7 @@ enum {
 static const uint32_t buckets[] = {8, 64, TOKENS_MAX};
 
 static const struct einsum_weight_format formats[] = {
-    {2, 32, 4096, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
+    {2, 32, 2048, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
     {1, 32, 4096, EINSUM_WEIGHT_BF16, EINSUM_SCALE_NONE, 1, 128},
     {1, 1024, 16384, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 128, 128}, // three stagings
 };
@@ -569,12 +569,12 @@ END_TEST
 // The device is lost while a weight is loaded: by a call (0) or in the middle of its work (1).
 START_TEST(lost_while_loading)
 {
-    struct source source = source_of(&formats[2]);
+    struct source small = source_of(&formats[0]), source = source_of(&formats[2]);
     uint32_t n = 1;
     for (bool met = true; met; n++) {
         ck_assert_uint_lt(n, FAULTS_MAX);
         open_lanes();
-        struct engine_weight *served = load(&source), *weight = NULL;
+        struct engine_weight *served = load(&small), *weight = NULL;
         struct fake_cuda_live before = fake_cuda_live();
         if (_i == 0)
             fake_cuda_fail_call(n, cudaErrorLaunchFailure, true);
@@ -587,7 +587,7 @@ START_TEST(lost_while_loading)
             ck_assert_msg(strstr(err.text, ": unspecified launch failure"), "\"%s\"", err.text);
             ck_assert_ptr_null(weight);
             expect_untouched(&before);
-            struct engine_result result = run(&source, served, 2);
+            struct engine_result result = run(&small, served, FEW);
             expect_lost(&result, "unspecified launch failure");
         } else {
             ops->weight_free(engine, weight);
@@ -596,6 +596,7 @@ START_TEST(lost_while_loading)
         close_lanes();
     }
     ck_assert_uint_gt(n, _i == 0 ? 12 : 8);
+    source_free(&small);
     source_free(&source);
 }
 END_TEST
