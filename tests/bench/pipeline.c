@@ -734,8 +734,9 @@ static void parse(int argc, char **argv)
             settings.seconds = seconds(optarg);
             break;
         case SHAPE:
-            if (number_list(optarg, shape, 3, EINSUM_DIM_MAX) != 3)
-                die("--shape takes three numbers", NULL);
+            if (number_list(optarg, shape, 3, EINSUM_DIM_MAX) != 3 || shape[1] % 128 ||
+                shape[2] % 128)
+                die("--shape takes three numbers, the last two multiples of 128", NULL);
             settings.groups = shape[0];
             settings.output_dim = shape[1];
             settings.reduced_dim = shape[2];
