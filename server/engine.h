@@ -65,8 +65,8 @@ struct engine_result {
     enum status status; // OK; INTERNAL: this batch failed; UNAVAILABLE: the device is lost for good
     struct error error; // unless OK
     uint64_t started_ns, ended_ns; // on now_ns()'s clock
-    // What the batch spent its time on; all 0 unless it was one of those that are timed. What a device
-    // does in one go counts as kernel.
+    // What the batch spent its time on; all 0 unless it was one of those that are timed. What a
+    // device does in one go counts as kernel.
     uint64_t copy_in_ns, kernel_ns, copy_out_ns;
 };
 

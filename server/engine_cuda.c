@@ -1,8 +1,8 @@
 // The engine that computes on one NVIDIA GPU, with the kernels of kernels/cuda.
 //
-// A lane is a stream with captured graphs: for each bucket one for every set of kernels that a batch
-// may need. What else differs from batch to batch (weights, layouts, where the tensors lie) travels
-// with it, in the table that the graph's kernels read:
+// A lane is a stream with captured graphs: for each bucket one for every set of kernels that a
+// batch may need. What else differs from batch to batch (weights, layouts, where the tensors lie)
+// travels with it, in the table that the graph's kernels read:
 //
 //     small   input, table ----.                                  .--> output, report (pinned)
 //                              v                                  |
@@ -12,9 +12,9 @@
 //                      v           v                              |
 //     stream  [copy in] -> graph [fetch -> kernels -> report] -> [copy out] -> event
 //
-// The graph is the same. A small batch's fetch brings its input too, and its kernels write the outputs
-// where the caller reads them, so that one launch is all that the host does and all that it waits
-// for is a word in its own memory. A large one's copies are worth the copy engines' start-up.
+// The graph is the same. A small batch's fetch brings its input too, and its kernels write the
+// outputs where the caller reads them, so that one launch is all that the host does and all that it
+// waits for is a word in its own memory. A large one's copies are worth the copy engines' start-up.
 //
 // Lanes overlap: one copies in while another computes and a third copies out. Nothing is compiled,
 // captured or allocated once the engine is open, but for weights.
@@ -39,9 +39,9 @@ enum {
     STAGING_ROWS_MULTIPLE = 16,
     LANES_DEFAULT = 3, // one copies in, one computes, one copies out
     BUFFERS_MAX = 256,
-    // The largest input, and output, of a small batch. Kernels that reach over the bus start at once but
-    // are slower than a copy engine, which takes some 4 us to start and to be waited for: 8 tokens of
-    // V4-Flash still gain.
+    // The largest input, and output, of a small batch. Kernels that reach over the bus start at once
+    // but are slower than a copy engine, which takes some 4 us to start and to be waited for: 8
+    // tokens of V4-Flash still gain.
     SMALL_BYTES_MAX = 320 << 10,
     // How often a stream is asked whether the device still lives, while a report does not come.
     STREAM_CHECK_NS = 100000,
@@ -586,8 +586,8 @@ static cudaError_t launch_all(const struct cuda_bucket *bucket, const struct lan
     return error;
 }
 
-// Captures one set of a bucket's kernels on a lane. All addresses are the lane's; what they hold is not read
-// before a batch has written it.
+// Captures one set of a bucket's kernels on a lane. All addresses are the lane's; what they hold is
+// not read before a batch has written it.
 static cudaError_t capture(const struct engine *engine, struct lane *lane, uint32_t bucket,
                            uint32_t launches)
 {

@@ -7,9 +7,9 @@
 // Launching comes before answering so that the device does not wait for replies.
 //
 // It sleeps on one word, the waker, and so cannot miss a wake: every turn begins by clearing the
-// word, every waker sets it after its change, and sleeping is refused while it is set. With a polled
-// engine it watches the word and the lanes for a while before it sleeps, so that neither a short
-// batch nor the one that follows it costs a wake-up; then it naps while lanes are busy.
+// word, every waker sets it after its change, and sleeping is refused while it is set. With a
+// polled engine it watches the word and the lanes for a while before it sleeps, so that neither a
+// short batch nor the one that follows it costs a wake-up; then it naps while lanes are busy.
 #include "batch_internal.h"
 
 #include <signal.h>
@@ -19,8 +19,8 @@
 
 enum waker_word { WAKER_CLEAR, WAKER_SET, WAKER_SLEEPING };
 
-// Of a polled engine: after a launch or a batch's end what comes next is waited for without sleeping
-// so long; batches that run longer are looked at so often that it does not matter.
+// Of a polled engine: after a launch or a batch's end, what comes next is waited for without
+// sleeping so long; batches that run longer are looked at so often that it does not matter.
 enum { POLL_SPIN_NS = 200000, POLL_NAP_NS = 50000 };
 
 void batcher_wake(void *context)

@@ -1,6 +1,6 @@
 // The first and the last node of a batch's graph: what the batch needs comes to the device, and the
-// host is told that it is done. Both read and write pinned host memory over the bus, so that a small
-// batch needs neither the copy engine, which takes microseconds for any copy, nor an event.
+// host is told that it is done. Both read and write pinned host memory over the bus, so that a
+// small batch needs neither the copy engine, which takes microseconds for any copy, nor an event.
 //
 //     host     order, table, input              output             report
 //                       |                         ^                  ^
@@ -18,7 +18,7 @@ namespace
 enum {
     BLOCKS = 32,
     THREADS = 256,
-    IN_FLIGHT = 4, // loads of 16 bytes by a thread: 128 KiB by all
+    IN_FLIGHT = 4, // loads of 16 bytes by a thread: 512 KiB by all
 };
 
 // Nanoseconds; steps of up to a microsecond, by the device.

@@ -1,10 +1,10 @@
-// Batcher, scheduler and engine without gRPC: how long one small request takes, and how near a stream
-// of large ones comes to what the bus can carry.
+// Batcher, scheduler and engine without gRPC: how long one small request takes, and how near a
+// stream of large ones comes to what the bus can carry.
 //
 //     latency     one request in flight: [reserve, fill, commit ... result in host memory], going
 //                 round all layers, so that no weight comes from a cache
-//     bandwidth   --in-flight requests of T tokens, each a batch of its own: bytes copied in over wall
-//                 time, beside plain copies of the same sizes from the same kind of memory
+//     bandwidth   --in-flight requests of T tokens, each a batch of its own: bytes copied in over
+//                 wall time, beside plain copies of the same sizes from the same kind of memory
 //     numbers     before and after each: outputs poisoned, then compared with FP64
 //
 // The caller waits by looking at a word, as a caller would who wants his answer at once; one that
