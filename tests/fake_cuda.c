@@ -267,7 +267,7 @@ void *fake_cuda_at(uint64_t address, uint64_t bytes)
     return memory;
 }
 
-static struct block *add_block_locked(unsigned char *memory, uint64_t bytes, bool mapped)
+static struct block *add_block_locked(void *memory, uint64_t bytes, bool mapped)
 {
     ASSERT(fake.blocks_n < BLOCKS_MAX);
     ASSERT(memory && bytes > 0);

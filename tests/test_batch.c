@@ -987,6 +987,7 @@ static int room_order[JOBS_MAX];
 static void on_room(struct job *job)
 {
     int index = (int)(CONTAINER_OF(job, struct test_job, job) - jobs);
+    job->next_waiting = (struct job *)(uintptr_t)1; // it is ours again, and may be anything by now
     room_order[atomic_fetch_add(&rooms, 1)] = index;
 }
 
@@ -1125,8 +1126,28 @@ START_TEST(those_who_wait_hear_of_a_lost_device)
     ck_assert_int_eq(atomic_load(&rooms), 0);
     ck_assert_uint_eq(stats().jobs, 0);
     ck_assert_uint_eq(stats().queued, 0);
+    ck_assert_uint_eq(stats().failed, 5);
     struct error err;
     ck_assert_int_eq(reserve_fails(12, 1, &err), STATUS_UNAVAILABLE);
+}
+END_TEST
+
+START_TEST(buffers_are_scarce_when_the_last_is_taken)
+{
+    start(&base);
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < 3; i++) {
+            ck_assert(!batcher_scarce(batcher));
+            reserve(i, 8);
+        }
+        ck_assert(batcher_scarce(batcher));
+        batcher_abandon(batcher, &jobs[round].job);
+        ck_assert(!batcher_scarce(batcher));
+        for (int i = 0; i < 3; i++)
+            if (i != round)
+                batcher_abandon(batcher, &jobs[i].job);
+    }
+    all_buffers_free(&base, 10);
 }
 END_TEST
 
@@ -1513,6 +1534,7 @@ int main(void)
     tcase_add_test(rules, nobody_overtakes_those_who_wait);
     tcase_add_test(rules, the_queue_of_those_who_wait_has_limits);
     tcase_add_test(rules, those_who_wait_hear_of_a_lost_device);
+    tcase_add_test(rules, buffers_are_scarce_when_the_last_is_taken);
     tcase_add_test(rules, a_buffer_is_held_by_its_slowest_job);
     tcase_add_test(rules, what_fits_no_batch_is_invalid);
     tcase_add_loop_test(rules, create_fails_without_leaking, 1, 7);

@@ -118,6 +118,7 @@ static void check_request(const Einsum__V1__EinsumRequest *got,
     ck_assert_uint_eq(got->request_id, 1234567890123456789u);
     ck_assert_str_eq(got->weight, sent->weight);
     ck_assert_str_eq(got->equation, "bhr,hdr->bhd");
+    ck_assert_str_eq(got->kernel, sent->kernel ? sent->kernel : "");
     ck_assert_int_eq((int)got->recipe, (int)sent->recipe);
     ck_assert_int_eq((int)got->activation_layout, (int)sent->activation_layout);
     ck_assert_int_eq((int)got->scale_layout, (int)sent->scale_layout);
@@ -148,6 +149,9 @@ START_TEST(test_frame)
     request.activations_bytes = _i & 4 ? 0 : A_BYTES;
     request.scales_bytes = _i & 8 ? 0 : S_BYTES;
     request.weight = _i & 16 ? long_name : "w";
+    static char long_kernel[EINSUM_CLIENT_KERNEL_BYTES];
+    memset(long_kernel, 'k', sizeof long_kernel - 1);
+    request.kernel = _i & 16 ? long_kernel : _i & 1 ? "decode" : NULL;
     uint8_t message[A_BYTES + S_BYTES + 1024];
 
     size_t bytes = write_message(&request, false, message);
