@@ -187,14 +187,14 @@ def test_positions(site: Site, rng: np.random.Generator, name: str) -> None:
 
 
 def test_position_0_turns_nothing(site: Site, rng: np.random.Generator) -> None:
-    """Then the answer is Einsum's for the quantised heads, bit for bit."""
+    """Then the answer is Einsum's for the quantised heads."""
     projection = Projection(rng, tokens=5, positions=np.zeros(5))
     got = output_project(site.client, projection.request(site.client))
     activations = activations_of(
         projection.attention, projection.positions, ROPES[NAME], 8, WEIGHTS[NAME].block_r
     )
     same = site.client.einsum(site.request(NAME, activations))
-    assert got.output == same.output
+    assert oracle.same_but_for_rounding(got.output, same.output)
     turned = Projection(rng, tokens=5, attention=projection.attention, positions=np.full(5, 7))
     assert output_project(site.client, turned.request(site.client)).output != got.output
 
@@ -353,7 +353,7 @@ def test_waiting_for_room(tmp_path: Path) -> None:
     with start(
         tmp_path, batch_tokens_max=32, request_tokens_max=32, lanes=1, batches=2
     ) as site:
-        flood(site, "waiting", 10, count(12), 32)
+        flood(site, "waiting", 8, count(6), 32)
 
 
 # --- ropes ----------------------------------------------------------------------------------------
@@ -450,6 +450,25 @@ def test_cache_that_shrinks(tmp_path: Path, rng: np.random.Generator) -> None:
         by_id = {reply.response.request_id: reply for reply in replies}
         assert by_id[1].error.code == StatusCode.DATA_LOSS.value[0]
         good.check(by_id[2].response)
+
+
+def test_cache_that_shrinks_under_those_who_wait(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Two requests fill a buffer and two buffers are all: some find out only when they get room, and
+    must give it back."""
+    with start(
+        tmp_path, batch_tokens_max=32, request_tokens_max=32, lanes=1, batches=2
+    ) as site:
+        with (site.root / "rope.safetensors").open("r+b") as opened:
+            opened.truncate(100)
+        call = site.client.callable("einsum.v1.Einsum", "OutputProject")
+        for _ in range(count(6)):
+            cases = [Projection(rng, PROJECTED[2 * (i % 2)], 16) for i in range(8)]
+            futures = [call.future(p.request(site.client), timeout=seconds(60)) for p in cases]
+            for projection, future in zip(cases, futures):
+                if projection.name == NAME:
+                    projection.check(future.result())
+                else:
+                    assert future.exception().code() == StatusCode.DATA_LOSS
 
 
 # --- what is refused ------------------------------------------------------------------------------
