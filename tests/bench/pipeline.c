@@ -32,6 +32,8 @@ enum {
     TOKENS_LISTED_MAX = 8,
     SAMPLES = 200, // outputs compared of a request
     LATENCY_WARMUP = 200,
+    RESTED_REQUESTS = 300,
+    REST_NS = 2000000,
     COPY_BUFFERS = 2,
     NS_PER_SECOND = 1000000000,
 };
@@ -53,7 +55,7 @@ struct row {
     uint32_t tokens;
     bool numbers_ok, bar_held;
     // Latency, in us.
-    double p50, p90, p99, fill;
+    double p50, p90, p99, fill, rested_p50;
     // Bandwidth, in GB/s; 0: not measured.
     double copied_in, pinned, pinned_both_ways;
     struct batcher_stats stats;
@@ -325,39 +327,57 @@ static double share_us(const uint64_t *sorted_ns, uint64_t n, uint64_t percent)
     return (double)sorted_ns[index] / 1e3;
 }
 
+struct payload {
+    uint8_t *activations, *scales;
+};
+
+// One request, alone: how long it took, and its filling.
+static uint64_t time_one(struct batcher *batcher, uint32_t layer, uint32_t tokens,
+                         const struct payload *payload, uint64_t *fill_ns)
+{
+    struct caller caller;
+    uint64_t begun_ns = now_ns();
+    caller_reserve(&caller, batcher, layer, tokens);
+    uint64_t reserved_ns = now_ns();
+    job_fill(&caller.job, payload->activations, payload->scales);
+    *fill_ns += now_ns() - reserved_ns;
+    batcher_commit(batcher, &caller.job);
+    caller_wait(&caller);
+    uint64_t ended_ns = now_ns();
+    batcher_release(batcher, &caller.job);
+    return ended_ns - begun_ns;
+}
+
 static void run_latency(struct batcher *batcher, struct row *row)
 {
     uint32_t tokens = row->tokens, n = settings.requests;
+    uint32_t rested_n = n < RESTED_REQUESTS ? n : RESTED_REQUESTS;
     uint64_t *taken_ns = calloc(n, sizeof *taken_ns), fill_ns = 0;
-    uint8_t *activations = malloc(activation_bytes(tokens)), *scales = malloc(scale_bytes(tokens));
-    if (!taken_ns || !activations || !scales)
+    struct payload payload = {malloc(activation_bytes(tokens)), malloc(scale_bytes(tokens))};
+    if (!taken_ns || !payload.activations || !payload.scales)
         die("no memory", NULL);
-    fill_e4m3(activations, 1, 0, activation_bytes(tokens));
-    fill_ue8m0(scales, 2, scale_bytes(tokens));
-    struct caller caller;
-    for (uint32_t i = 0; i < LATENCY_WARMUP + n; i++) {
-        uint64_t begun_ns = now_ns();
-        caller_reserve(&caller, batcher, i, tokens);
-        uint64_t reserved_ns = now_ns();
-        job_fill(&caller.job, activations, scales);
-        uint64_t filled_ns = now_ns();
-        batcher_commit(batcher, &caller.job);
-        caller_wait(&caller);
-        uint64_t ended_ns = now_ns();
-        batcher_release(batcher, &caller.job);
-        if (i < LATENCY_WARMUP)
-            continue;
-        taken_ns[i - LATENCY_WARMUP] = ended_ns - begun_ns;
-        fill_ns += filled_ns - reserved_ns;
-    }
+    fill_e4m3(payload.activations, 1, 0, activation_bytes(tokens));
+    fill_ue8m0(payload.scales, 2, scale_bytes(tokens));
+    for (uint32_t i = 0; i < LATENCY_WARMUP; i++)
+        time_one(batcher, i, tokens, &payload, &fill_ns);
+    fill_ns = 0;
+    for (uint32_t i = 0; i < n; i++)
+        taken_ns[i] = time_one(batcher, i, tokens, &payload, &fill_ns);
     qsort(taken_ns, n, sizeof *taken_ns, by_value);
     row->p50 = share_us(taken_ns, n, 50);
     row->p90 = share_us(taken_ns, n, 90);
     row->p99 = share_us(taken_ns, n, 99);
     row->fill = (double)fill_ns / n / 1e3;
+    // Long enough for the scheduler to have gone to sleep.
+    for (uint32_t i = 0; i < rested_n; i++) {
+        nanosleep(&(struct timespec){.tv_nsec = REST_NS}, NULL);
+        taken_ns[i] = time_one(batcher, i, tokens, &payload, &fill_ns);
+    }
+    qsort(taken_ns, rested_n, sizeof *taken_ns, by_value);
+    row->rested_p50 = share_us(taken_ns, rested_n, 50);
     free(taken_ns);
-    free(activations);
-    free(scales);
+    free(payload.activations);
+    free(payload.scales);
 }
 
 // ---- bandwidth
@@ -586,8 +606,9 @@ static void print_row(const struct row *row)
 {
     const struct batcher_stats *stats = &row->stats;
     if (row->p50 > 0)
-        printf("T %-5u  latency p50 %.1f p90 %.1f p99 %.1f us, of which filling %.1f\n",
-               row->tokens, row->p50, row->p90, row->p99, row->fill);
+        printf("T %-5u  latency p50 %.1f p90 %.1f p99 %.1f us, of which filling %.1f; "
+               "after 2 ms of rest p50 %.1f\n",
+               row->tokens, row->p50, row->p90, row->p99, row->fill, row->rested_p50);
     else
         printf("T %-5u  copied in %.2f GB/s\n", row->tokens, row->copied_in);
     if (row->p50 == 0 && row->pinned > 0)
@@ -637,8 +658,9 @@ static bool print_result(const struct row *rows, uint32_t n)
         ok = ok && good;
         printf("%s{\"tokens\": %u, ", i ? ", " : "", row->tokens);
         if (row->p50 > 0)
-            printf("\"p50_us\": %.2f, \"p90_us\": %.2f, \"p99_us\": %.2f, \"fill_us\": %.2f, ",
-                   row->p50, row->p90, row->p99, row->fill);
+            printf("\"p50_us\": %.2f, \"p90_us\": %.2f, \"p99_us\": %.2f, \"fill_us\": %.2f, "
+                   "\"rested_p50_us\": %.2f, ",
+                   row->p50, row->p90, row->p99, row->fill, row->rested_p50);
         else
             printf("\"copied_in_gb_s\": %.3f, \"pinned_gb_s\": %.3f, "
                    "\"pinned_both_ways_gb_s\": %.3f, ",
