@@ -640,6 +640,18 @@ static bool busy(const struct CUstream_st *stream)
     return stream->running || stream->first;
 }
 
+// Whether a query would say so. How often that is depends on the time of day, so it is no call that
+// could be made to fail.
+static bool not_ready(const struct CUstream_st *stream, const struct CUevent_st *event)
+{
+    pthread_mutex_lock(&fake.lock);
+    bool waits = fake.sticky == cudaSuccess && (stream ? busy(stream) : event->pending > 0);
+    if (waits)
+        last_error = cudaErrorNotReady;
+    pthread_mutex_unlock(&fake.lock);
+    return waits;
+}
+
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
     pthread_mutex_lock(&fake.lock);
@@ -658,10 +670,9 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 
 cudaError_t cudaStreamQuery(cudaStream_t stream)
 {
-    cudaError_t error = enter(__func__);
-    if (error == cudaSuccess && busy(stream))
-        error = cudaErrorNotReady;
-    return leave(error);
+    if (not_ready(stream, NULL))
+        return cudaErrorNotReady;
+    return leave(enter(__func__));
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
@@ -721,10 +732,9 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 
 cudaError_t cudaEventQuery(cudaEvent_t event)
 {
-    cudaError_t error = enter(__func__);
-    if (error == cudaSuccess && event->pending > 0)
-        error = cudaErrorNotReady;
-    return leave(error);
+    if (not_ready(NULL, event))
+        return cudaErrorNotReady;
+    return leave(enter(__func__));
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event)

@@ -40,7 +40,7 @@ void fake_cuda_stop(void);
 struct fake_cuda_live fake_cuda_live(void);
 
 // Makes the n-th from now fail, counted from 1; 0: none. Calls that only give something back always
-// do so, and are not counted.
+// do so, and are not counted, nor are queries answered by "not ready".
 void fake_cuda_fail_call(uint32_t n, cudaError_t error, bool sticky);
 void fake_cuda_fail_allocation(uint32_t n); // of either memory, or of a graph: out of memory
 void fake_cuda_fail_operation(uint32_t n, cudaError_t error); // sticky

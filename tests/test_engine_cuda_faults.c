@@ -4,10 +4,12 @@
 // Method: make the n-th call, allocation or operation fail for n = 1, 2, ... until one run ends
 // without meeting the fault, so that no place is left out.
 #include <check.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "fake_cuda.h"
 #include "kernels/fp8.h"
@@ -30,7 +32,7 @@ static const uint32_t buckets[] = {8, 64, TOKENS_MAX};
 static const struct einsum_weight_format formats[] = {
     {2, 32, 2048, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
     {1, 32, 4096, EINSUM_WEIGHT_BF16, EINSUM_SCALE_NONE, 1, 128},
-    {1, 1024, 16384, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 128, 128}, // three stagings
+    {1, 1536, 16384, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 128, 128}, // three stagings
 };
 
 static const struct fake_cuda_device hopper = {
@@ -246,8 +248,9 @@ static void ask_check(const struct ask *ask)
     const struct einsum_operand *operand = &ask->segment.operand;
     const struct einsum_weight_format *format = &ask->source->base.format;
     const float *got = operand->output;
+    uint32_t samples = 3 + 96 / operand->tokens;
     for (uint32_t t = 0; t < operand->tokens; t++)
-        for (uint32_t i = 0; i < 3; i++) {
+        for (uint32_t i = 0; i < samples; i++) {
             uint32_t g = random_below(format->groups), d = random_below(format->output_dim);
             double magnitude;
             double exact = einsum_reference_one(format, ask->source->weight, ask->source->scales,
@@ -566,6 +569,30 @@ START_TEST(a_weight_that_does_not_fit_is_loaded_later)
 }
 END_TEST
 
+static void *load_on_a_thread(void *source)
+{
+    return load(source);
+}
+
+// What is on its way to a slow device must not be written over.
+START_TEST(a_slow_device_gets_every_piece)
+{
+    open_lanes();
+    struct source source = source_of(&formats[2]);
+    fake_cuda_hold(true);
+    pthread_t thread;
+    ck_assert_int_eq(pthread_create(&thread, NULL, load_on_a_thread, &source), 0);
+    usleep(50000);
+    fake_cuda_hold(false);
+    void *weight;
+    pthread_join(thread, &weight);
+    ck_assert_int_eq(run(&source, weight, 2).status, STATUS_OK);
+    ops->weight_free(engine, weight);
+    source_free(&source);
+    close_lanes();
+}
+END_TEST
+
 // The device is lost while a weight is loaded: by a call (0) or in the middle of its work (1).
 START_TEST(lost_while_loading)
 {
@@ -877,6 +904,7 @@ int main(void)
     TCase *loading = new_case(suite, "loading");
     tcase_add_test(loading, no_memory_for_a_weight);
     tcase_add_test(loading, a_weight_that_does_not_fit_is_loaded_later);
+    tcase_add_test(loading, a_slow_device_gets_every_piece);
     tcase_add_loop_test(loading, lost_while_loading, 0, 2);
 
     TCase *batches = new_case(suite, "batches");
