@@ -17,6 +17,11 @@ __device__ inline uint4 load_if(bool valid, const void *from)
     return v;
 }
 
+__device__ inline void prefetch(const void *from)
+{
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+}
+
 __device__ inline uint32_t shared_address(const void *at)
 {
     return (uint32_t)__cvta_generic_to_shared(at);

@@ -46,6 +46,8 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
 
 // Tokens of one weight from which prefill's tiles are faster than decode's streaming.
 enum { CUDA_PREFILL_TOKENS_MIN = 129 };
+// The same for Hopper's arm, and all others.
+enum { CUDA_HOPPER_TOKENS_MIN = 17 };
 
 // ---- weights (relayout.cu)
 
@@ -119,13 +121,6 @@ cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bo
 // Scratch of a launch: zero before the first, left ready for the next.
 uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket);
 
-enum {
-    // Segments may have rotations: attention.cu's kernel goes first and overlaps with no other.
-    CUDA_LAUNCH_ATTENTION = 1,
-    // The kernel ahead writes the table or the activations: none overlaps it.
-    CUDA_LAUNCH_WRITTEN = 2,
-};
-
 // The kernels of a launch, or'ed together: a graph is captured for each set that a table may need.
 enum cuda_launch {
     CUDA_LAUNCH_ATTENTION = 1,
@@ -133,6 +128,8 @@ enum cuda_launch {
     CUDA_LAUNCH_PREFILL = 4,
     CUDA_LAUNCH_HOPPER = 8,
     CUDA_LAUNCH_SETS = 16, // how many there are
+    // Beside them: the kernel ahead writes the table or the activations, so none overlaps it.
+    CUDA_LAUNCH_WRITTEN = 16,
 };
 
 // What a table needs; and whether a bucket's tables can ever need `launches`.

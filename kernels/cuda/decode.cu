@@ -6,16 +6,16 @@
 //     tiles   |====================|====================| ...   rows of D that share their R
 //
 // A warp copies its fragments into a ring of its own, RING steps ahead and on into the next tile, and
-// reads back only what its own lanes copied: no barrier guards the weights. The first RING steps
-// are on their way before the kernel ahead in the stream has ended, which hides its tail and this
-// one's start. Warps meet only at the edges of a chunk, for the tokens' activations, which come
+// reads back only what its own lanes copied: no barrier guards the weights. Nothing waits for the kernel
+// ahead in the stream until the first store, which hides its tail and this one's start. Warps meet only at the edges of a chunk, for the tokens' activations, which come
 // CHUNKS - 1 chunks ahead in the same groups of copies as the weights.
 //
 // Where a tile falls to several workers each leaves its sum in the workspace and the last to arrive adds
 // them up, in the workers' order, so that a result does not depend on timing.
-#include "cuda.h"
+#include "launch.h"
 
 #include "copy.cuh"
+#include "line.cuh"
 #include "mma.cuh"
 #include "scales.cuh"
 #include "wide.cuh"
@@ -70,16 +70,7 @@ struct piece {
 // start: it must cost few cache lines, and one run's fit into the first.
 __device__ inline piece locate(const cuda_table *table, uint32_t unit, uint32_t end, cuda_run &r)
 {
-    uint32_t lane = threadIdx.x % 32, run = 0, runs = table->decode_runs;
-    if (runs > 1)
-        for (uint32_t first = 0;; first += 32) {
-            uint32_t i = first + lane;
-            bool before = i < runs && table->runs[i].unit_begin <= unit;
-            uint32_t n = __popc(__ballot_sync(0xFFFFFFFF, before));
-            run = first + n - 1; // unit_begin ascends; run 0 begins at 0
-            if (n < 32)
-                break;
-        }
+    uint32_t run = table->decode_runs == 1 ? 0 : find_run(table->runs, table->decode_runs, unit);
     r = table->runs[run];
     uint32_t tile = (unit - r.unit_begin) / r.tile_units;
     piece p;
@@ -103,7 +94,6 @@ struct stream {
     bool bf16;
     uint32_t unit, end;  // after this piece, of the worker
     uint32_t slot, ring; // the next; address of the warp's
-    bool waits;          // the kernel ahead has not been waited for
 
     __device__ __forceinline__ void open()
     {
@@ -134,7 +124,6 @@ struct stream {
         unit = begin;
         end = to;
         slot = 0;
-        waits = true;
         ring = shared_address(smem.ring[threadIdx.x / 32]) + threadIdx.x % 32 * 16;
         open();
     }
@@ -325,10 +314,6 @@ __device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], stream &weigh
 
     G stage;
     stage.start(table, run, p);
-    if (weights.waits) {
-        weights.waits = false;
-        wait_for_kernel_ahead();
-    }
     stage.load_scales(p.begin * S::WARPS_K);
     stage.load_chunks(smem, p.begin * S::WARPS_K);
     stage.store_scales(smem.scales[0]);
@@ -404,15 +389,16 @@ __device__ __forceinline__ bool accumulate(float (&acc)[1][NT][4], stream &weigh
     return stage.wide;
 }
 
-// The worker whose piece holds a unit, when `units` are dealt out evenly to `workers`.
-__device__ inline uint32_t worker_of(uint32_t unit, uint32_t units, uint32_t workers)
-{
-    return (uint32_t)((((uint64_t)unit + 1) * workers + units - 1) / units) - 1;
-}
-
 __device__ __forceinline__ float4 add(float4 a, float4 b)
 {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+__device__ __forceinline__ void wait_once(bool &waits)
+{
+    if (waits)
+        wait_for_kernel_ahead();
+    waits = false;
 }
 
 // Sums up the block's warps, then the workers that share the tile, and stores the result.
@@ -514,9 +500,16 @@ __device__ __forceinline__ bool accumulate_any(float (&acc)[1][NT][4], stream &w
     }
 }
 
+// The next kernel's blocks beside this one's, where shared memory has room for both.
+#if MMA_BLOCK_SCALED
+constexpr int BLOCKS_OF_SM = 1;
+#else
+constexpr int BLOCKS_OF_SM = 2;
+#endif
+
 // For runs of up to 8*NT tokens: code for those of up to 8, and for the rest.
 template <int NT>
-__global__ void __launch_bounds__(THREADS, NT <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, BLOCKS_OF_SM)
     decode_kernel(const cuda_table *__restrict__ table, float *partials, uint32_t partial_floats,
                   uint32_t *counters)
 {
@@ -530,10 +523,10 @@ __global__ void __launch_bounds__(THREADS, NT <= 2 ? 2 : 1)
         wait_for_kernel_ahead(); // who waits for this kernel counts on that one too
         return;
     }
-    uint32_t unit = (uint32_t)((uint64_t)units * blockIdx.x / workers);
-    uint32_t end = (uint32_t)((uint64_t)units * (blockIdx.x + 1) / workers);
+    uint32_t unit = unit_of(blockIdx.x, units, workers);
+    uint32_t end = unit_of(blockIdx.x + 1, units, workers);
 
-    // ---- weights before the wait: they do not depend on the kernel ahead
+    bool waits = true; // the kernel ahead has not been waited for: nothing may be stored
     stream weights;
     weights.start(table, unit, end, smem);
 #pragma unroll 1
@@ -552,10 +545,12 @@ __global__ void __launch_bounds__(THREADS, NT <= 2 ? 2 : 1)
         if (NT == 1 || run.rows <= 8) {
             float acc[1][1][4] = {};
             wide |= accumulate_any<1>(acc, weights, smem, table, run, p);
+            wait_once(waits);
             finish<1>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
         } else {
             float acc[1][NT][4] = {};
             wide |= accumulate_any<NT>(acc, weights, smem, table, run, p);
+            wait_once(waits);
             finish<NT>(acc, wide, smem, table, run, p, partials, partial_floats, counters);
         }
         unit = p.tile_begin + p.end;
@@ -577,7 +572,10 @@ static const void *kernel_of(uint32_t tokens)
 
 extern "C" cudaError_t cuda_decode_init(struct cuda_bucket *bucket, int sm_count)
 {
-    uint32_t tokens = bucket->decode_tokens;
+    uint32_t tokens = bucket->tokens_max <= 8    ? 8
+                      : bucket->tokens_max <= 16 ? 16
+                      : bucket->tokens_max <= 32 ? 32
+                                                 : 64;
     cudaError_t error = cudaFuncSetAttribute(
         kernel_of(tokens), cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(decode_smem));
     int blocks = 0;
@@ -588,6 +586,7 @@ extern "C" cudaError_t cuda_decode_init(struct cuda_bucket *bucket, int sm_count
         return error;
     // One keeps the memory busy; where there is room for two, the second place is the next
     // kernel's.
+    bucket->decode_tokens = tokens;
     bucket->decode_workers = (uint32_t)sm_count;
     return cudaSuccess;
 }
@@ -598,32 +597,25 @@ static uint32_t partial_floats_of(const struct cuda_bucket *bucket)
     return tokens * (tokens <= 32 ? shape<4>::ROWS : shape<8>::ROWS);
 }
 
-extern "C" uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket)
+static uint64_t counters_bytes(const struct cuda_bucket *bucket)
 {
-    uint64_t counters = ((uint64_t)bucket->decode_workers * 4 + 255) / 256 * 256;
-    return counters + (uint64_t)bucket->decode_workers * 2 * partial_floats_of(bucket) * 4;
+    return ((uint64_t)bucket->decode_workers * 4 + 255) / 256 * 256;
 }
 
-// `overlaps`: may start before the kernel ahead has ended.
+extern "C" uint64_t cuda_decode_workspace_bytes(const struct cuda_bucket *bucket)
+{
+    return counters_bytes(bucket) +
+           (uint64_t)bucket->decode_workers * 2 * partial_floats_of(bucket) * 4;
+}
+
 extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
                                           const struct cuda_table *table, void *workspace,
                                           bool overlaps, cudaStream_t stream)
 {
     uint32_t *counters = (uint32_t *)workspace;
-    uint64_t counters_bytes = ((uint64_t)bucket->decode_workers * 4 + 255) / 256 * 256;
-    float *partials = (float *)((uint8_t *)workspace + counters_bytes);
+    float *partials = (float *)((uint8_t *)workspace + counters_bytes(bucket));
     uint32_t partial_floats = partial_floats_of(bucket);
     void *arguments[] = {&table, &partials, &partial_floats, &counters};
-
-    cudaLaunchAttribute serialization = {};
-    serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    serialization.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(bucket->decode_workers);
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = sizeof(decode_smem);
-    config.stream = stream;
-    config.attrs = &serialization;
-    config.numAttrs = overlaps ? 1 : 0;
-    return cudaLaunchKernelExC(&config, kernel_of(bucket->decode_tokens), arguments);
+    return cuda_launch_kernel(kernel_of(bucket->decode_tokens), bucket->decode_workers, THREADS,
+                              sizeof(decode_smem), arguments, overlaps, stream);
 }

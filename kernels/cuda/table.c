@@ -16,11 +16,15 @@ uint64_t cuda_table_bytes(const struct cuda_bucket *bucket, uint32_t segments_ma
            (uint64_t)bucket->tokens_max * sizeof(struct cuda_row);
 }
 
+static uint32_t table_runs(const struct cuda_table *table)
+{
+    return table->decode_runs + table->prefill_runs + table->hopper_runs;
+}
+
 static uint32_t table_rows(const struct cuda_table *table)
 {
-    uint32_t runs = table->decode_runs + table->prefill_runs;
     uint32_t rows = 0;
-    for (uint32_t i = 0; i < runs; i++)
+    for (uint32_t i = 0; i < table_runs(table); i++)
         if (table->runs[i].row_begin + table->runs[i].rows > rows)
             rows = table->runs[i].row_begin + table->runs[i].rows;
     return rows;
@@ -41,6 +45,8 @@ static int compare(const struct cuda_segment *a, const struct cuda_segment *b)
         return a->operand.group_begin < b->operand.group_begin ? -1 : 1;
     if (a->operand.groups != b->operand.groups)
         return a->operand.groups < b->operand.groups ? -1 : 1;
+    if (a->kernel != b->kernel)
+        return a->kernel < b->kernel ? -1 : 1;
     return 0;
 }
 
@@ -162,11 +168,17 @@ static uint32_t warps_k(uint32_t tokens_of_tile)
     return tokens_of_tile <= 32 ? 2 : 1;
 }
 
+// The segments of one reading of a weight, or what they become.
+struct reading {
+    enum cuda_kernel kernel;
+    struct cuda_run run; // row_begin, rows: all their tokens
+};
+
 static void add_decode_runs(const struct cuda_bucket *bucket, struct cuda_table *table,
-                            struct cuda_run run, uint32_t row_begin, uint32_t rows)
+                            struct cuda_run run)
 {
-    for (uint32_t done = 0; done < rows; done += run.rows) {
-        run.row_begin = row_begin + done;
+    uint32_t rows = run.rows;
+    for (uint32_t done = 0; done < rows; done += run.rows, run.row_begin += run.rows) {
         run.rows = rows - done < bucket->decode_tokens ? rows - done : bucket->decode_tokens;
         // Kernels have code for 8 tokens and for all; nothing between.
         run.warps_k = warps_k(run.rows <= 8 ? 8 : bucket->decode_tokens);
@@ -178,18 +190,45 @@ static void add_decode_runs(const struct cuda_bucket *bucket, struct cuda_table 
     }
 }
 
+static void add_prefill_run(struct cuda_table *table, struct cuda_run run)
+{
+    run.tiles_d = divide_up(run.output_dim, CUDA_PREFILL_ROWS);
+    run.tile_units = 1;
+    run.unit_begin = table->prefill_tiles;
+    table->prefill_tiles += run.groups * run.tiles_d * divide_up(run.rows, CUDA_PREFILL_TOKENS);
+    table->runs[table->decode_runs + table->prefill_runs++] = run;
+}
+
+static void add_hopper_run(const struct cuda_bucket *bucket, struct cuda_table *table,
+                           struct cuda_run run)
+{
+    run.tiles_d = divide_up(run.output_dim, bucket->hopper_rows);
+    run.tile_units = run.reduced_dim / CUDA_K_BLOCK;
+    run.unit_begin = table->hopper_units;
+    table->hopper_units += run.groups * run.tiles_d * divide_up(run.rows, bucket->hopper_tokens) *
+                           run.tile_units;
+    table->runs[table_runs(table)] = run;
+    table->hopper_runs++;
+}
+
+// 0 if the runs' tiles are not all equally long.
+static uint32_t tile_units_of(const struct cuda_run *runs, uint32_t n)
+{
+    for (uint32_t i = 1; i < n; i++)
+        if (runs[i].tile_units != runs[0].tile_units)
+            return 0;
+    return runs[0].tile_units;
+}
+
 // As many workers as the device holds, or slightly fewer if then no tile, or a fixed fraction of
 // each, falls to one worker: sums across workers cost more than a few idle places.
-static uint32_t choose_workers(const struct cuda_bucket *bucket, const struct cuda_table *table)
+static uint32_t choose_workers(uint32_t most, uint32_t units, uint32_t tile_units)
 {
-    uint32_t most = bucket->decode_workers;
-    if (table->decode_units <= most)
-        return table->decode_units;
-    uint32_t tile_units = table->runs[0].tile_units;
-    for (uint32_t i = 1; i < table->decode_runs; i++)
-        if (table->runs[i].tile_units != tile_units)
-            return most;
-    uint32_t tiles = table->decode_units / tile_units;
+    if (units <= most)
+        return units;
+    if (tile_units == 0)
+        return most;
+    uint32_t tiles = units / tile_units;
     for (uint32_t workers = most; workers >= most - most / 16; workers--) {
         bool whole_tiles = tiles % workers == 0;
         bool whole_parts = workers % tiles == 0 && tile_units % (workers / tiles) == 0;
@@ -199,18 +238,71 @@ static uint32_t choose_workers(const struct cuda_bucket *bucket, const struct cu
     return most;
 }
 
-// Calls for every reading: segments order[begin, end) under one weight and group range.
-static uint32_t reading_end(const struct cuda_segment *segments, const uint32_t *order, uint32_t n,
-                            uint32_t begin, uint32_t *tokens, bool *all_ue8m0)
+// Tiles in turn, if that leaves few places idle in the last round.
+static void deal_hopper(const struct cuda_bucket *bucket, struct cuda_table *table,
+                        struct cuda_run *runs)
 {
-    uint32_t end = begin;
-    *tokens = 0;
-    *all_ue8m0 = true;
-    for (; end < n && compare(&segments[order[begin]], &segments[order[end]]) == 0; end++) {
-        *tokens += segments[order[end]].operand.tokens;
-        *all_ue8m0 &= segments[order[end]].operand.scale_type == EINSUM_SCALE_UE8M0;
+    uint32_t most = bucket->hopper_workers, units = table->hopper_units;
+    uint32_t tile_units = tile_units_of(runs, table->hopper_runs);
+    uint32_t tiles = tile_units > 0 ? units / tile_units : 0;
+    uint32_t places = divide_up(tiles, most) * most;
+    bool whole = tiles > 0 && tiles >= places - places / CUDA_HOPPER_IDLE_FRACTION;
+    uint32_t workers = whole ? most : choose_workers(most, units, tile_units);
+    for (uint32_t i = 0; i < table->hopper_runs; i++) {
+        runs[i].workers = workers;
+        runs[i].whole_tiles = whole;
     }
+}
+
+static enum cuda_kernel choose_kernel(const struct cuda_bucket *bucket,
+                                      const struct cuda_segment *segment, uint32_t tokens)
+{
+    bool hopper = bucket->hopper_workers > 0 &&
+                  segment->weight->format.weight_type == EINSUM_WEIGHT_E4M3;
+    if (segment->kernel == CUDA_KERNEL_DECODE || segment->kernel == CUDA_KERNEL_PREFILL ||
+        (segment->kernel == CUDA_KERNEL_HOPPER && hopper))
+        return segment->kernel;
+    if (hopper && tokens >= bucket->hopper_from)
+        return CUDA_KERNEL_HOPPER;
+    return tokens >= bucket->prefill_from ? CUDA_KERNEL_PREFILL : CUDA_KERNEL_DECODE;
+}
+
+// The segments order[begin, end) of one weight and group range, whose tokens are rows from `row`.
+static uint32_t read_together(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
+                              const uint32_t *order, uint32_t n, uint32_t begin, uint32_t row,
+                              struct reading *reading)
+{
+    const struct cuda_segment *first = &segments[order[begin]];
+    uint32_t end = begin, tokens = 0;
+    bool all_ue8m0 = true;
+    for (; end < n && compare(first, &segments[order[end]]) == 0; end++) {
+        tokens += segments[order[end]].operand.tokens;
+        all_ue8m0 &= segments[order[end]].operand.scale_type == EINSUM_SCALE_UE8M0;
+    }
+    reading->kernel = choose_kernel(bucket, first, tokens);
+    reading->run = run_of(first, all_ue8m0);
+    reading->run.row_begin = row;
+    reading->run.rows = tokens;
     return end;
+}
+
+// All runs of one kernel; they stand side by side.
+static void add_runs(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
+                     const uint32_t *order, uint32_t n, enum cuda_kernel kernel,
+                     struct cuda_table *table)
+{
+    struct reading reading;
+    for (uint32_t begin = 0, row = 0; begin < n; row += reading.run.rows) {
+        begin = read_together(bucket, segments, order, n, begin, row, &reading);
+        if (reading.kernel != kernel)
+            continue;
+        if (kernel == CUDA_KERNEL_DECODE)
+            add_decode_runs(bucket, table, reading.run);
+        else if (kernel == CUDA_KERNEL_PREFILL)
+            add_prefill_run(table, reading.run);
+        else
+            add_hopper_run(bucket, table, reading.run);
+    }
 }
 
 void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
@@ -218,40 +310,33 @@ void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segmen
 {
     memset(table, 0, sizeof *table);
     uint32_t n = sort_segments(segments, segments_n, order);
-    uint32_t end, tokens, row = 0;
-    bool all_ue8m0;
+    add_runs(bucket, segments, order, n, CUDA_KERNEL_DECODE, table);
+    if (table->decode_runs > 0)
+        table->decode_workers =
+            choose_workers(bucket->decode_workers, table->decode_units,
+                           tile_units_of(table->runs, table->decode_runs));
+    add_runs(bucket, segments, order, n, CUDA_KERNEL_PREFILL, table);
+    add_runs(bucket, segments, order, n, CUDA_KERNEL_HOPPER, table);
+    if (table->hopper_runs > 0)
+        deal_hopper(bucket, table, &table->runs[table->decode_runs + table->prefill_runs]);
 
-    for (uint32_t begin = 0; begin < n; begin = end, row += tokens) {
-        end = reading_end(segments, order, n, begin, &tokens, &all_ue8m0);
-        if (bucket->prefill_blocks == 0 || tokens < bucket->prefill_from)
-            add_decode_runs(bucket, table, run_of(&segments[order[begin]], all_ue8m0), row, tokens);
-    }
-    row = 0;
-    for (uint32_t begin = 0; begin < n; begin = end, row += tokens) {
-        end = reading_end(segments, order, n, begin, &tokens, &all_ue8m0);
-        if (bucket->prefill_blocks == 0 || tokens < bucket->prefill_from)
-            continue;
-        struct cuda_run run = run_of(&segments[order[begin]], all_ue8m0);
-        run.row_begin = row;
-        run.rows = tokens;
-        run.tiles_d = divide_up(run.output_dim, CUDA_PREFILL_ROWS);
-        run.unit_begin = table->prefill_tiles;
-        table->prefill_tiles += run.groups * run.tiles_d * divide_up(tokens, CUDA_PREFILL_TOKENS);
-        table->runs[table->decode_runs + table->prefill_runs++] = run;
-    }
-
-    uint32_t runs = table->decode_runs + table->prefill_runs;
-    struct cuda_attention *spans = (struct cuda_attention *)&table->runs[runs];
+    struct cuda_attention *spans = (struct cuda_attention *)&table->runs[table_runs(table)];
     for (uint32_t i = 0; i < n; i++)
         if (segments[order[i]].operand.rotations)
             add_attention(table, spans, &segments[order[i]]);
-    table->rows_offset = (uint32_t)(sizeof *table + runs * sizeof(struct cuda_run) +
-                                    table->attention_spans * sizeof(struct cuda_attention));
+    table->rows_offset =
+        (uint32_t)((unsigned char *)&spans[table->attention_spans] - (unsigned char *)table);
     struct cuda_row *rows = (struct cuda_row *)((unsigned char *)table + table->rows_offset);
     for (uint32_t i = 0; i < n; i++) {
         fill_rows(&segments[order[i]], rows);
         rows += segments[order[i]].operand.tokens;
     }
-    if (table->decode_units > 0)
-        table->decode_workers = choose_workers(bucket, table);
+}
+
+uint32_t cuda_table_launches(const struct cuda_table *table)
+{
+    return (table->attention_spans > 0 ? CUDA_LAUNCH_ATTENTION : 0) |
+           (table->decode_runs > 0 ? CUDA_LAUNCH_DECODE : 0) |
+           (table->prefill_runs > 0 ? CUDA_LAUNCH_PREFILL : 0) |
+           (table->hopper_runs > 0 ? CUDA_LAUNCH_HOPPER : 0);
 }

@@ -20,6 +20,7 @@ enum {
     CUDA_DECODE_TOKENS_MAX = 64,
     CUDA_PREFILL_ROWS = 128,      // of D in a tile
     CUDA_PREFILL_TOKENS = 64,     // in a tile
+    CUDA_HOPPER_IDLE_FRACTION = 6, // of places that may be idle if tiles are dealt whole
     CUDA_WIDE_ROWS = 32,          // rows of D that share a flag, see CUDA_NARROW_EXPONENT_MIN
     CUDA_SMEM_BYTES_MAX = 101376, // of a thread block on SM 12.0; kept everywhere
 };
@@ -56,14 +57,16 @@ struct cuda_run {
     uint32_t output_dim, reduced_dim;
     uint32_t group_begin, groups;
     uint32_t row_begin, rows; // its tokens
-    uint32_t unit_begin;      // decode: its first unit; prefill: its first tile
-    uint32_t tile_units;      // decode: units of one tile
+    uint32_t unit_begin;      // its first unit; prefill: its first tile
+    uint32_t tile_units;      // of one tile; prefill: 1
     uint32_t tiles_d;         // tiles along D
     uint32_t warps_k;         // decode: warps that share a panel of D, each with its part of R
     uint32_t mode;            // enum cuda_mode
     uint32_t block_d_log2;
     uint32_t scales_fp32; // of the weight
-    uint32_t padding[5];  // 96 bytes
+    // Hopper, the same in all its runs: thread blocks that take part; whether they take tiles in turn.
+    uint32_t workers, whole_tiles;
+    uint32_t padding; // 88 bytes
 };
 
 // Rows (token, group) of one segment, 2R bytes each, that attention.cu turns into activations.
@@ -78,8 +81,9 @@ struct cuda_attention {
 struct cuda_table {
     uint32_t decode_runs, decode_units, decode_workers;
     uint32_t prefill_runs, prefill_tiles;
+    uint32_t hopper_runs, hopper_units;
     uint32_t rows_offset;                     // in bytes, from the table's start
     uint32_t attention_spans, attention_rows; // the spans end where the rows begin
-    // The first run ends with the first 128 bytes.
+    // Decode's runs, prefill's, Hopper's. The first ends with the first 128 bytes.
     struct cuda_run runs[];
 };

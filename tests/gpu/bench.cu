@@ -1,5 +1,6 @@
 // Microseconds per layer: 43 different layers of V4-Flash in one graph, so that no weight comes from
-// L2; median of 20 replays. The outputs of a timed replay are checked against FP64 first.
+// L2; median of 20 replays. The outputs of a timed replay are checked against FP64 first. "default" is
+// what the dispatcher takes on this device, "sm120" the SM 12.0 kernels (elsewhere their portable form).
 //
 //     bench [tune | brief | profile]     last line: RESULT {json}
 #include "harness.cuh"
@@ -65,8 +66,9 @@ static double measure(const model &m, const cuda_bucket &bucket, uint32_t tokens
               EINSUM_OUTPUT_BF16, a[i % INPUT_SETS], s[i % INPUT_SETS], outputs + output * i}});
     cudaStream_t stream;
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    uint32_t kernels = 0; // the same for all: layers differ in their weights alone
     for (uint32_t i = 0; i < launches; i++) {
-        l.build(&segments[i], one_launch ? layers : 1, (cuda_table *)(tables + table_bytes * i),
+        kernels = l.build(&segments[i], one_launch ? layers : 1, (cuda_table *)(tables + table_bytes * i),
                 stream);
         CHECK(cudaStreamSynchronize(stream));
     }
@@ -77,7 +79,7 @@ static double measure(const model &m, const cuda_bucket &bucket, uint32_t tokens
     cudaGraphExec_t exec;
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     for (uint32_t i = 0; i < launches; i++)
-        CHECK(cuda_launch(&l.bucket, (cuda_table *)(tables + table_bytes * i), l.workspace, 0,
+        CHECK(cuda_launch(&l.bucket, kernels, (cuda_table *)(tables + table_bytes * i), l.workspace,
                           stream));
     CHECK(cudaStreamEndCapture(stream, &graph));
     CHECK(cudaGraphInstantiate(&exec, graph, 0));
@@ -100,7 +102,7 @@ static double measure(const model &m, const cuda_bucket &bucket, uint32_t tokens
     bool right = true;
     for (uint32_t i = 0; i < CHECKED; i++) {
         uint32_t layer = i * (layers - 1) / (CHECKED - 1);
-        verdict v = compare(m.layers[layer], segments[layer].operand);
+        verdict v = compare(m.layers[layer], segments[layer].operand, kernels & CUDA_LAUNCH_HOPPER);
         right = right && v.failed == 0 && v.checked == (uint64_t)tokens * f.groups * f.output_dim;
     }
     all_right = all_right && right;
@@ -138,20 +140,28 @@ static double operations(const model &m, uint32_t tokens)
     return 2.0 * tokens * m.layers[0].format.groups * 1024 * 4096;
 }
 
-static cuda_bucket bucket_for(uint32_t tokens)
+static cuda_bucket bucket_for(uint32_t tokens, bool hopper = false)
 {
     uint32_t room = 8;
     while (room < tokens)
         room *= 2;
     cuda_bucket bucket;
-    CHECK(cuda_bucket_init(&bucket, room));
+    CHECK(cuda_bucket_init(&bucket, room, hopper));
     return bucket;
 }
 
-static void table_of(const char *name, const model &m, std::vector<uint32_t> counts)
+static void rows_of(const std::string &name, const model &m, bool hopper,
+                    std::vector<uint32_t> counts)
 {
     for (uint32_t t : counts)
-        row(name, t, measure(m, bucket_for(t), t, false), m.bytes, operations(m, t));
+        row(name, t, measure(m, bucket_for(t, hopper), t, false), m.bytes, operations(m, t));
+}
+
+static void table_of(const std::string &name, const model &m, std::vector<uint32_t> counts)
+{
+    rows_of(name + ", sm120", m, false, counts);
+    if (device_is_hopper())
+        rows_of(name + ", default", m, true, counts);
 }
 
 // Settings beside the defaults.
@@ -162,7 +172,6 @@ static void tune(const model &m)
         bucket.prefill_from = 1;
         row("prefill forced", t, measure(m, bucket, t, false), m.bytes, operations(m, t));
         bucket.prefill_from = UINT32_MAX;
-        bucket.prefill_blocks = 0;
         row("decode forced", t, measure(m, bucket, t, false), m.bytes, operations(m, t));
     }
 }
@@ -200,7 +209,10 @@ int main(int argc, char **argv)
         return 0;
     }
     if (argc > 1 && strcmp(argv[1], "brief") == 0) {
-        table_of("ue8m0 128x128", flash, {1, 8, 16, 32, 64});
+        rows_of("ue8m0 128x128, sm120", flash, false, {1, 8, 16, 32, 64, 128});
+        if (device_is_hopper())
+            rows_of("ue8m0 128x128, default", flash, true,
+                    {32, 64, 128, 256, 512, 1024, 4096, 8192});
         row("32 layers in one launch", 1, measure(flash, bucket_for(32), 1, true), flash.bytes,
             operations(flash, 1));
         return all_right ? 0 : 1;

@@ -150,6 +150,7 @@ struct reference_arguments {
     einsum_operand operand;
     struct einsum_scale_strides strides;
     const uint8_t *elements, *scales;
+    bool hopper; // computed by wgmma
 };
 
 struct verdict {
@@ -175,6 +176,25 @@ __device__ inline double scale_double(const uint8_t *at, einsum_scale_type type)
     return *at == 0xFF ? __longlong_as_double(0x7ff8000000000000ll) : exp2((double)*at - 127);
 }
 
+// What wgmma of E4M3 may lose: of each step of 32, and the sum that it is added to within K = 128, all
+// addends are cut 13 bits below the greatest.
+struct wgmma_loss {
+    double sum = 0, allowed = 0; // sum: of the K = 128 at hand
+
+    // All lanes of a warp, each with its product of the step that begins at `r`.
+    __device__ void step(uint32_t r, double product)
+    {
+        double greatest = fabs(product), step = product;
+        for (int offset = 16; offset > 0; offset /= 2) {
+            greatest = fmax(greatest, __shfl_xor_sync(0xFFFFFFFF, greatest, offset));
+            step += __shfl_xor_sync(0xFFFFFFFF, step, offset);
+        }
+        sum = r % 128 == 0 ? 0 : sum;
+        allowed += 33 * 0x1p-13 * fmax(greatest, fabs(sum));
+        sum += step;
+    }
+};
+
 // One warp an output.
 static __global__ void compare_kernel(reference_arguments a, double *answers, verdict *v)
 {
@@ -194,6 +214,7 @@ static __global__ void compare_kernel(reference_arguments a, double *answers, ve
     uint32_t block = a.format.block_r,
              scale_bytes = a.format.scale_type == EINSUM_SCALE_FP32 ? 4 : 1;
     double sum = 0, magnitude = 0;
+    wgmma_loss loss;
     for (uint32_t r = lane; r < R; r += 32) {
         uint32_t k = r / block;
         double sa =
@@ -212,6 +233,8 @@ static __global__ void compare_kernel(reference_arguments a, double *answers, ve
         double product = e4m3_double(activations[r]) * sa * (w * sb);
         sum += product;
         magnitude += fabs(product);
+        if (a.hopper)
+            loss.step(r - lane, product);
     }
     for (int offset = 16; offset > 0; offset /= 2) {
         sum += __shfl_xor_sync(0xFFFFFFFF, sum, offset);
@@ -227,7 +250,7 @@ static __global__ void compare_kernel(reference_arguments a, double *answers, ve
                       : __uint_as_float((uint32_t)((const uint16_t *)o.output)[index] << 16);
     // einsum_tolerance() of kernels/reference.c
     int fraction = fp32 ? 23 : 7;
-    double summation = magnitude * R * 0x1p-24, reach = fabs(sum) + summation;
+    double summation = magnitude * R * 0x1p-24 + loss.allowed, reach = fabs(sum) + summation;
     double tolerance = summation + scalbn(0.5, (reach < FLT_MIN ? -126 : ilogb(reach)) - fraction);
     double greatest = scalbn(2 - scalbn(1.0, -fraction), 127);
     bool good = isnan(sum) ? isnan(got)
@@ -248,7 +271,7 @@ static __global__ void compare_kernel(reference_arguments a, double *answers, ve
     }
 }
 
-inline verdict compare(const test_weight &w, const einsum_operand &operand,
+inline verdict compare(const test_weight &w, const einsum_operand &operand, bool hopper = false,
                        double *answers = nullptr)
 {
     static verdict *v = nullptr;
@@ -256,7 +279,7 @@ inline verdict compare(const test_weight &w, const einsum_operand &operand,
         v = device_alloc<verdict>(1);
     CHECK(cudaMemset(v, 0, sizeof *v));
     reference_arguments a = {w.format, operand, einsum_scale_strides(&w.format, &operand),
-                             w.elements, w.scales};
+                             w.elements, w.scales, hopper};
     uint64_t outputs = (uint64_t)operand.tokens * operand.groups * w.format.output_dim;
     compare_kernel<<<(uint32_t)((outputs + 7) / 8), 256>>>(a, answers, v);
     CHECK(cudaGetLastError());
@@ -267,6 +290,14 @@ inline verdict compare(const test_weight &w, const einsum_operand &operand,
 
 // ---- launching
 
+inline bool device_is_hopper()
+{
+    int major = 0, minor = 0;
+    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+    return major == 9 && minor == 0;
+}
+
 struct launcher {
     cuda_bucket bucket;
     std::vector<uint8_t> host;
@@ -276,7 +307,7 @@ struct launcher {
 
     launcher(uint32_t tokens_max, uint32_t segments_max)
     {
-        CHECK(cuda_bucket_init(&bucket, tokens_max));
+        CHECK(cuda_bucket_init(&bucket, tokens_max, device_is_hopper()));
         reserve(segments_max);
     }
     launcher(const cuda_bucket &b, uint32_t segments_max) : bucket(b)
@@ -298,7 +329,8 @@ struct launcher {
     }
     launcher(const launcher &) = delete;
 
-    void build(const cuda_segment *segments, uint32_t n, cuda_table *to, cudaStream_t stream)
+    // Returns what the table needs launched.
+    uint32_t build(const cuda_segment *segments, uint32_t n, cuda_table *to, cudaStream_t stream)
     {
         cuda_table *t = (cuda_table *)host.data();
         cuda_table_build(&bucket, segments, n, order.data(), t);
@@ -307,11 +339,14 @@ struct launcher {
             exit(2);
         }
         CHECK(cudaMemcpyAsync(to, t, cuda_table_used(t), cudaMemcpyHostToDevice, stream));
+        return cuda_table_launches(t);
     }
-    void run(const cuda_segment *segments, uint32_t n, cudaStream_t stream)
+    // Returns whether Hopper's arm took part.
+    bool run(const cuda_segment *segments, uint32_t n, cudaStream_t stream)
     {
         CHECK(cudaDeviceSynchronize()); // inputs and poison come from the default stream
-        build(segments, n, table, stream);
-        CHECK(cuda_launch(&bucket, table, workspace, 0, stream));
+        uint32_t launches = build(segments, n, table, stream);
+        CHECK(cuda_launch(&bucket, launches, table, workspace, stream));
+        return launches & CUDA_LAUNCH_HOPPER;
     }
 };

@@ -1,4 +1,4 @@
-#!/bin/sh
+#!/bin/bash
 # Builds the CUDA kernels for the card found, checks every number, then times them: about five
 # minutes. Needs nvcc 13 and the card's driver, nothing else of this project. What it prints is what
 # to send back from a card that the README has no figures for.
@@ -31,24 +31,27 @@ compile() { # source, further flags
 for source in attention decode prefill relayout; do
     compile kernels/cuda/$source.cu -std=c++17 -gencode "$target"
 done
-for source in test_kernels bench; do
+compile kernels/cuda/hopper.cu -std=c++17 -gencode arch=compute_90a,code=sm_90a
+for source in test_kernels test_attention bench; do
     compile tests/gpu/$source.cu -std=c++17 -gencode "$target"
 done
-for source in kernels/cuda/table.c kernels/cuda/dispatch.c kernels/reference.c; do
+for source in kernels/cuda/table.c kernels/cuda/dispatch.c kernels/cuda/launch.c kernels/reference.c; do
     compile $source -Xcompiler -D_GNU_SOURCE
 done
+compile kernels/attention.c -Xcompiler -ffp-contract=off
 for pid in $pids; do
     wait "$pid"
 done
-for program in test_kernels bench; do
-    nvcc -o "$build/$program" "$build/$program.cu.o" "$build"/*.c.o "$build"/attention.cu.o \
-        "$build"/decode.cu.o "$build"/prefill.cu.o "$build"/relayout.cu.o
+for program in test_kernels test_attention bench; do
+    nvcc -o "$build/$program" "$build/$program.cu.o" "$build"/*.c.o \
+        "$build"/{attention,decode,hopper,prefill,relayout}.cu.o
 done
 
 status=0
 numbers=
 [ "$mode" = full ] || numbers=quick
 "$build/test_kernels" $numbers || status=1
+"$build/test_attention" $numbers || status=1
 # Also of a kernel whose numbers are wrong somewhere: the bench checks what it times.
 "$build/bench" "$mode" || status=1
 exit $status

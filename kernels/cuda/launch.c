@@ -1,0 +1,76 @@
+// Which kernels a bucket has, and a launch of those that a table needs. Host code alone.
+#include "launch.h"
+
+cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bool hopper)
+{
+    int device, sm_count;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess)
+        return error;
+    *bucket = (struct cuda_bucket){.tokens_max = tokens_max};
+    cuda_attention_init(bucket, sm_count);
+    error = cuda_decode_init(bucket, sm_count);
+    if (error == cudaSuccess)
+        error = cuda_prefill_init(bucket, sm_count);
+    if (error == cudaSuccess && hopper)
+        error = cuda_hopper_init(bucket, sm_count);
+    return error;
+}
+
+static uint64_t align256(uint64_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
+uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket)
+{
+    return align256(cuda_decode_workspace_bytes(bucket)) + cuda_hopper_workspace_bytes(bucket);
+}
+
+bool cuda_bucket_can_launch(const struct cuda_bucket *bucket, uint32_t launches)
+{
+    if ((launches & (CUDA_LAUNCH_DECODE | CUDA_LAUNCH_PREFILL | CUDA_LAUNCH_HOPPER)) == 0)
+        return false;
+    return bucket->hopper_workers > 0 || !(launches & CUDA_LAUNCH_HOPPER);
+}
+
+cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
+                        const struct cuda_table *table, void *workspace, cudaStream_t stream)
+{
+    cudaError_t error = cudaSuccess;
+    bool overlaps = !(launches & (CUDA_LAUNCH_ATTENTION | CUDA_LAUNCH_WRITTEN));
+    if (launches & CUDA_LAUNCH_ATTENTION)
+        error = cuda_attention_launch(bucket, table, stream);
+    if (error == cudaSuccess && launches & CUDA_LAUNCH_DECODE) {
+        error = cuda_decode_launch(bucket, table, workspace, overlaps, stream);
+        overlaps = true; // the one ahead has read nothing that attention's kernel writes later
+    }
+    if (error == cudaSuccess && launches & CUDA_LAUNCH_PREFILL) {
+        error = cuda_prefill_launch(bucket, table, overlaps, stream);
+        overlaps = true;
+    }
+    if (error == cudaSuccess && launches & CUDA_LAUNCH_HOPPER) {
+        void *own = (unsigned char *)workspace + align256(cuda_decode_workspace_bytes(bucket));
+        error = cuda_hopper_launch(bucket, table, own, overlaps, stream);
+    }
+    return error;
+}
+
+cudaError_t cuda_launch_kernel(const void *kernel, uint32_t blocks, uint32_t threads,
+                               uint32_t smem_bytes, void **arguments, bool overlaps,
+                               cudaStream_t stream)
+{
+    cudaLaunchAttribute serialization = {.id = cudaLaunchAttributeProgrammaticStreamSerialization};
+    serialization.val.programmaticStreamSerializationAllowed = overlaps;
+    const cudaLaunchConfig_t config = {
+        .gridDim = {blocks, 1, 1},
+        .blockDim = {threads, 1, 1},
+        .dynamicSmemBytes = smem_bytes,
+        .stream = stream,
+        .attrs = &serialization,
+        .numAttrs = 1,
+    };
+    return cudaLaunchKernelExC(&config, kernel, arguments);
+}
