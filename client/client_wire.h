@@ -19,7 +19,8 @@ struct einsum_client_tensors {
 };
 struct einsum_client_tensors einsum_client_tensors_of(const struct einsum_client_request *request);
 
-// What of a request is not tensor: `head` goes before the first, `tail` between the two. Both end with the tag and length of the tensor that follows; an empty tensor has neither.
+// What of a request is not tensor: `head` goes before the first, `tail` between the two. Both end
+// with the tag and length of the tensor that follows; an empty tensor has neither.
 struct einsum_client_frame {
     uint8_t head[EINSUM_CLIENT_HEAD_BYTES_MAX], tail[EINSUM_CLIENT_TAIL_BYTES_MAX];
     size_t head_bytes, tail_bytes;

@@ -1,5 +1,5 @@
-// The step before the einsum as the client sees it: random inputs for it, what they must become, and
-// the flags that say how positions turn.
+// The step before the einsum as the client sees it: random inputs for it, what they must become,
+// and the flags that say how positions turn.
 // Written from the step's definition and shares no code with the server's: `einsumctl check` is an
 // opinion of its own.
 #pragma once
@@ -40,7 +40,7 @@ enum {
 #define CTL_OPTIONS_ROPE(base, of, cache)                                                          \
     [(base) + CTL_ROPE_THETA] = {"rope-theta", "X", of "base of the rope's frequencies"},          \
     [(base) + CTL_ROPE_FACTOR] = {"rope-factor", "X", of "YaRN's; default 1, no YaRN"},            \
-    [(base) + CTL_ROPE_ORIGINAL] = {"rope-original", "N", of "positions before YaRN; needed with it"}, \
+    [(base) + CTL_ROPE_ORIGINAL] = {"rope-original", "N", of "positions before YaRN"},            \
     [(base) + CTL_ROPE_FAST] = {"rope-beta-fast", "X", of "YaRN's; default 32"},                   \
     [(base) + CTL_ROPE_SLOW] = {"rope-beta-slow", "X", of "YaRN's; default 1"},                    \
     [(base) + CTL_ROPE_POSITIONS] = {"rope-positions", "N", of "how many; default 1048576"},       \

@@ -1,4 +1,5 @@
-// check: random activations, or attention, through the daemon, and every number of the replies against FP64.
+// check: random activations, or attention, through the daemon, and every number of the replies
+// against FP64.
 //
 //     checkpoint --catalog--> B, sB --reference--> exact, magnitude
 //                                                      |  every output

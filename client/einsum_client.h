@@ -168,8 +168,8 @@ enum einsum_client_output_type {
     EINSUM_CLIENT_OUTPUT_FP32 = 2,
 };
 
-// What is asked of the weight: its einsum with quantised activations, or all from attention's output
-// on: the inverse rotation by the weight's rope, quantisation, einsum.
+// What is asked of the weight: its einsum with quantised activations, or all from attention's
+// output on: the inverse rotation by the weight's rope, quantisation, einsum.
 enum einsum_client_operation {
     EINSUM_CLIENT_EINSUM = 0,
     EINSUM_CLIENT_OUTPUT_PROJECT = 1,
@@ -239,8 +239,8 @@ struct einsum_client_response {
     uint32_t attempts;
 };
 
-// Either operation. Blocks until answered. Fails; INVALID_ARGUMENT also if the output does not fit its buffer, which
-// is then untouched. Not from a callback.
+// Either operation. Blocks until answered. Fails; INVALID_ARGUMENT also if the output does not fit
+// its buffer, which is then untouched. Not from a callback.
 EINSUM_CLIENT_API EINSUM_CLIENT_NODISCARD enum einsum_client_status
 einsum_client_einsum(struct einsum_client *client, const struct einsum_client_request *request,
                      struct einsum_client_response *response, struct einsum_client_error *error);
@@ -299,8 +299,8 @@ enum einsum_client_weight_type {
     EINSUM_CLIENT_WEIGHT_BF16 = 2,
 };
 
-// How a position turns; the proto explains each. As the server tells it, with defaults filled in; as
-// it is told, 0 and "" are "not given".
+// How a position turns; the proto explains each. As the server tells it, with defaults filled in;
+// as it is told, 0 and "" are "not given".
 struct einsum_client_rope {
     double theta;  // 0: from the cache
     double factor; // YaRN's; 1: none

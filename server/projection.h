@@ -37,8 +37,9 @@ NODISCARD enum status projection_start(struct projection *projection,
                                        const struct wire_request *request,
                                        grpc_byte_buffer *message, bool *running, struct error *err);
 
-// After on_room, on the rpc thread: copies and commits. False: the job is given up, since it had been
-// cancelled or could not be filled; job.error tells which, and nothing is left but to release it.
+// After on_room, on the rpc thread: copies and commits. False: the job is given up, since it had
+// been cancelled or could not be filled; job.error tells which, and nothing is left but to release
+// it.
 NODISCARD bool projection_continue(struct projection *projection);
 
 // Whether on_room, not on_done, was the last to be called.

@@ -47,7 +47,7 @@ void rope_unref(struct rope *rope); // NULL is fine
 // root. Borrows from the rope.
 const struct rope_options *rope_describe(const struct rope *rope);
 
-// positions[0 ... n) must be within 0 and positions_max. DATA_LOSS: a cache's file has shrunk or its
-// disk fails.
+// positions[0 ... n) must be from 0 to below positions_max. DATA_LOSS: a cache's file has shrunk, or
+// its disk fails.
 NODISCARD enum status rope_rotations(const struct rope *rope, const int64_t *positions, uint32_t n,
                                      struct attention_rotation *rotations, struct error *err);

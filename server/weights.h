@@ -61,8 +61,8 @@ NODISCARD enum status weights_create(const struct engine_ops *ops, struct engine
                                      struct error *err);
 void weights_destroy(struct weights *weights); // no reference left but the registry's own
 
-// Weights whose canonical name matches `pattern`, a shell pattern, and no earlier one have this rope
-// when they are loaded from now on. Fails as rope_create does.
+// Weights whose canonical name matches `pattern`, a shell pattern, and no earlier one have this
+// rope when they are loaded from now on. Fails as rope_create does.
 NODISCARD enum status weights_add_rope(struct weights *weights, const char *pattern,
                                        const struct rope_options *options, struct error *err);
 

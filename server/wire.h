@@ -1,5 +1,5 @@
-// The hot messages, EinsumRequest, OutputProjectRequest and EinsumResponse, read from and written to
-// gRPC's slices without flattening them.
+// The hot messages, EinsumRequest, OutputProjectRequest and EinsumResponse, read from and written
+// to gRPC's slices without flattening them.
 //
 // Reading is two passes. The first walks the tags, copies the few scalar fields and notes where the
 // tensors lie; it touches no tensor byte and accepts fields in any order, unknown ones, repeats
@@ -72,8 +72,8 @@ struct wire_request {
     struct wire_range attention, positions;           // of an OutputProjectRequest
 };
 
-// Reads a message of `kind`. INVALID_ARGUMENT for bytes that are not one. `slices` may be empty: all
-// fields unset.
+// Reads a message of `kind`. INVALID_ARGUMENT for bytes that are not one. `slices` may be empty:
+// all fields unset.
 // A known field of an unexpected wire type is an error; unknown fields are skipped, groups (wire
 // types 3 and 4) are refused. On failure `request` holds the scalars that came before the fault, so
 // that a stream can answer with the request_id.

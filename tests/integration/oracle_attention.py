@@ -1,4 +1,4 @@
-"""The step before the einsum, from its definition: attention's output is rotated back and quantised.
+"""The step before the einsum, from its definition: attention's output, rotated back and quantised.
 
     frequency[i] = theta^(-2i/64), slowed by YaRN;  angle = position * frequency[i], both FP32
     x0, x1 = dims 448 + 2i, 449 + 2i of a head:  x0 cos + x1 sin, x1 cos - x0 sin, in FP32
@@ -74,7 +74,7 @@ def rotate_back(heads: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarr
 
 
 def quantise(rows: np.ndarray, block_r: int) -> Activations:
-    """`rows` is [T, G, R] float32. A block that is not all finite has the scale NaN and values 0."""
+    """`rows` is [T, G, R] float32. A block that is not all finite: scale NaN and values 0."""
     blocks = rows.reshape(*rows.shape[:2], -1, block_r)
     finite = np.isfinite(blocks).all(axis=-1)
     blocks = np.where(finite[..., None], blocks, np.float32(0))

@@ -453,8 +453,8 @@ def test_cache_that_shrinks(tmp_path: Path, rng: np.random.Generator) -> None:
 
 
 def test_cache_that_shrinks_under_those_who_wait(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Two requests fill a buffer and two buffers are all: some find out only when they get room, and
-    must give it back."""
+    """Two requests fill a buffer and two buffers are all: some find out only when they get room,
+    and must give it back."""
     with start(
         tmp_path, batch_tokens_max=32, request_tokens_max=32, lanes=1, batches=2
     ) as site:
@@ -494,7 +494,7 @@ def with_position(position: int) -> dict[str, Any]:
 INVALID = StatusCode.INVALID_ARGUMENT
 BAD = {
     "no weight": ({"weight": ""}, INVALID, "weight", "not given"),
-    "unknown weight": ({"weight": "layers.9.attn.wo_a"}, StatusCode.NOT_FOUND, "weight", "layers.9"),
+    "unknown weight": ({"weight": "layers.9.wo_a"}, StatusCode.NOT_FOUND, "weight", "layers.9"),
     "no rope": ({"weight": WITHOUT_ROPE}, StatusCode.FAILED_PRECONDITION, "weight", '"ropes"'),
     "no whole heads": (
         {"weight": BROKEN_HEADS}, StatusCode.FAILED_PRECONDITION, "weight", "R = 640",
@@ -615,7 +615,8 @@ def test_ctl_run(site: Site, rng: np.random.Generator, tmp_path: Path, form: str
     files = ("--attention", attention, "--positions", positions)
     done = einsumctl(site, "--json", "run", "--weight", NAME, *files, "--output", output)
     told = json.loads(done.stdout)
-    assert (told["operation"], told["recipe"], told["shape"]) == ("output_project", None, [5, 8, 256])
+    assert (told["operation"], told["recipe"]) == ("output_project", None)
+    assert told["shape"] == [5, 8, 256]
     exact, magnitude = projection.expected()
     oracle.check(np.load(output).tobytes(), "BF16", exact, magnitude, 1024)
     digest = einsumctl(site, "--json", "run", "--weight", NAME, *files, "--digest")
