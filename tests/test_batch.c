@@ -734,7 +734,7 @@ START_TEST(equal_weights_stand_side_by_side)
     commit(0, 1);
     wait_submitted(1);
     static const int order[] = {2, 0, 1, 0, 2, 1, 0};
-    static const uint32_t kernels[] = {0, 1, 0, 0, 0, 0, 1}; // so the first weight is read twice
+    static const uint32_t kernels[] = {0, 1, 0, 1, 0, 0, 0}; // so the first weight is read twice
     enum { N = ARRAY_LEN(order) };
     for (int i = 0; i < N; i++) {
         struct job *job = job_init(i + 1, 1);
