@@ -640,12 +640,11 @@ static bool busy(const struct CUstream_st *stream)
     return stream->running || stream->first;
 }
 
-// Whether a query would say so. How often that is depends on the time of day, so it is no call that
-// could be made to fail.
-static bool not_ready(const struct CUstream_st *stream, const struct CUevent_st *event)
+// Gives the lock back. How often a query is not ready depends on the time of day, so it is no call
+// that could be made to fail.
+static bool not_ready(bool waits)
 {
-    pthread_mutex_lock(&fake.lock);
-    bool waits = fake.sticky == cudaSuccess && (stream ? busy(stream) : event->pending > 0);
+    waits = waits && fake.sticky == cudaSuccess;
     if (waits)
         last_error = cudaErrorNotReady;
     pthread_mutex_unlock(&fake.lock);
@@ -670,7 +669,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 
 cudaError_t cudaStreamQuery(cudaStream_t stream)
 {
-    if (not_ready(stream, NULL))
+    pthread_mutex_lock(&fake.lock);
+    if (not_ready(busy(stream)))
         return cudaErrorNotReady;
     return leave(enter(__func__));
 }
@@ -732,7 +732,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 
 cudaError_t cudaEventQuery(cudaEvent_t event)
 {
-    if (not_ready(NULL, event))
+    pthread_mutex_lock(&fake.lock);
+    if (not_ready(event->pending > 0))
         return cudaErrorNotReady;
     return leave(enter(__func__));
 }

@@ -51,8 +51,9 @@ const char *fake_cuda_failed_call(void);
 // While held, the device runs nothing.
 void fake_cuda_hold(bool held);
 
-// Tokens that a kernel has computed so far.
+// So far: tokens that a kernel has computed, and bytes that graphs have fetched.
 uint64_t fake_cuda_rows(enum cuda_kernel kernel);
+uint64_t fake_cuda_fetched_bytes(void);
 
 // ---- for fake_cuda_kernels.c
 

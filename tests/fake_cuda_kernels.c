@@ -217,11 +217,16 @@ static void compute_run(const struct cuda_table *table, const struct cuda_run *r
 
 // ---- kernels
 
-static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER + 1];
+static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER + 1], bytes_fetched;
 
 uint64_t fake_cuda_rows(enum cuda_kernel kernel)
 {
     return atomic_load(&rows_computed[kernel]);
+}
+
+uint64_t fake_cuda_fetched_bytes(void)
+{
+    return atomic_load(&bytes_fetched);
 }
 
 static void compute_runs(enum cuda_kernel kernel, const struct cuda_table *table, uint32_t begin,
@@ -236,13 +241,21 @@ static void compute_runs(enum cuda_kernel kernel, const struct cuda_table *table
 struct launch_arguments {
     const struct cuda_table *table;
     const void *workspace;
+    uint32_t tokens_max, decode_tokens; // of the bucket
 };
 
 static const struct cuda_table *table_of(const struct launch_arguments *arguments)
 {
     uintptr_t address = (uintptr_t)arguments->table;
     const struct cuda_table *table = fake_cuda_at(address, sizeof *table);
-    return fake_cuda_at(address, cuda_table_used(table));
+    table = fake_cuda_at(address, cuda_table_used(table));
+    // A kernel of another bucket would take too few.
+    for (uint32_t i = 0; i < table->decode_runs + table->prefill_runs + table->hopper_runs; i++) {
+        const struct cuda_run *run = &table->runs[i];
+        ASSERT(run->row_begin + run->rows <= arguments->tokens_max);
+        ASSERT(i >= table->decode_runs || run->rows <= arguments->decode_tokens);
+    }
+    return table;
 }
 
 static void check_workspace(const struct launch_arguments *arguments)
@@ -306,6 +319,7 @@ static void fetch(uint64_t from, uint64_t to, uint64_t bytes)
     uint64_t whole = align_up(bytes, 16);
     if (bytes > 0)
         memcpy(fake_cuda_at(to, whole), fake_cuda_at(from, whole), whole);
+    atomic_fetch_add(&bytes_fetched, whole);
 }
 
 static void run_fetch(const void *bytes)
@@ -333,12 +347,18 @@ static void run_report(const void *bytes)
 
 // A kernel that overlaps reads its input before the one ahead has ended; if that one writes it, and the
 // device is in the mood, the output is wrong.
-static cudaError_t launch(const char *name, cudaStream_t stream, fake_cuda_kernel *run,
-                          bool overlaps, const struct cuda_table *table, const void *workspace)
+static cudaError_t launch(const char *name, const struct cuda_bucket *bucket, fake_cuda_kernel *run,
+                          bool overlaps, const struct cuda_table *table, const void *workspace,
+                          cudaStream_t stream)
 {
     fake_cuda_kernel *ahead = fake_cuda_newest(stream);
     ASSERT(!overlaps || (ahead != run_fetch && ahead != run_attention));
-    const struct launch_arguments arguments = {.table = table, .workspace = workspace};
+    const struct launch_arguments arguments = {
+        .table = table,
+        .workspace = workspace,
+        .tokens_max = bucket->tokens_max,
+        .decode_tokens = bucket->decode_tokens,
+    };
     return fake_cuda_launch(name, stream, run, &arguments, sizeof arguments);
 }
 
@@ -388,28 +408,28 @@ cudaError_t cuda_attention_launch(const struct cuda_bucket *bucket, const struct
                                   cudaStream_t stream)
 {
     ASSERT(bucket->attention_blocks > 0);
-    return launch(__func__, stream, run_attention, false, table, NULL);
+    return launch(__func__, bucket, run_attention, false, table, NULL, stream);
 }
 
 cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
                                void *workspace, bool overlaps, cudaStream_t stream)
 {
     ASSERT(bucket->decode_workers > 0);
-    return launch(__func__, stream, run_decode, overlaps, table, workspace);
+    return launch(__func__, bucket, run_decode, overlaps, table, workspace, stream);
 }
 
 cudaError_t cuda_prefill_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
                                 bool overlaps, cudaStream_t stream)
 {
     ASSERT(bucket->prefill_blocks > 0);
-    return launch(__func__, stream, run_prefill, overlaps, table, NULL);
+    return launch(__func__, bucket, run_prefill, overlaps, table, NULL, stream);
 }
 
 cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
                                void *workspace, bool overlaps, cudaStream_t stream)
 {
     ASSERT(bucket->hopper_workers > 0);
-    return launch(__func__, stream, run_hopper, overlaps, table, workspace);
+    return launch(__func__, bucket, run_hopper, overlaps, table, workspace, stream);
 }
 
 cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct cuda_report *report,
