@@ -881,7 +881,7 @@ cudaError_t cudaRuntimeGetVersion(int *version)
 {
     cudaError_t error = enter(__func__);
     if (error == cudaSuccess)
-        *version = CUDART_VERSION;
+        *version = fake.device.runtime ? fake.device.runtime : CUDART_VERSION;
     return leave(error);
 }
 

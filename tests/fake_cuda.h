@@ -19,7 +19,8 @@
 #include "kernels/cuda/cuda.h"
 
 struct fake_cuda_device {
-    int driver; // 13000 is CUDA 13.0; 0: no driver
+    int driver;  // 13000 is CUDA 13.0; 0: no driver
+    int runtime; // 0: that of the headers
     int devices;
     int major, minor; // compute capability
     int sm_count;

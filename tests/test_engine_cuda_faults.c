@@ -33,6 +33,7 @@ static const struct einsum_weight_format formats[] = {
     {2, 32, 2048, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
     {1, 32, 4096, EINSUM_WEIGHT_BF16, EINSUM_SCALE_NONE, 1, 128},
     {1, 1536, 16384, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 128, 128}, // three stagings
+    {1, 4096, 128, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128, 128},  // more out than in
 };
 
 static const struct fake_cuda_device hopper = {
@@ -350,15 +351,15 @@ START_TEST(a_device_that_cannot_be_used_is_refused_by_name)
 END_TEST
 
 static const struct usable {
-    int driver, major, minor;
+    int driver, runtime, major, minor;
     const char *kernel, *text;
 } usables[] = {
-    {CUDART_VERSION, 8, 9, NULL, "portable"},
-    {CUDART_VERSION, 9, 0, NULL, "compute capability 9"},
-    {CUDART_VERSION, 9, 0, "portable", "forced by name"},
-    {CUDART_VERSION, 12, 0, NULL, "sm120"},
-    {CUDART_VERSION + 1000, 12, 1, "sm120", "forced by name"}, // a driver of the next release
-    {CUDART_VERSION / 1000 * 1000, 12, 0, "auto", "sm120"},    // of the same major one
+    {CUDART_VERSION, 0, 8, 9, NULL, "portable"},
+    {CUDART_VERSION, 0, 9, 0, NULL, "compute capability 9"},
+    {CUDART_VERSION, 0, 9, 0, "portable", "forced by name"},
+    {CUDART_VERSION, 0, 12, 0, NULL, "sm120"},
+    {14000, 13020, 12, 1, "sm120", "forced by name"}, // a driver of the next release
+    {13000, 13020, 12, 0, "auto", "sm120"},           // an older one of the same
 };
 
 START_TEST(a_device_that_can_be_used_is_described)
@@ -366,6 +367,7 @@ START_TEST(a_device_that_can_be_used_is_described)
     const struct usable *usable = &usables[_i];
     struct fake_cuda_device device = hopper;
     device.driver = usable->driver;
+    device.runtime = usable->runtime;
     device.major = usable->major;
     device.minor = usable->minor;
     fake_cuda_start(&device, random_state);
@@ -758,23 +760,32 @@ START_TEST(small_and_large_batches_take_turns)
 }
 END_TEST
 
-// A small batch's graph brings its input; a large one's copy does.
+// A small batch's graph brings its input; a large one's copy does, whichever side of it is large.
 START_TEST(inputs_are_brought_once)
 {
+    static const struct {
+        int format;
+        uint32_t tokens;
+        bool by_graph;
+    } cases[] = {{0, FEW, true}, {0, MANY, false}, {3, 3, true}, {3, 40, false}};
     open_lanes();
-    struct source source = source_of(&formats[0]);
-    struct engine_weight *weight = load(&source);
-    for (size_t i = 0; i < ARRAY_LEN(sizes); i++) {
+    for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
+        struct source source = source_of(&formats[cases[i].format]);
+        struct engine_weight *weight = load(&source);
         uint64_t before = fake_cuda_fetched_bytes();
         struct ask ask;
-        ask_fill(&ask, 0, &source, weight, sizes[i], 0);
+        ask_fill(&ask, 0, &source, weight, cases[i].tokens, 0);
+        fake_cuda_fail_operation(0, cudaSuccess); // counts from here
         ops->submit(engine, 0, &ask.batch);
         ck_assert_int_eq(finish(0).status, STATUS_OK);
+        ask_check(&ask);
+        // Fetch, kernel and report; or copies and events beside them.
+        ck_assert_int_eq(fake_cuda_operations() == 3, cases[i].by_graph);
         bool fetched = fake_cuda_fetched_bytes() - before >= ask.batch.input_bytes;
-        ck_assert_int_eq(fetched, sizes[i] == FEW);
+        ck_assert_int_eq(fetched, cases[i].by_graph);
+        ops->weight_free(engine, weight);
+        source_free(&source);
     }
-    ops->weight_free(engine, weight);
-    source_free(&source);
     close_lanes();
 }
 END_TEST
