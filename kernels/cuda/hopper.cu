@@ -3,7 +3,7 @@
 //     producer   4 warps   activations and their scales; one of them the weights, in bulk
 //        |  ring of stages, K = 128 each:  W: panels of 2 KiB as they lie in memory
 //        |                                 A: tokens x 128, swizzled      scales of A: floats
-//     consumers  2 groups of 4 warps, each 64 outputs of all of the tile's tokens
+//     consumers  2 groups of 4 warps, each 64 * M64 outputs of all of the tile's tokens
 //
 // A consumer's sums of K = 128 (or 32, as the scales ask) leave the tensor core for FP32 registers, where
 // they are scaled while the sums of the tile's next tokens are on their way. The producer runs ahead across tiles, so that a tile's end costs it nothing.
@@ -35,15 +35,16 @@ enum {
 };
 
 // How a launch is cut: tiles of ROWS outputs by TOKENS.
-template <int TOKENS_> struct shape {
-    static constexpr int TOKENS = TOKENS_, ROWS = 128, PANELS = ROWS / CUDA_PANEL_ROWS;
+template <int M64_, int TOKENS_> struct shape {
+    static constexpr int M64 = M64_, TOKENS = TOKENS_;
+    static constexpr int ROWS = 128 * M64, PANELS = ROWS / CUDA_PANEL_ROWS;
     static constexpr int W_BYTES = PANELS * PANEL_BYTES, A_BYTES = TOKENS * CUDA_K_BLOCK;
     static constexpr int GROUP = TOKENS >= 128 ? 64 : 32; // tokens that are summed together
     static constexpr int GROUPS = TOKENS / GROUP;
-    static constexpr int SUMS = TOKENS / 2; // of a thread
+    static constexpr int SUMS = M64 * TOKENS / 2; // of a thread
     // Up to 64 tokens two blocks fit on an SM: the next kernel's starts while this one ends.
     static constexpr bool PAIRED = TOKENS <= 64;
-    static constexpr int STAGES = TOKENS == 256 ? 4 : TOKENS == 128 ? 6 : TOKENS == 64 ? 4 : 5;
+    static constexpr int STAGES = M64 == 2 ? 4 : TOKENS == 128 ? 6 : TOKENS == 64 ? 4 : 5;
     static constexpr int TOKENS_LINES = 1 + TOKENS * (int)sizeof(cuda_row) / 128;
     static constexpr int CONSUMER_REGISTERS = PAIRED ? 104 : 232;
     static constexpr int PRODUCER_REGISTERS = PAIRED ? 32 : 40;
@@ -54,7 +55,8 @@ template <class S> struct hopper_smem {
         uint8_t w[S::W_BYTES];
         uint8_t a[S::A_BYTES];
     } stages[S::STAGES];
-    float scales[S::STAGES][4][S::TOKENS]; // [step of 32][token]; the first alone for blocks of 128
+    // Of A, [step of 32][token]. In blocks of 128 x 128 times that of W: [group of consumers][token].
+    float scales[S::STAGES][4][S::TOKENS];
     const uint8_t *activations[S::TOKENS]; // of the producer's piece; a warp's own
     uint64_t outputs[S::TOKENS];           // of the consumers' piece; bit 0: FP32
     uint64_t full[S::STAGES], empty[S::STAGES];
@@ -135,82 +137,104 @@ __device__ __forceinline__ float scale_or_nan(const scales_in_flight<BLOCK> &sca
     return wide ? __uint_as_float(0x7FC00000) : value;
 }
 
-template <class S, int BLOCK>
+// SQUARE: blocks of 128 x 128, so that a group of consumers needs one scale of W.
+template <class S, int BLOCK, bool SQUARE>
 __device__ __forceinline__ void produce_piece(hopper_smem<S> &smem, const cuda_table *table,
                                               const piece &p, uint32_t &count)
 {
-    constexpr int COPIES = S::TOKENS * 8 / PRODUCERS;
-    constexpr int SCALED = (S::TOKENS + PRODUCERS - 1) / PRODUCERS; // tokens of a thread
+    constexpr int COPIES = S::TOKENS * 8 / PRODUCERS, PANELS = S::PANELS / 4; // of a warp
     const cuda_run &run = table->runs[p.run];
     const cuda_row *rows = rows_of(table, run, p);
-    uint32_t thread = threadIdx.x, lane = thread % 32;
+    uint32_t thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     uint64_t tile_row = (uint64_t)(run.group_begin + p.g) * run.output_dim + p.d_begin;
     uint64_t panel_bytes = (uint64_t)run.reduced_dim * CUDA_PANEL_ROWS;
-    uint32_t panels = min((run.output_dim - p.d_begin) / CUDA_PANEL_ROWS, (uint32_t)S::PANELS);
+    uint32_t panels_left = (run.output_dim - p.d_begin) / CUDA_PANEL_ROWS;
+    uint32_t panels = min(panels_left - min(panels_left, warp * PANELS), (uint32_t)PANELS);
     const uint8_t *from_w = (const uint8_t *)run.elements +
-                            tile_row / CUDA_PANEL_ROWS * panel_bytes + lane * panel_bytes;
+                            (tile_row / CUDA_PANEL_ROWS + warp * PANELS + lane) * panel_bytes;
     // Eight lanes copy a token. Tokens that are none are not copied: whatever lies there meets no
     // output but theirs.
-    uint32_t first_token = thread / 8, copies = 0;
+    uint32_t first_token = thread / 8;
 #pragma unroll 1
     for (int i = 0; i < COPIES; i++) {
         uint32_t token = first_token + i * (PRODUCERS / 8);
-        if (token >= p.tokens)
-            break;
         if (thread % 8 == 0)
             smem.activations[token] =
-                (const uint8_t *)rows[token].activations +
-                (uint64_t)p.g * rows[token].activation_group * run.reduced_dim;
-        copies++;
+                token < p.tokens
+                    ? (const uint8_t *)rows[token].activations +
+                          (uint64_t)p.g * rows[token].activation_group * run.reduced_dim
+                    : nullptr;
     }
     __syncwarp();
-    token_scales scales_a[SCALED];
-    scales_in_flight<BLOCK> pending[SCALED];
+    token_scales scales_a = {};
+    scales_in_flight<BLOCK> pending;
+    bool has_token = thread < p.tokens;
+    const uint8_t *scales_w = weight_scales(run, BLOCK, tile_row);
+    uint32_t next_w = run.scales_fp32 ? run.reduced_dim / BLOCK * 4 // to the scales of 128 rows on
+                                      : (run.reduced_dim / BLOCK + 3) / 4 * 4;
+    bool second = S::M64 == 2 && p.d_begin + 128 < run.output_dim;
+    float pending_w[S::M64];
+    auto load = [&](uint32_t unit) {
+        if (!has_token)
+            return;
+        pending.load(scales_a, unit);
+        if (SQUARE)
 #pragma unroll
-    for (int i = 0; i < SCALED; i++)
-        if (thread + i * PRODUCERS < p.tokens) {
-            scales_a[i] = scales_of(rows[thread + i * PRODUCERS], p.g);
-            pending[i].load(scales_a[i], p.begin);
-        }
+            for (int m = 0; m < S::M64; m++)
+                pending_w[m] =
+                    weight_scale(run.scales_fp32, scales_w + (m && second ? next_w : 0), unit);
+    };
+    if (has_token)
+        scales_a = scales_of(rows[thread], p.g);
+    load(p.begin);
 
 #pragma unroll 1
     for (uint32_t unit = p.begin; unit < p.end; unit++, count++) {
         uint32_t stage = count % S::STAGES;
-        barrier_wait(shared_address(&smem.empty[stage]), count / S::STAGES % 2 ^ 1);
         uint32_t full = shared_address(&smem.full[stage]);
-        if (thread < 32) {
-            if (lane == 0)
-                barrier_expect(full, panels * PANEL_BYTES);
-            __syncwarp();
-            if (lane < panels)
-                copy_bulk(shared_address(smem.stages[stage].w) + lane * PANEL_BYTES,
-                          from_w + (uint64_t)unit * PANEL_BYTES, PANEL_BYTES, full);
-        }
+        const uint8_t *from_a[COPIES];
+#pragma unroll
+        for (int i = 0; i < COPIES; i++)
+            from_a[i] = smem.activations[first_token + i * (PRODUCERS / 8)];
+        barrier_wait(shared_address(&smem.empty[stage]), count / S::STAGES % 2 ^ 1);
+        if (lane == 0)
+            barrier_expect(full, panels * PANEL_BYTES);
+        __syncwarp();
+        if (lane < panels)
+            copy_bulk(shared_address(smem.stages[stage].w) + (warp * PANELS + lane) * PANEL_BYTES,
+                      from_w + (uint64_t)unit * PANEL_BYTES, PANEL_BYTES, full);
         uint32_t to = shared_address(smem.stages[stage].a) + first_token * CUDA_K_BLOCK +
                       ((thread % 8) ^ (first_token % 8)) * 16;
         uint32_t offset = unit * CUDA_K_BLOCK + thread % 8 * 16;
 #pragma unroll
         for (int i = 0; i < COPIES; i++)
-            if (i < copies)
-                copy_async(to + i * (PRODUCERS / 8 * CUDA_K_BLOCK),
-                           smem.activations[first_token + i * (PRODUCERS / 8)] + offset, true);
+            if (from_a[i] != nullptr)
+                copy_async(to + i * (PRODUCERS / 8 * CUDA_K_BLOCK), from_a[i] + offset, true);
         barrier_arrive_after_copies(full);
+        if (has_token) {
+            if (SQUARE) {
+                float a = scale_or_nan<BLOCK>(pending, 0, scales_a.fp32);
 #pragma unroll
-        for (int i = 0; i < SCALED; i++) {
-            uint32_t token = thread + i * PRODUCERS;
-            if (token >= p.tokens)
-                break;
+                for (int group = 0; group < 2; group++)
+                    smem.scales[stage][group][thread] = a * pending_w[group * (S::M64 - 1)];
+            } else {
 #pragma unroll
-            for (int step = 0; step < 128 / BLOCK; step++)
-                smem.scales[stage][step][token] =
-                    scale_or_nan<BLOCK>(pending[i], step, scales_a[i].fp32);
+                for (int step = 0; step < 128 / BLOCK; step++)
+                    smem.scales[stage][step][thread] =
+                        scale_or_nan<BLOCK>(pending, step, scales_a.fp32);
+            }
             if (unit + 1 < p.end)
-                pending[i].load(scales_a[i], unit + 1);
+                load(unit + 1);
         }
         __syncwarp();
         if (lane == 0)
             barrier_arrive(full);
     }
+}
+
+__device__ __forceinline__ bool has_small_blocks(const cuda_run &run)
+{
+    return run.mode == CUDA_MODE_UE8M0_32 || run.mode == CUDA_MODE_FP32_32;
 }
 
 template <class S>
@@ -221,85 +245,145 @@ __device__ __forceinline__ void produce(hopper_smem<S> &smem, const cuda_table *
     uint32_t count = 0;
     piece p;
     while (walk.step(p)) {
-        uint32_t mode = table->runs[p.run].mode;
-        if (mode == CUDA_MODE_UE8M0_32 || mode == CUDA_MODE_FP32_32)
-            produce_piece<S, 32>(smem, table, p, count);
+        if (has_small_blocks(table->runs[p.run]))
+            produce_piece<S, 32, false>(smem, table, p, count);
+        else if (table->runs[p.run].block_d_log2 == 7)
+            produce_piece<S, 128, true>(smem, table, p, count);
         else
-            produce_piece<S, 128>(smem, table, p, count);
+            produce_piece<S, 128, false>(smem, table, p, count);
     }
 }
 
 // ---- consumers
 
-// acc += sum * the scales of its outputs' rows and tokens, for the tokens of one group.
-template <int GROUP, int SUMS, int N>
-__device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&sum)[N],
-                                        const float *scales_a, const float (&scale_w)[2])
-{
-    uint32_t t = threadIdx.x % 4;
+// What the sums of half a group's tokens are scaled by, two tokens of eight to a thread.
+template <int N> struct token_factors {
+    float2 of[N / 8];
+
+    __device__ __forceinline__ void load(const float *scales)
+    {
 #pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        float2 a = *(const float2 *)(scales_a + GROUP * 2 * N + 8 * j + 2 * t);
-        float *to = acc + GROUP * N + 4 * j;
-        to[0] = fmaf(sum[4 * j + 0], a.x * scale_w[0], to[0]);
-        to[1] = fmaf(sum[4 * j + 1], a.y * scale_w[0], to[1]);
-        to[2] = fmaf(sum[4 * j + 2], a.x * scale_w[1], to[2]);
-        to[3] = fmaf(sum[4 * j + 3], a.y * scale_w[1], to[3]);
+        for (int j = 0; j < N / 8; j++)
+            of[j] = *(const float2 *)(scales + 8 * j + 2 * (threadIdx.x % 4));
+    }
+};
+
+// acc += sum * factors, of one half of one part of acc.
+template <int PART, int HALF, int SUMS, int N>
+__device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&sum)[N],
+                                        const token_factors<N> &a)
+{
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        float *to = acc + PART * N + HALF * (N / 2) + 4 * j;
+        const float *from = sum + HALF * (N / 2) + 4 * j;
+        to[0] = fmaf(from[0], a.of[j].x, to[0]);
+        to[1] = fmaf(from[1], a.of[j].y, to[1]);
+        to[2] = fmaf(from[2], a.of[j].x, to[2]);
+        to[3] = fmaf(from[3], a.of[j].y, to[3]);
     }
 }
 
-// UNIFORM: the 16 rows of a panel share their scales.
-template <class S, int BLOCK, bool UNIFORM>
+// The same, times what the rows of W are scaled by.
+template <int PART, int HALF, int SUMS, int N>
+__device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&sum)[N],
+                                        const token_factors<N> &a, const float (&w)[2])
+{
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        float *to = acc + PART * N + HALF * (N / 2) + 4 * j;
+        const float *from = sum + HALF * (N / 2) + 4 * j;
+        to[0] = fmaf(from[0], a.of[j].x * w[0], to[0]);
+        to[1] = fmaf(from[1], a.of[j].y * w[0], to[1]);
+        to[2] = fmaf(from[2], a.of[j].x * w[1], to[2]);
+        to[3] = fmaf(from[3], a.of[j].y * w[1], to[3]);
+    }
+}
+
+// The panel of 16 rows that is this warp's m-th.
+template <class S> __device__ __forceinline__ uint32_t panel_of(int m)
+{
+    uint32_t warp = (threadIdx.x - PRODUCERS) / 32;
+    return warp / 4 * (4 * S::M64) + 4 * m + warp % 4;
+}
+
+// SQUARE: the producer has seen to the scales of W.
+template <class S, int BLOCK, bool SQUARE>
 __device__ __forceinline__ void consume_piece(float (&acc)[S::SUMS], hopper_smem<S> &smem,
                                               const cuda_run &run, const piece &p, uint32_t &count)
 {
     constexpr int STEPS = 128 / BLOCK, PARTS = STEPS * S::GROUPS;
-    uint32_t panel = (threadIdx.x - PRODUCERS) / 32, lane = threadIdx.x % 32;
+    uint32_t first_panel = panel_of<S>(0), lane = threadIdx.x % 32;
+    uint32_t consumers = (threadIdx.x - PRODUCERS) / 128;
     uint64_t tile_row = (uint64_t)(run.group_begin + p.g) * run.output_dim + p.d_begin;
     // Rows beyond D have no output; any scale that exists will do.
     uint64_t row_last = tile_row + min(run.output_dim - p.d_begin, (uint32_t)S::ROWS) - 1;
-    uint64_t row = tile_row + panel * CUDA_PANEL_ROWS + lane / 4;
-    const uint8_t *scales_w[2] = {weight_scales(run, BLOCK, row < row_last ? row : row_last),
-                                  weight_scales(run, BLOCK, row + 8 < row_last ? row + 8 : row_last)};
+    const uint8_t *scales_w = weight_scales(run, BLOCK, tile_row);
+    uint32_t scales_at[S::M64][2]; // from there
+#pragma unroll
+    for (int m = 0; m < S::M64; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint64_t row = tile_row + panel_of<S>(m) * CUDA_PANEL_ROWS + lane / 4 + 8 * i;
+            scales_at[m][i] =
+                (uint32_t)(weight_scales(run, BLOCK, row < row_last ? row : row_last) - scales_w);
+        }
 
 #pragma unroll 1
     for (uint32_t unit = p.begin; unit < p.end; unit++, count++) {
         uint32_t stage = count % S::STAGES;
         barrier_wait(shared_address(&smem.full[stage]), count / S::STAGES % 2);
         fence_for_wgmma(); // here and not where it was copied: there the fence waits for later copies
-        float scale[STEPS][2];
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            scale[i][0] = weight_scale(run.scales_fp32, scales_w[0], unit * STEPS + i);
-            scale[i][1] = UNIFORM ? scale[i][0]
-                                  : weight_scale(run.scales_fp32, scales_w[1], unit * STEPS + i);
-        }
         uint64_t a = activations_descriptor(shared_address(smem.stages[stage].a));
-        uint32_t from = shared_address(smem.stages[stage].w) + panel * PANEL_BYTES + lane * 16;
-        uint4 w[4];
+        unrolled<S::M64>([&](auto m64) {
+            constexpr int m = decltype(m64)::value;
+            float scale[STEPS][2];
+            if (!SQUARE)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            w[i] = load_shared(from + i * CUDA_FRAGMENT_BYTES);
+                for (int i = 0; i < STEPS; i++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++)
+                        scale[i][j] = weight_scale(run.scales_fp32, scales_w + scales_at[m][j],
+                                                   unit * STEPS + i);
+            uint32_t from = shared_address(smem.stages[stage].w) +
+                            (first_panel + 4 * m) * PANEL_BYTES + lane * 16;
+            uint4 w[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                w[i] = load_shared(from + i * CUDA_FRAGMENT_BYTES);
 
-        // Part i: the tokens of group i % GROUPS, a K block's steps from i / GROUPS.
-        float sum[2][S::GROUP / 2];
-        auto multiply = [&](auto part) {
-            constexpr int i = decltype(part)::value, group = i % S::GROUPS;
-            wgmma_fence();
+            // Part i: the tokens of group i % GROUPS, a K block's steps from i / GROUPS.
+            float sum[2][S::GROUP / 2];
+            auto multiply = [&](auto part) {
+                constexpr int i = decltype(part)::value, group = i % S::GROUPS;
+                constexpr int begin = i / S::GROUPS * 4 / STEPS, end = begin + 4 / STEPS;
+                wgmma_fence();
 #pragma unroll
-            for (int step = i / S::GROUPS * 4 / STEPS; step < (i / S::GROUPS + 1) * 4 / STEPS; step++)
-                wgmma(sum[i % 2], w[step], a + 2 * step + group * (S::GROUP * CUDA_K_BLOCK / 16),
-                      BLOCK == 128 && step != 0);
-            wgmma_commit();
-        };
-        multiply(constant<0>{});
-        unrolled<PARTS>([&](auto part) {
-            constexpr int i = decltype(part)::value;
-            if constexpr (i + 1 < PARTS)
-                multiply(constant<i + 1>{});
-            wgmma_wait<(i + 1 < PARTS)>();
-            promote<i % S::GROUPS>(acc, sum[i % 2], smem.scales[stage][i / S::GROUPS],
-                                   scale[i / S::GROUPS]);
+                for (int step = begin; step < end; step++)
+                    wgmma(sum[i % 2], w[step],
+                          a + 2 * step + group * (S::GROUP * CUDA_K_BLOCK / 16), step != begin);
+                wgmma_commit();
+            };
+            multiply(constant<0>{});
+            unrolled<PARTS>([&](auto part) {
+                constexpr int i = decltype(part)::value;
+                if constexpr (i + 1 < PARTS)
+                    multiply(constant<i + 1>{});
+                constexpr int group = i % S::GROUPS, step = i / S::GROUPS;
+                const float *scales =
+                    smem.scales[stage][SQUARE ? consumers : step] + group * S::GROUP;
+                token_factors<S::GROUP / 2> low, high;
+                low.load(scales);
+                wgmma_wait<(i + 1 < PARTS)>();
+                high.load(scales + S::GROUP / 2);
+                if constexpr (SQUARE) {
+                    promote<m * S::GROUPS + group, 0>(acc, sum[i % 2], low);
+                    promote<m * S::GROUPS + group, 1>(acc, sum[i % 2], high);
+                } else {
+                    promote<m * S::GROUPS + group, 0>(acc, sum[i % 2], low, scale[step]);
+                    promote<m * S::GROUPS + group, 1>(acc, sum[i % 2], high, scale[step]);
+                }
+            });
         });
         __syncwarp();
         if (lane == 0)
@@ -311,13 +395,9 @@ template <class S>
 __device__ __forceinline__ void consume_any(float (&acc)[S::SUMS], hopper_smem<S> &smem,
                                             const cuda_run &run, const piece &p, uint32_t &count)
 {
-    bool small = run.mode == CUDA_MODE_UE8M0_32 || run.mode == CUDA_MODE_FP32_32;
-    bool uniform = run.block_d_log2 >= 4;
-    if (small && uniform)
-        consume_piece<S, 32, true>(acc, smem, run, p, count);
-    else if (small)
+    if (has_small_blocks(run))
         consume_piece<S, 32, false>(acc, smem, run, p, count);
-    else if (uniform)
+    else if (run.block_d_log2 == 7)
         consume_piece<S, 128, true>(acc, smem, run, p, count);
     else
         consume_piece<S, 128, false>(acc, smem, run, p, count);
@@ -381,8 +461,7 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high)
 
 // Stores a warp's 16 rows of 8 tokens, v as mma.cuh's acc. Lanes trade until each holds four
 // neighbours of one token: token 2t + g%2, rows 8 * (g/2%2) + 4 * (g/4).
-__device__ __forceinline__ void store_bf16(uint64_t output, uint64_t at, bool valid,
-                                           const float *v)
+__device__ __forceinline__ void store_bf16(uint64_t output, uint64_t at, bool valid, const float *v)
 {
     constexpr uint32_t ALL = 0xFFFFFFFF;
     uint32_t g = threadIdx.x % 32 / 4;
@@ -393,37 +472,48 @@ __device__ __forceinline__ void store_bf16(uint64_t output, uint64_t at, bool va
     uint32_t high_pair = odd ? bf16_pair(high_in, v[3]) : bf16_pair(v[2], high_in);
     uint32_t in = __shfl_xor_sync(ALL, high ? low_pair : high_pair, 8);
     if (valid)
-        *((uint2 *)output + at / 4) =
-            high ? make_uint2(in, high_pair) : make_uint2(low_pair, in);
+        *((uint2 *)output + at / 4) = high ? make_uint2(in, high_pair) : make_uint2(low_pair, in);
+}
+
+// Calls f(m, j, v) for each panel and eight tokens, with v the four sums of this thread.
+template <class S, class F>
+__device__ __forceinline__ void for_sums(const float (&acc)[S::SUMS], const cuda_run &run,
+                                         const piece &p, F f)
+{
+#pragma unroll
+    for (int m = 0; m < S::M64; m++) {
+        uint32_t d = p.d_begin + panel_of<S>(m) * CUDA_PANEL_ROWS;
+        if (d >= run.output_dim)
+            break;
+        uint64_t at = (uint64_t)p.g * run.output_dim + d;
+#pragma unroll
+        for (int j = 0; j < S::TOKENS / 8; j++)
+            if (8 * j < p.tokens)
+                f(8 * j, at, acc + m * (S::TOKENS / 2) + 4 * j);
+    }
 }
 
 template <class S>
 __device__ __forceinline__ void store(const float (&acc)[S::SUMS], const hopper_smem<S> &smem,
-                                      const cuda_run &run, const piece &p)
+                                      const cuda_run &run, const piece &p, bool any_fp32)
 {
     uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    uint32_t d = p.d_begin + (threadIdx.x - PRODUCERS) / 32 * CUDA_PANEL_ROWS;
-    if (d >= run.output_dim)
-        return;
-    uint64_t at = (uint64_t)p.g * run.output_dim + d;
-#pragma unroll
-    for (int j = 0; j < S::TOKENS / 8; j++) {
-        if (8 * j >= p.tokens)
-            break;
-        uint32_t token = 8 * j + 2 * t + g % 2; // in BF16, after trading
+    for_sums<S>(acc, run, p, [&](uint32_t first, uint64_t at, const float *v) {
+        uint32_t token = first + 2 * t + g % 2; // after trading
         uint64_t output = smem.outputs[token];
-        bool valid = token < p.tokens;
-        const float *v = acc + 4 * j;
-        store_bf16(output, at + 8 * (g / 2 % 2) + 4 * (g / 4), valid && !(output & 1), v);
-        if (!__any_sync(0xFFFFFFFF, valid && (output & 1)))
-            continue;
+        store_bf16(output, at + 8 * (g / 2 % 2) + 4 * (g / 4), token < p.tokens && !(output & 1),
+                   v);
+    });
+    if (!any_fp32)
+        return;
+    for_sums<S>(acc, run, p, [&](uint32_t first, uint64_t at, const float *v) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            uint32_t own = 8 * j + 2 * t + i % 2;
-            if (own < p.tokens && smem.outputs[own] & 1)
-                ((float *)(smem.outputs[own] - 1))[at + g + i / 2 * 8] = v[i];
+            uint32_t token = first + 2 * t + i % 2;
+            if (token < p.tokens && smem.outputs[token] & 1)
+                ((float *)(smem.outputs[token] - 1))[at + g + i / 2 * 8] = v[i];
         }
-    }
+    });
 }
 
 // Of a tile where something was NaN or a weight is wide: over what store has written.
@@ -460,12 +550,11 @@ __device__ __forceinline__ void consume(hopper_smem<S> &smem, const cuda_table *
         const cuda_run &run = table->runs[p.run];
         const cuda_row *rows = rows_of(table, run, p);
         sync_some(BARRIER_CONSUMERS, CONSUMERS); // the piece before is stored
-        for (uint32_t token = thread; token < p.tokens; token += CONSUMERS)
-            smem.outputs[token] =
-                rows[token].output | ((rows[token].flags & CUDA_ROW_OUTPUT_FP32) != 0);
+        bool fp32 = thread < p.tokens && rows[thread].flags & CUDA_ROW_OUTPUT_FP32;
+        if (thread < p.tokens)
+            smem.outputs[thread] = rows[thread].output | fp32;
         uint32_t d = p.d_begin + thread;
-        bool suspect =
-            thread < S::ROWS && d < run.output_dim && weight_is_wide(run, p.g, d);
+        bool suspect = thread < S::ROWS && d < run.output_dim && weight_is_wide(run, p.g, d);
         float acc[S::SUMS] = {};
         consume_any<S>(acc, smem, run, p, count);
         if (waits) { // nothing has been written yet
@@ -475,8 +564,8 @@ __device__ __forceinline__ void consume(hopper_smem<S> &smem, const cuda_table *
         if (p.end - p.begin != run.tile_units &&
             !gather<S>(acc, smem, table, run, p, walk.workers, partials, counters))
             continue;
-        sync_some(BARRIER_CONSUMERS, CONSUMERS); // the outputs are known
-        store<S>(acc, smem, run, p);
+        bool any_fp32 = sync_some_or(BARRIER_CONSUMERS, CONSUMERS, fp32); // the outputs are known
+        store<S>(acc, smem, run, p, any_fp32);
 #pragma unroll
         for (int i = 0; i < S::SUMS; i++)
             suspect |= acc[i] != acc[i];
@@ -530,19 +619,19 @@ struct variant {
     uint32_t smem_bytes, rows, tokens;
 };
 
-template <int TOKENS> variant variant_of()
+template <int M64, int TOKENS> variant variant_of()
 {
-    using S = shape<TOKENS>;
+    using S = shape<M64, TOKENS>;
     return {(const void *)hopper_kernel<S>, sizeof(hopper_smem<S>), S::ROWS, S::TOKENS};
 }
 
 // Long tiles pay only where they still fill the device.
 variant variant_for(uint32_t tokens_max)
 {
-    return tokens_max <= 32    ? variant_of<32>()
-           : tokens_max <= 64  ? variant_of<64>()
-           : tokens_max <= 256 ? variant_of<128>()
-                               : variant_of<256>();
+    return tokens_max <= 32    ? variant_of<1, 32>()
+           : tokens_max <= 128 ? variant_of<1, 64>()
+           : tokens_max <= 256 ? variant_of<1, 128>()
+                               : variant_of<2, 128>();
 }
 
 uint64_t counters_bytes(const struct cuda_bucket *bucket)
@@ -555,8 +644,8 @@ uint64_t counters_bytes(const struct cuda_bucket *bucket)
 extern "C" cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count)
 {
     variant v = variant_for(bucket->tokens_max);
-    cudaError_t error = cudaFuncSetAttribute(
-        v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.smem_bytes);
+    cudaError_t error =
+        cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.smem_bytes);
     bucket->hopper_rows = v.rows;
     bucket->hopper_tokens = v.tokens;
     bucket->hopper_workers = (uint32_t)sm_count;
@@ -566,8 +655,8 @@ extern "C" cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count
 
 extern "C" uint64_t cuda_hopper_workspace_bytes(const struct cuda_bucket *bucket)
 {
-    return counters_bytes(bucket) + (uint64_t)bucket->hopper_workers * 2 * bucket->hopper_rows *
-                                        bucket->hopper_tokens * 4;
+    return counters_bytes(bucket) +
+           (uint64_t)bucket->hopper_workers * 2 * bucket->hopper_rows * bucket->hopper_tokens * 4;
 }
 
 extern "C" cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket,
