@@ -293,6 +293,75 @@ START_TEST(table_numbers_units)
 }
 END_TEST
 
+// Segments of one weight, the kernels that they ask for, and the runs that they become.
+static const struct forced {
+    enum einsum_weight_type type;
+    bool hopper; // the device's
+    enum cuda_kernel kernels[3];
+    uint32_t tokens[3];
+    uint32_t decode_runs, prefill_runs, hopper_runs;
+} forced[] = {
+    // Many tokens stay with decode, a few go to prefill.
+    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_DECODE}, {200}, 4, 0, 0},
+    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_PREFILL}, {1}, 0, 1, 0},
+    {EINSUM_WEIGHT_E4M3, true, {CUDA_KERNEL_HOPPER}, {1}, 0, 0, 1},
+    {EINSUM_WEIGHT_E4M3, true, {CUDA_KERNEL_DECODE}, {40}, 1, 0, 0},
+    {EINSUM_WEIGHT_E4M3, true, {CUDA_KERNEL_PREFILL}, {40}, 0, 1, 0},
+    {EINSUM_WEIGHT_E4M3, true, {CUDA_KERNEL_AUTO}, {40}, 0, 0, 1},
+    // Those who ask for the same share a reading, others do not.
+    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_DECODE, CUDA_KERNEL_DECODE}, {5, 6}, 1, 0, 0},
+    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_AUTO, CUDA_KERNEL_DECODE}, {5, 6}, 2, 0, 0},
+    {EINSUM_WEIGHT_E4M3,
+     true,
+     {CUDA_KERNEL_HOPPER, CUDA_KERNEL_PREFILL, CUDA_KERNEL_DECODE},
+     {5, 6, 7},
+     1,
+     1,
+     1},
+    // Only those who share a reading count together: 100 and 100 are not 200.
+    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_AUTO, CUDA_KERNEL_DECODE}, {100, 100}, 4, 0, 0},
+    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_AUTO, CUDA_KERNEL_AUTO}, {100, 100}, 0, 1, 0},
+    // Hopper's arm takes no BF16.
+    {EINSUM_WEIGHT_BF16, true, {CUDA_KERNEL_HOPPER}, {5}, 1, 0, 0},
+    {EINSUM_WEIGHT_BF16, true, {CUDA_KERNEL_HOPPER}, {200}, 0, 1, 0},
+};
+
+START_TEST(table_honours_kernels_asked_for)
+{
+    const struct forced *it = &forced[_i];
+    struct cuda_bucket bucket = bucket_of(512);
+    if (it->hopper) {
+        bucket.hopper_rows = 128;
+        bucket.hopper_tokens = 64;
+        bucket.hopper_workers = 132;
+        bucket.hopper_from = CUDA_HOPPER_TOKENS_MIN;
+    }
+    bool bf16 = it->type == EINSUM_WEIGHT_BF16;
+    struct cuda_weight weight = {
+        .format = format_of(8, it->type, bf16 ? EINSUM_SCALE_NONE : EINSUM_SCALE_UE8M0, 128)};
+    struct cuda_segment segments[3];
+    uint32_t order[3], n = 0, tokens = 0, rows = 0;
+    for (; n < 3 && it->tokens[n] > 0; n++) {
+        segments[n] = segment_of(&weight, it->tokens[n], 0, 8, n + 1);
+        segments[n].kernel = it->kernels[n];
+        tokens += it->tokens[n];
+    }
+    struct cuda_table *table = malloc(cuda_table_bytes(&bucket, n));
+    cuda_table_build(&bucket, segments, n, order, table);
+    ck_assert_uint_eq(table->decode_runs, it->decode_runs);
+    ck_assert_uint_eq(table->prefill_runs, it->prefill_runs);
+    ck_assert_uint_eq(table->hopper_runs, it->hopper_runs);
+    for (uint32_t i = 0; i < it->decode_runs + it->prefill_runs + it->hopper_runs; i++)
+        rows += table->runs[i].rows;
+    ck_assert_uint_eq(rows, tokens);
+    ck_assert_uint_eq(cuda_table_launches(table),
+                      (it->decode_runs ? (uint32_t)CUDA_LAUNCH_DECODE : 0) |
+                          (it->prefill_runs ? (uint32_t)CUDA_LAUNCH_PREFILL : 0) |
+                          (it->hopper_runs ? (uint32_t)CUDA_LAUNCH_HOPPER : 0));
+    free(table);
+}
+END_TEST
+
 START_TEST(table_of_nothing_is_empty)
 {
     struct cuda_bucket bucket = bucket_of(8);
@@ -321,6 +390,8 @@ int main(void)
     tcase_add_loop_test(table, table_holds_every_token_once, 0, 60);
     tcase_add_loop_test(table, table_numbers_units, 0, 8);
     tcase_add_test(table, table_of_nothing_is_empty);
+    tcase_add_loop_test(table, table_honours_kernels_asked_for, 0,
+                        sizeof forced / sizeof forced[0]);
     suite_add_tcase(suite, table);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_ENV);
