@@ -1,15 +1,17 @@
-// A stand-in for the CUDA runtime and for the kernels of kernels/cuda, so that the CUDA engine runs,
-// and fails, on a machine without a GPU. fake_cuda.c is the runtime, fake_cuda_kernels.c the kernels.
+// A stand-in for the CUDA runtime and for the kernels of kernels/cuda, so that the CUDA engine
+// runs, and fails, on a machine without a GPU. fake_cuda.c is the runtime, fake_cuda_kernels.c the
+// kernels.
 //
 //     engine --calls--> streams, in order --device thread--> memory
 //                       (copies, kernels, events: run later, streams in any order)
 //
-// Device addresses lie in a range that the host may not touch, so that the engine cannot mistake one
-// for its own; the device reaches nothing but what is allocated, pinned or mapped. Memory starts as
-// garbage. Any misuse that a real device would answer with silence or chaos ends the test.
+// Device addresses lie in a range that the host may not touch, so that the engine cannot mistake
+// one for its own; the device reaches nothing but what is allocated, pinned or mapped. Memory
+// starts as garbage. Misuse that a real device would answer with silence or chaos ends the test.
 //
-// Faults are the test's to order: the n-th call from now on, the n-th allocation, the n-th operation
-// that the device thread runs. A sticky one makes every later call fail, as a lost device does.
+// Faults are the test's to order: the n-th call from now on, the n-th allocation, the n-th
+// operation that the device thread runs. A sticky one makes every later call fail, as a lost device
+// does.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -33,8 +35,8 @@ struct fake_cuda_live {
     uint64_t device_bytes;
 };
 
-// Before the first call of a test, which otherwise finds a Hopper with 1 GiB; and after its last: stops
-// the device thread.
+// Before the first call of a test, which otherwise finds a Hopper with 1 GiB; and after its last:
+// stops the device thread.
 void fake_cuda_start(const struct fake_cuda_device *device, uint64_t seed);
 void fake_cuda_stop(void);
 

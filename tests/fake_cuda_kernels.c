@@ -345,8 +345,8 @@ static void run_report(const void *bytes)
 
 // ---- launches
 
-// A kernel that overlaps reads its input before the one ahead has ended; if that one writes it, and the
-// device is in the mood, the output is wrong.
+// A kernel that overlaps reads its input before the one ahead has ended; if that one writes it, and
+// the device is in the mood, the output is wrong.
 static cudaError_t launch(const char *name, const struct cuda_bucket *bucket, fake_cuda_kernel *run,
                           bool overlaps, const struct cuda_table *table, const void *workspace,
                           cudaStream_t stream)

@@ -1,6 +1,7 @@
 // The CUDA engine when things go wrong, on the stand-in of fake_cuda.h: every fault gives the right
-// status and a sentence that names its cause; nothing leaks and nothing hangs; what is served goes on
-// unless the device is lost, and then nothing is answered. (test_engine.c covers when they go right.)
+// status and a sentence that names its cause; nothing leaks and nothing hangs; what is served goes
+// on unless the device is lost, and then nothing is answered. (test_engine.c covers when they go
+// right.)
 // Method: make the n-th call, allocation or operation fail for n = 1, 2, ... until one run ends
 // without meeting the fault, so that no place is left out.
 #include <check.h>
@@ -736,8 +737,8 @@ START_TEST(nothing_is_answered_before_its_time)
 }
 END_TEST
 
-// Batches that are small and large in turn, on one lane: what one leaves behind must not pass for the
-// other's end.
+// Batches that are small and large in turn, on one lane: what one leaves behind must not pass for
+// the other's end.
 START_TEST(small_and_large_batches_take_turns)
 {
     open_lanes();
