@@ -46,8 +46,8 @@ template <int M64_, int TOKENS_> struct shape {
     static constexpr bool PAIRED = TOKENS <= 64;
     static constexpr int STAGES = M64 == 2 ? 4 : TOKENS == 128 ? 6 : TOKENS == 64 ? 4 : 5;
     static constexpr int TOKENS_LINES = 1 + TOKENS * (int)sizeof(cuda_row) / 128;
-    static constexpr int CONSUMER_REGISTERS = PAIRED ? 104 : 232;
-    static constexpr int PRODUCER_REGISTERS = PAIRED ? 32 : 40;
+    static constexpr int CONSUMER_REGISTERS = PAIRED ? 96 : M64 == 1 ? 200 : 224;
+    static constexpr int PRODUCER_REGISTERS = PAIRED ? 48 : M64 == 1 ? 104 : 56;
 };
 
 template <class S> struct hopper_smem {
@@ -57,7 +57,7 @@ template <class S> struct hopper_smem {
     } stages[S::STAGES];
     // Of A, [step of 32][token]. In blocks of 128 x 128 times that of W: [group of consumers][token].
     float scales[S::STAGES][4][S::TOKENS];
-    const uint8_t *activations[S::TOKENS]; // of the producer's piece; a warp's own
+    const uint8_t *activations[S::TOKENS]; // of the producer's piece, if not evenly spaced
     uint64_t outputs[S::TOKENS];           // of the consumers' piece; bit 0: FP32
     uint64_t full[S::STAGES], empty[S::STAGES];
     uint32_t arrivals;
@@ -128,74 +128,144 @@ __device__ __forceinline__ const cuda_row *rows_of(const cuda_table *table, cons
 // ---- producer
 
 // NaN for what is not narrow.
-template <int BLOCK>
-__device__ __forceinline__ float scale_or_nan(const scales_in_flight<BLOCK> &scales, int i,
-                                              bool fp32)
+__device__ __forceinline__ float scale_or_nan(const scales_in_flight<32> &scales, int i, bool fp32)
 {
     bool wide = false;
     float value = scales.value(i, fp32, wide);
     return wide ? __uint_as_float(0x7FC00000) : value;
 }
 
+// Activations of a thread: 16 bytes of every 16th token. Tokens that are none are not copied: whatever
+// lies there meets no output but theirs.
+template <class S> struct activation_copier {
+    static constexpr int COPIES = S::TOKENS * 8 / PRODUCERS, STEP = PRODUCERS / 8;
+    const uint8_t *from; // of the first
+    uint64_t step;       // to the next, if evenly spaced
+    uint32_t tokens;     // this thread's
+    bool even;
+
+    __device__ __forceinline__ void open(hopper_smem<S> &smem, const cuda_run &run,
+                                         const cuda_row *rows, const piece &p)
+    {
+        uint32_t first = threadIdx.x / 8;
+        tokens = first < p.tokens ? (p.tokens - first - 1) / STEP + 1 : 0;
+        uint64_t group = (uint64_t)p.g * run.reduced_dim;
+        uint64_t spacing = p.tokens > 1 ? rows[1].activations - rows[0].activations : 0;
+        uint64_t base = rows[0].activations + group * rows[0].activation_group;
+        from = (const uint8_t *)base + first * spacing + threadIdx.x % 8 * 16;
+        step = STEP * spacing;
+        bool same = true;
+        for (uint32_t i = threadIdx.x % 8; i < tokens; i += 8) {
+            const cuda_row &row = rows[first + STEP * i];
+            uint64_t at = row.activations + group * row.activation_group;
+            same &= at == base + (first + STEP * i) * spacing;
+            smem.activations[first + STEP * i] = (const uint8_t *)at;
+        }
+        even = __all_sync(0xFFFFFFFF, same); // a warp copies its own tokens alone
+    }
+
+    __device__ __forceinline__ void copy(hopper_smem<S> &smem, uint32_t unit, uint32_t stage)
+    {
+        uint32_t first = threadIdx.x / 8;
+        uint32_t to = shared_address(smem.stages[stage].a) + first * CUDA_K_BLOCK +
+                      ((threadIdx.x % 8) ^ (first % 8)) * 16;
+        uint32_t offset = unit * CUDA_K_BLOCK;
+        if (even) {
+            const uint8_t *at = from + offset;
+#pragma unroll
+            for (uint32_t i = 0; i < COPIES; i++, at += step)
+                if (i < tokens)
+                    copy_async(to + i * (STEP * CUDA_K_BLOCK), at, true);
+        } else {
+#pragma unroll 1
+            for (uint32_t i = 0; i < tokens; i++)
+                copy_async(to + i * (STEP * CUDA_K_BLOCK),
+                           smem.activations[first + STEP * i] + offset + threadIdx.x % 8 * 16,
+                           true);
+        }
+    }
+};
+
+// The scales of one token in blocks of 128, each loaded well before its use: UE8M0 by words of four.
+struct scale_reader {
+    token_scales scales;
+    uint32_t now, next; // words of four UE8M0, or FP32
+    bool words;
+
+    __device__ __forceinline__ uint32_t fetch(uint32_t unit) const
+    {
+        return words ? *(const uint32_t *)(scales.at + (uint64_t)(unit / 4) * scales.word)
+                     : scales.raw(unit);
+    }
+
+    __device__ __forceinline__ void open(const cuda_row &row, const piece &p, uint32_t units)
+    {
+        scales = scales_of(row, p.g);
+        words = !scales.fp32 && units % 4 == 0;
+        now = fetch(p.begin);
+        uint32_t after = words ? (p.begin | 3) + 1 : p.begin + 1;
+        if (after < p.end)
+            next = fetch(after);
+    }
+
+    // Of `unit`; NaN if it is not narrow. Then makes ready for the one behind it.
+    __device__ __forceinline__ float take(uint32_t unit, uint32_t end)
+    {
+        uint32_t raw = words ? now >> (8 * (unit % 4)) & 0xFF : now;
+        uint32_t ahead = unit + (words ? 5 : 2);
+        if (!words || unit % 4 == 3) {
+            now = next;
+            if (ahead < end)
+                next = fetch(ahead);
+        }
+        bool wide = scales.fp32 ? fp32_is_wide(raw) : ue8m0_is_wide(raw);
+        float value = scales.fp32 ? __uint_as_float(raw) : ue8m0_value(raw);
+        return wide ? __uint_as_float(0x7FC00000) : value;
+    }
+};
+
 // SQUARE: blocks of 128 x 128, so that a group of consumers needs one scale of W.
 template <class S, int BLOCK, bool SQUARE>
 __device__ __forceinline__ void produce_piece(hopper_smem<S> &smem, const cuda_table *table,
                                               const piece &p, uint32_t &count)
 {
-    constexpr int COPIES = S::TOKENS * 8 / PRODUCERS, PANELS = S::PANELS / 4; // of a warp
+    constexpr int PANELS = S::PANELS / 4; // of a warp
     const cuda_run &run = table->runs[p.run];
     const cuda_row *rows = rows_of(table, run, p);
     uint32_t thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    uint32_t units = run.reduced_dim / CUDA_K_BLOCK;
     uint64_t tile_row = (uint64_t)(run.group_begin + p.g) * run.output_dim + p.d_begin;
     uint64_t panel_bytes = (uint64_t)run.reduced_dim * CUDA_PANEL_ROWS;
     uint32_t panels_left = (run.output_dim - p.d_begin) / CUDA_PANEL_ROWS;
     uint32_t panels = min(panels_left - min(panels_left, warp * PANELS), (uint32_t)PANELS);
     const uint8_t *from_w = (const uint8_t *)run.elements +
                             (tile_row / CUDA_PANEL_ROWS + warp * PANELS + lane) * panel_bytes;
-    // Eight lanes copy a token. Tokens that are none are not copied: whatever lies there meets no
-    // output but theirs.
-    uint32_t first_token = thread / 8;
-#pragma unroll 1
-    for (int i = 0; i < COPIES; i++) {
-        uint32_t token = first_token + i * (PRODUCERS / 8);
-        if (thread % 8 == 0)
-            smem.activations[token] =
-                token < p.tokens
-                    ? (const uint8_t *)rows[token].activations +
-                          (uint64_t)p.g * rows[token].activation_group * run.reduced_dim
-                    : nullptr;
-    }
-    __syncwarp();
-    token_scales scales_a = {};
-    scales_in_flight<BLOCK> pending;
+    activation_copier<S> activations;
+    activations.open(smem, run, rows, p);
     bool has_token = thread < p.tokens;
+    scale_reader scale;
+    token_scales small_scales; // blocks of 32
+    if (has_token && BLOCK == 128)
+        scale.open(rows[thread], p, units);
+    if (has_token && BLOCK == 32)
+        small_scales = scales_of(rows[thread], p.g);
     const uint8_t *scales_w = weight_scales(run, BLOCK, tile_row);
-    uint32_t next_w = run.scales_fp32 ? run.reduced_dim / BLOCK * 4 // to the scales of 128 rows on
-                                      : (run.reduced_dim / BLOCK + 3) / 4 * 4;
-    bool second = S::M64 == 2 && p.d_begin + 128 < run.output_dim;
-    float pending_w[S::M64];
-    auto load = [&](uint32_t unit) {
-        if (!has_token)
-            return;
-        pending.load(scales_a, unit);
-        if (SQUARE)
+    uint32_t next_w = S::M64 == 1 || p.d_begin + 128 >= run.output_dim ? 0 // to the next 128 rows
+                      : run.scales_fp32                                ? units * 4
+                                                                       : (units + 3) / 4 * 4;
+    float scale_w[S::M64];
+    auto load_w = [&](uint32_t unit) {
 #pragma unroll
-            for (int m = 0; m < S::M64; m++)
-                pending_w[m] =
-                    weight_scale(run.scales_fp32, scales_w + (m && second ? next_w : 0), unit);
+        for (int m = 0; m < S::M64; m++)
+            scale_w[m] = weight_scale(run.scales_fp32, scales_w + m * next_w, unit);
     };
-    if (has_token)
-        scales_a = scales_of(rows[thread], p.g);
-    load(p.begin);
+    if (SQUARE)
+        load_w(p.begin);
 
 #pragma unroll 1
     for (uint32_t unit = p.begin; unit < p.end; unit++, count++) {
         uint32_t stage = count % S::STAGES;
         uint32_t full = shared_address(&smem.full[stage]);
-        const uint8_t *from_a[COPIES];
-#pragma unroll
-        for (int i = 0; i < COPIES; i++)
-            from_a[i] = smem.activations[first_token + i * (PRODUCERS / 8)];
         barrier_wait(shared_address(&smem.empty[stage]), count / S::STAGES % 2 ^ 1);
         if (lane == 0)
             barrier_expect(full, panels * PANEL_BYTES);
@@ -203,32 +273,25 @@ __device__ __forceinline__ void produce_piece(hopper_smem<S> &smem, const cuda_t
         if (lane < panels)
             copy_bulk(shared_address(smem.stages[stage].w) + (warp * PANELS + lane) * PANEL_BYTES,
                       from_w + (uint64_t)unit * PANEL_BYTES, PANEL_BYTES, full);
-        uint32_t to = shared_address(smem.stages[stage].a) + first_token * CUDA_K_BLOCK +
-                      ((thread % 8) ^ (first_token % 8)) * 16;
-        uint32_t offset = unit * CUDA_K_BLOCK + thread % 8 * 16;
-#pragma unroll
-        for (int i = 0; i < COPIES; i++)
-            if (from_a[i] != nullptr)
-                copy_async(to + i * (PRODUCERS / 8 * CUDA_K_BLOCK), from_a[i] + offset, true);
+        activations.copy(smem, unit, stage);
         barrier_arrive_after_copies(full);
-        if (has_token) {
-            if (SQUARE) {
-                float a = scale_or_nan<BLOCK>(pending, 0, scales_a.fp32);
+        if (has_token && BLOCK == 128) {
+            float a = scale.take(unit, p.end);
+            smem.scales[stage][0][thread] = SQUARE ? a * scale_w[0] : a;
+            if (SQUARE)
+                smem.scales[stage][1][thread] = a * scale_w[S::M64 - 1];
+        } else if (has_token) {
+            scales_in_flight<32> four;
+            four.load(small_scales, unit);
 #pragma unroll
-                for (int group = 0; group < 2; group++)
-                    smem.scales[stage][group][thread] = a * pending_w[group * (S::M64 - 1)];
-            } else {
-#pragma unroll
-                for (int step = 0; step < 128 / BLOCK; step++)
-                    smem.scales[stage][step][thread] =
-                        scale_or_nan<BLOCK>(pending, step, scales_a.fp32);
-            }
-            if (unit + 1 < p.end)
-                load(unit + 1);
+            for (int step = 0; step < 4; step++)
+                smem.scales[stage][step][thread] = scale_or_nan(four, step, small_scales.fp32);
         }
         __syncwarp();
         if (lane == 0)
             barrier_arrive(full);
+        if (SQUARE && unit + 1 < p.end)
+            load_w(unit + 1);
     }
 }
 
