@@ -45,9 +45,9 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
                             enum einsum_scale_type activation_scale_type);
 
 // Tokens of one weight from which prefill's tiles are faster than decode's streaming.
-enum { CUDA_PREFILL_TOKENS_MIN = 129 };
+enum { CUDA_PREFILL_TOKENS_MIN = 65 };
 // The same for Hopper's arm, and all others.
-enum { CUDA_HOPPER_TOKENS_MIN = 17 };
+enum { CUDA_HOPPER_TOKENS_MIN = 33 };
 
 // ---- weights (relayout.cu)
 
@@ -94,13 +94,13 @@ struct cuda_segment {
 
 struct cuda_bucket {
     uint32_t tokens_max;
-    uint32_t decode_tokens;    // of one run: 8, 16, 32 or 64
-    uint32_t decode_workers;   // thread blocks that the device holds at once
+    uint32_t decode_tokens;  // of one run: 8, 16, 32 or 64
+    uint32_t decode_workers; // thread blocks that the device holds at once
     uint32_t prefill_blocks;
-    uint32_t prefill_from;   // tokens of one weight from which they go to prefill
+    uint32_t prefill_from;               // tokens of one weight from which they go to prefill
     uint32_t hopper_rows, hopper_tokens; // of a tile
-    uint32_t hopper_workers; // 0: the device is no Hopper
-    uint32_t hopper_from;    // tokens of one weight of E4M3 from which they go to Hopper's arm
+    uint32_t hopper_workers;             // 0: the device is no Hopper
+    uint32_t hopper_from;      // tokens of one weight of E4M3 from which they go to Hopper's arm
     uint32_t attention_blocks; // of a launch with attention
 };
 

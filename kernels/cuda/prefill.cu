@@ -58,8 +58,8 @@ struct tile {
 
 __device__ inline tile locate(const cuda_table *table, uint32_t index)
 {
-    uint32_t run = table->decode_runs +
-                   find_run(table->runs + table->decode_runs, table->prefill_runs, index);
+    uint32_t run =
+        table->decode_runs + find_run(table->runs + table->decode_runs, table->prefill_runs, index);
     const cuda_run &r = table->runs[run];
     uint32_t tiles_t = (r.rows + TOKENS - 1) / TOKENS;
     index -= r.unit_begin;

@@ -205,8 +205,8 @@ static void add_hopper_run(const struct cuda_bucket *bucket, struct cuda_table *
     run.tiles_d = divide_up(run.output_dim, bucket->hopper_rows);
     run.tile_units = run.reduced_dim / CUDA_K_BLOCK;
     run.unit_begin = table->hopper_units;
-    table->hopper_units += run.groups * run.tiles_d * divide_up(run.rows, bucket->hopper_tokens) *
-                           run.tile_units;
+    table->hopper_units +=
+        run.groups * run.tiles_d * divide_up(run.rows, bucket->hopper_tokens) * run.tile_units;
     table->runs[table_runs(table)] = run;
     table->hopper_runs++;
 }
@@ -257,8 +257,8 @@ static void deal_hopper(const struct cuda_bucket *bucket, struct cuda_table *tab
 static enum cuda_kernel choose_kernel(const struct cuda_bucket *bucket,
                                       const struct cuda_segment *segment, uint32_t tokens)
 {
-    bool hopper = bucket->hopper_workers > 0 &&
-                  segment->weight->format.weight_type == EINSUM_WEIGHT_E4M3;
+    bool hopper =
+        bucket->hopper_workers > 0 && segment->weight->format.weight_type == EINSUM_WEIGHT_E4M3;
     if (segment->kernel == CUDA_KERNEL_DECODE || segment->kernel == CUDA_KERNEL_PREFILL ||
         (segment->kernel == CUDA_KERNEL_HOPPER && hopper))
         return segment->kernel;
@@ -312,9 +312,8 @@ void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segmen
     uint32_t n = sort_segments(segments, segments_n, order);
     add_runs(bucket, segments, order, n, CUDA_KERNEL_DECODE, table);
     if (table->decode_runs > 0)
-        table->decode_workers =
-            choose_workers(bucket->decode_workers, table->decode_units,
-                           tile_units_of(table->runs, table->decode_runs));
+        table->decode_workers = choose_workers(bucket->decode_workers, table->decode_units,
+                                               tile_units_of(table->runs, table->decode_runs));
     add_runs(bucket, segments, order, n, CUDA_KERNEL_PREFILL, table);
     add_runs(bucket, segments, order, n, CUDA_KERNEL_HOPPER, table);
     if (table->hopper_runs > 0)

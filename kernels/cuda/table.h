@@ -18,11 +18,11 @@ enum {
     CUDA_FRAGMENT_BYTES = 512, // 32 lanes of 16 bytes
     CUDA_DECODE_WARPS = 8,
     CUDA_DECODE_TOKENS_MAX = 64,
-    CUDA_PREFILL_ROWS = 128,      // of D in a tile
-    CUDA_PREFILL_TOKENS = 64,     // in a tile
+    CUDA_PREFILL_ROWS = 128,       // of D in a tile
+    CUDA_PREFILL_TOKENS = 64,      // in a tile
     CUDA_HOPPER_IDLE_FRACTION = 6, // of places that may be idle if tiles are dealt whole
-    CUDA_WIDE_ROWS = 32,          // rows of D that share a flag, see CUDA_NARROW_EXPONENT_MIN
-    CUDA_SMEM_BYTES_MAX = 101376, // of a thread block on SM 12.0; kept everywhere
+    CUDA_WIDE_ROWS = 32,           // rows of D that share a flag, see CUDA_NARROW_EXPONENT_MIN
+    CUDA_SMEM_BYTES_MAX = 101376,  // of a thread block on SM 12.0; kept everywhere
 };
 
 // Scales (and BF16 elements) whose magnitude is 0 or in [2^MIN, 2^(MAX+1)) are narrow: whatever

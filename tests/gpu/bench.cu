@@ -68,8 +68,8 @@ static double measure(const model &m, const cuda_bucket &bucket, uint32_t tokens
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     uint32_t kernels = 0; // the same for all: layers differ in their weights alone
     for (uint32_t i = 0; i < launches; i++) {
-        kernels = l.build(&segments[i], one_launch ? layers : 1, (cuda_table *)(tables + table_bytes * i),
-                stream);
+        kernels = l.build(&segments[i], one_launch ? layers : 1,
+                          (cuda_table *)(tables + table_bytes * i), stream);
         CHECK(cudaStreamSynchronize(stream));
     }
     CHECK(cudaMemset(outputs, 0xFF, output * layers));

@@ -278,7 +278,7 @@ inline verdict compare(const test_weight &w, const einsum_operand &operand, bool
     if (v == nullptr)
         v = device_alloc<verdict>(1);
     CHECK(cudaMemset(v, 0, sizeof *v));
-    reference_arguments a = {w.format, operand, einsum_scale_strides(&w.format, &operand),
+    reference_arguments a = {w.format,   operand,  einsum_scale_strides(&w.format, &operand),
                              w.elements, w.scales, hopper};
     uint64_t outputs = (uint64_t)operand.tokens * operand.groups * w.format.output_dim;
     compare_kernel<<<(uint32_t)((outputs + 7) / 8), 256>>>(a, answers, v);

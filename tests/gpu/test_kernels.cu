@@ -410,11 +410,12 @@ int main(int argc, char **argv)
         repeats_are_equal();
     }
     CHECK(cudaDeviceSynchronize());
-    printf("RESULT {\"bench\": \"gpu_numbers\", \"cases\": %llu, \"outputs\": %llu, \"failures\": "
-           "%llu, "
-           "\"relative_error_bf16\": %.3g, \"relative_error_fp32\": %.3g, "
-           "\"hopper_relative_error_bf16\": %.3g, \"hopper_relative_error_fp32\": %.3g, \"ok\": %s}\n",
-           cases, outputs_checked, failures, error_worst[0][0], error_worst[0][1],
-           error_worst[1][0], error_worst[1][1], failures == 0 ? "true" : "false");
+    printf(
+        "RESULT {\"bench\": \"gpu_numbers\", \"cases\": %llu, \"outputs\": %llu, \"failures\": "
+        "%llu, "
+        "\"relative_error_bf16\": %.3g, \"relative_error_fp32\": %.3g, "
+        "\"hopper_relative_error_bf16\": %.3g, \"hopper_relative_error_fp32\": %.3g, \"ok\": %s}\n",
+        cases, outputs_checked, failures, error_worst[0][0], error_worst[0][1], error_worst[1][0],
+        error_worst[1][1], failures == 0 ? "true" : "false");
     return failures == 0 ? 0 : 1;
 }
