@@ -70,9 +70,11 @@ struct engine_result {
     uint64_t copy_in_ns, kernel_ns, copy_out_ns;
 };
 
+enum { ENGINE_KERNEL_TEXT = 128 };
+
 struct engine_info {
     char device[128]; // "AMD EPYC 7763, 2 threads"
-    char kernel[128]; // "avx2: best that this CPU supports"
+    char kernel[ENGINE_KERNEL_TEXT]; // "avx2: best that this CPU supports"
     uint32_t kernels_n;
     const char *kernels[ENGINE_KERNELS_MAX]; // that a segment may ask for; static
     uint32_t threads;

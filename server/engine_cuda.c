@@ -720,6 +720,11 @@ static void close_all(struct engine *engine)
 }
 
 // Sentences for what can be wrong before anything is.
+static const struct einsum_weight_format usual_weight = {.weight_type = EINSUM_WEIGHT_E4M3,
+                                                         .scale_type = EINSUM_SCALE_UE8M0,
+                                                         .block_d = 128,
+                                                         .block_r = 128};
+
 static enum status check_device(int device, const char *kernel, struct cudaDeviceProp *device_info,
                                 struct cuda_choice *choice, struct error *err)
 {
@@ -739,16 +744,23 @@ static enum status check_device(int device, const char *kernel, struct cudaDevic
     error = cudaGetDeviceProperties(device_info, device);
     if (error != cudaSuccess)
         return cuda_failed(error, "reading the device's properties", err);
-    const struct einsum_weight_format usual = {.weight_type = EINSUM_WEIGHT_E4M3,
-                                               .scale_type = EINSUM_SCALE_UE8M0,
-                                               .block_d = 128,
-                                               .block_r = 128};
-    *choice = cuda_dispatch(device_info->major, device_info->minor, &usual, EINSUM_SCALE_UE8M0, 1,
-                            kernel);
+    *choice = cuda_dispatch(device_info->major, device_info->minor, &usual_weight,
+                            EINSUM_SCALE_UE8M0, 1, kernel);
     if (choice->arm == CUDA_ARM_NONE)
         return error_set(err, STATUS_FAILED_PRECONDITION, "%s cannot be used: %s",
                          device_info->name, choice->reason);
     return STATUS_OK;
+}
+
+// "portable-decode, hopper from 33 tokens: compute capability 9.0: ..."
+static void describe_choice(const struct cudaDeviceProp *device_info, const char *kernel,
+                            const struct cuda_choice *few, char text[ENGINE_KERNEL_TEXT])
+{
+    uint32_t from = few->arm == CUDA_ARM_HOPPER ? CUDA_HOPPER_TOKENS_MIN : CUDA_PREFILL_TOKENS_MIN;
+    struct cuda_choice many = cuda_dispatch(device_info->major, device_info->minor, &usual_weight,
+                                            EINSUM_SCALE_UE8M0, from, kernel);
+    snprintf(text, ENGINE_KERNEL_TEXT, "%s, %s from %u tokens: %s", few->name, many.name, from,
+             few->reason);
 }
 
 static enum status fill_buckets(struct engine *engine, const struct engine_options *options,
@@ -842,10 +854,8 @@ static enum status cuda_open(const struct engine_options *options, struct engine
     snprintf(engine->info.device, sizeof engine->info.device, "%.80s, SM %d.%d, %d SMs, %.1f GiB",
              device_info.name, device_info.major, device_info.minor,
              device_info.multiProcessorCount, (double)device_info.totalGlobalMem / (1 << 30));
-    snprintf(engine->info.kernel, sizeof engine->info.kernel, "%s: %s", choice.name, choice.reason);
-
-    bool hopper = device_info.major == 9 && device_info.minor == 0 && !options->kernel;
-    status = open_device(engine, options, hopper, err);
+    describe_choice(&device_info, options->kernel, &choice, engine->info.kernel);
+    status = open_device(engine, options, choice.arm == CUDA_ARM_HOPPER, err);
     if (status != STATUS_OK) {
         close_all(engine);
         return status;

@@ -28,17 +28,25 @@ static const struct {
     const char *forced, *name;
 } choices[] = {
     {12, 0, 1, NULL, "sm120-decode"},
-    {12, 1, 128, NULL, "sm120-decode"},
-    {12, 1, 129, "auto", "sm120-prefill"},
+    {12, 1, CUDA_PREFILL_TOKENS_MIN - 1, NULL, "sm120-decode"},
+    {12, 1, CUDA_PREFILL_TOKENS_MIN, "auto", "sm120-prefill"},
     {12, 0, 8192, "sm120", "sm120-prefill"},
     {12, 0, 1, "portable", "none"},
     {12, 2, 1, NULL, "none"},
+    {12, 0, 1, "hopper", "none"},
     {9, 0, 1, NULL, "portable-decode"},
-    {9, 0, 129, "portable", "portable-prefill"},
+    {9, 0, CUDA_HOPPER_TOKENS_MIN - 1, "hopper", "portable-decode"},
+    {9, 0, CUDA_HOPPER_TOKENS_MIN, NULL, "hopper"},
+    {9, 0, 8192, "hopper", "hopper"},
+    {9, 0, 8192, "portable", "portable-prefill"},
+    {9, 0, CUDA_PREFILL_TOKENS_MIN - 1, "portable", "portable-decode"},
     {9, 0, 1, "sm120", "none"},
     {9, 0, 1, "sm90", "none"},
     {9, 0, 1, "", "none"},
     {8, 9, 64, NULL, "portable-decode"},
+    {8, 9, 8192, NULL, "portable-prefill"},
+    {8, 9, 64, "hopper", "none"},
+    {9, 1, 1, NULL, "none"},
     {8, 6, 1, NULL, "none"},
     {7, 5, 1, "portable", "none"},
     {10, 0, 1, NULL, "none"},
@@ -106,8 +114,9 @@ static struct cuda_bucket bucket_of(uint32_t tokens_max)
                          : tokens_max <= 32 ? 32
                                             : 64,
         .decode_workers = 132,
-        .prefill_blocks = tokens_max >= CUDA_PREFILL_TOKENS_MIN ? 264 : 0,
+        .prefill_blocks = 264,
         .prefill_from = CUDA_PREFILL_TOKENS_MIN,
+        .hopper_from = UINT32_MAX,
     };
 }
 
@@ -318,9 +327,9 @@ static const struct forced {
      1,
      1,
      1},
-    // Only those who share a reading count together: 100 and 100 are not 200.
-    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_AUTO, CUDA_KERNEL_DECODE}, {100, 100}, 4, 0, 0},
-    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_AUTO, CUDA_KERNEL_AUTO}, {100, 100}, 0, 1, 0},
+    // Only those who share a reading count together: 60 and 60 are not 120.
+    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_AUTO, CUDA_KERNEL_DECODE}, {60, 60}, 2, 0, 0},
+    {EINSUM_WEIGHT_E4M3, false, {CUDA_KERNEL_AUTO, CUDA_KERNEL_AUTO}, {60, 60}, 0, 1, 0},
     // Hopper's arm takes no BF16.
     {EINSUM_WEIGHT_BF16, true, {CUDA_KERNEL_HOPPER}, {5}, 1, 0, 0},
     {EINSUM_WEIGHT_BF16, true, {CUDA_KERNEL_HOPPER}, {200}, 0, 1, 0},

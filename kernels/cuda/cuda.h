@@ -21,25 +21,38 @@ extern "C" {
 
 // ---- which kernel, and why (dispatch.c); needs no device
 
+// What computes a segment. Names are those of ServerInfo and of a request's `kernel`.
+enum cuda_kernel {
+    CUDA_KERNEL_AUTO,    // by the tokens that share a reading of the weight
+    CUDA_KERNEL_DECODE,  // "decode"
+    CUDA_KERNEL_PREFILL, // "prefill"
+    CUDA_KERNEL_HOPPER,  // "hopper": capability 9.0 only
+};
+
 enum cuda_arm {
     CUDA_ARM_NONE,         // refused: see the reason
     CUDA_ARM_BLOCK_SCALED, // SM 12.0 and 12.1: mma with UE8M0 scales in hardware
     CUDA_ARM_PORTABLE,     // the same kernels, scales applied in FP32
+    CUDA_ARM_HOPPER,       // SM 9.0: the portable kernels, and wgmma for many tokens
 };
 
 struct cuda_choice {
     enum cuda_arm arm;
-    bool prefill;        // otherwise decode
-    enum cuda_mode mode; // not for CUDA_ARM_NONE
-    const char *name;    // "sm120-decode", "portable-prefill", ..., or "none"
-    const char *reason;  // a sentence without its full stop
+    enum cuda_kernel kernel; // these two not for CUDA_ARM_NONE
+    enum cuda_mode mode;
+    const char *name;   // "sm120-decode", "portable-prefill", "hopper", ..., or "none"
+    const char *reason; // a sentence without its full stop
 };
 
 // What one weight with `tokens` tokens takes on a device of capability `major`.`minor`. `forced` is
-// "auto", NULL, "sm120" or "portable".
+// "auto", NULL, "sm120", "portable" or "hopper".
 struct cuda_choice cuda_dispatch(int major, int minor, const struct einsum_weight_format *format,
                                  enum einsum_scale_type activation_scale_type, uint64_t tokens,
                                  const char *forced);
+
+// By the number of tokens that share a reading of a weight. `hopper_from`: UINT32_MAX without its arm.
+enum cuda_kernel cuda_kernel_for(enum einsum_weight_type weight_type, uint64_t tokens,
+                                 uint32_t prefill_from, uint32_t hopper_from);
 
 enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
                             enum einsum_scale_type activation_scale_type);
@@ -75,14 +88,6 @@ cudaError_t cuda_relayout_scales(const struct cuda_weight *weight, const void *s
                                  cudaStream_t stream);
 
 // ---- a batch's table (table.c); needs no device
-
-// What computes a segment. Names are those of ServerInfo and of a request's `kernel`.
-enum cuda_kernel {
-    CUDA_KERNEL_AUTO,    // by the tokens that share a reading of the weight
-    CUDA_KERNEL_DECODE,  // "decode"
-    CUDA_KERNEL_PREFILL, // "prefill"
-    CUDA_KERNEL_HOPPER,  // "hopper": capability 9.0 only
-};
 
 // One request: a weight and its operand, whose pointers are device addresses: activations and
 // outputs aligned to 16, scales to 4; with rotations, activations to 64 and rotations to 16.

@@ -1,9 +1,10 @@
 // Which kernels a device takes, as a table. Any thread; needs no device.
 //
-//     capability   arm            reason
-//     12.0, 12.1   block-scaled   mma takes UE8M0 scales in hardware, at twice the plain rate
-//     8.9, 9.x ... portable       E4M3 conversions and F16 mma, scales in FP32
-//     older        none           no E4M3 conversions
+//     capability   arm            kernels, by tokens of one weight
+//     12.0, 12.1   block-scaled   decode | prefill            mma takes UE8M0 scales in hardware
+//     9.0          hopper         decode | hopper             wgmma; BF16 weights as portable
+//     8.9          portable       decode | prefill            F16 mma, scales in FP32
+//     others       none
 #include "cuda.h"
 
 #include <string.h>
@@ -17,16 +18,33 @@ struct arm_rule {
 static const struct arm_rule arm_rules[] = {
     {0, 89, CUDA_ARM_NONE, "compute capability below 8.9: no E4M3 conversions in hardware"},
     {89, 90, CUDA_ARM_PORTABLE, "compute capability 8.9: mma has no block scales"},
-    {90, 100, CUDA_ARM_PORTABLE, "compute capability 9.x: mma.sync has no block scales"},
-    {100, 120, CUDA_ARM_NONE, "compute capability 10.x and 11.x: no kernel image in this build"},
+    {90, 91, CUDA_ARM_HOPPER, "compute capability 9.0: wgmma for many tokens"},
+    {91, 120, CUDA_ARM_NONE,
+     "compute capability above 9.0 and below 12.0: no kernel image in this build"},
     {120, 122, CUDA_ARM_BLOCK_SCALED, "compute capability 12.0 or 12.1: block-scaled mma"},
     {122, 1 << 20, CUDA_ARM_NONE, "compute capability above 12.1: no kernel image in this build"},
 };
 
-static const char *const names[3][2] = {
-    [CUDA_ARM_NONE] = {"none", "none"},
-    [CUDA_ARM_BLOCK_SCALED] = {"sm120-decode", "sm120-prefill"},
-    [CUDA_ARM_PORTABLE] = {"portable-decode", "portable-prefill"},
+static const char *const names[][4] = {
+    [CUDA_ARM_NONE] = {"none", "none", "none", "none"},
+    [CUDA_ARM_BLOCK_SCALED] = {"none", "sm120-decode", "sm120-prefill", "none"},
+    [CUDA_ARM_PORTABLE] = {"none", "portable-decode", "portable-prefill", "none"},
+    [CUDA_ARM_HOPPER] = {"none", "portable-decode", "portable-prefill", "hopper"},
+};
+
+// What a name may force, and why it cannot. The portable kernels are part of Hopper's arm.
+struct force_rule {
+    const char *name;
+    enum cuda_arm arm;
+    bool on_hopper; // granted there as well
+    const char *refusal;
+};
+
+static const struct force_rule force_rules[] = {
+    {"sm120", CUDA_ARM_BLOCK_SCALED, false,
+     "block-scaled mma needs compute capability 12.0 or 12.1"},
+    {"portable", CUDA_ARM_PORTABLE, true, "the portable kernels are not built for this capability"},
+    {"hopper", CUDA_ARM_HOPPER, true, "wgmma needs compute capability 9.0"},
 };
 
 enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
@@ -41,6 +59,29 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
     return powers ? CUDA_MODE_UE8M0_32 : CUDA_MODE_FP32_32;
 }
 
+enum cuda_kernel cuda_kernel_for(enum einsum_weight_type weight_type, uint64_t tokens,
+                                 uint32_t prefill_from, uint32_t hopper_from)
+{
+    if (weight_type == EINSUM_WEIGHT_E4M3 && tokens >= hopper_from)
+        return CUDA_KERNEL_HOPPER;
+    return tokens >= prefill_from ? CUDA_KERNEL_PREFILL : CUDA_KERNEL_DECODE;
+}
+
+static void force(const char *name, struct cuda_choice *choice)
+{
+    enum cuda_arm found = choice->arm;
+    choice->arm = CUDA_ARM_NONE;
+    choice->reason = "no kernel has this name: auto, sm120, portable and hopper are known";
+    for (size_t i = 0; i < sizeof force_rules / sizeof force_rules[0]; i++) {
+        const struct force_rule *rule = &force_rules[i];
+        if (strcmp(name, rule->name) != 0)
+            continue;
+        bool granted = found == rule->arm || (found == CUDA_ARM_HOPPER && rule->on_hopper);
+        choice->arm = granted ? rule->arm : CUDA_ARM_NONE;
+        choice->reason = granted ? "forced by name" : rule->refusal;
+    }
+}
+
 struct cuda_choice cuda_dispatch(int major, int minor, const struct einsum_weight_format *format,
                                  enum einsum_scale_type activation_scale_type, uint64_t tokens,
                                  const char *forced)
@@ -52,24 +93,12 @@ struct cuda_choice cuda_dispatch(int major, int minor, const struct einsum_weigh
             choice.arm = arm_rules[i].arm;
             choice.reason = arm_rules[i].reason;
         }
-    // An image is compiled for one arm per capability: forcing the other cannot be granted.
-    if (forced != NULL && strcmp(forced, "auto") != 0 && choice.arm != CUDA_ARM_NONE) {
-        enum cuda_arm wanted = strcmp(forced, "sm120") == 0      ? CUDA_ARM_BLOCK_SCALED
-                               : strcmp(forced, "portable") == 0 ? CUDA_ARM_PORTABLE
-                                                                 : CUDA_ARM_NONE;
-        if (wanted == CUDA_ARM_NONE)
-            choice.reason = "no kernel has this name: auto, sm120 and portable are known";
-        else if (wanted != choice.arm)
-            choice.reason = wanted == CUDA_ARM_PORTABLE
-                                ? "the portable kernels are not built for this capability"
-                                : "block-scaled mma needs compute capability 12.0 or 12.1";
-        else
-            choice.reason = "forced by name";
-        if (wanted != choice.arm)
-            choice.arm = CUDA_ARM_NONE;
-    }
-    choice.prefill = tokens >= CUDA_PREFILL_TOKENS_MIN;
+    if (forced != NULL && strcmp(forced, "auto") != 0 && choice.arm != CUDA_ARM_NONE)
+        force(forced, &choice);
+    choice.kernel =
+        cuda_kernel_for(format->weight_type, tokens, CUDA_PREFILL_TOKENS_MIN,
+                        choice.arm == CUDA_ARM_HOPPER ? CUDA_HOPPER_TOKENS_MIN : UINT32_MAX);
     choice.mode = cuda_mode_of(format, activation_scale_type);
-    choice.name = names[choice.arm][choice.prefill];
+    choice.name = names[choice.arm][choice.kernel];
     return choice;
 }

@@ -9,7 +9,7 @@ cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bo
         error = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess)
         return error;
-    *bucket = (struct cuda_bucket){.tokens_max = tokens_max};
+    *bucket = (struct cuda_bucket){.tokens_max = tokens_max, .hopper_from = UINT32_MAX};
     cuda_attention_init(bucket, sm_count);
     error = cuda_decode_init(bucket, sm_count);
     if (error == cudaSuccess)

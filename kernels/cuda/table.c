@@ -257,14 +257,11 @@ static void deal_hopper(const struct cuda_bucket *bucket, struct cuda_table *tab
 static enum cuda_kernel choose_kernel(const struct cuda_bucket *bucket,
                                       const struct cuda_segment *segment, uint32_t tokens)
 {
-    bool hopper =
-        bucket->hopper_workers > 0 && segment->weight->format.weight_type == EINSUM_WEIGHT_E4M3;
-    if (segment->kernel == CUDA_KERNEL_DECODE || segment->kernel == CUDA_KERNEL_PREFILL ||
-        (segment->kernel == CUDA_KERNEL_HOPPER && hopper))
-        return segment->kernel;
-    if (hopper && tokens >= bucket->hopper_from)
-        return CUDA_KERNEL_HOPPER;
-    return tokens >= bucket->prefill_from ? CUDA_KERNEL_PREFILL : CUDA_KERNEL_DECODE;
+    enum einsum_weight_type type = segment->weight->format.weight_type;
+    bool hopper = bucket->hopper_workers > 0 && type == EINSUM_WEIGHT_E4M3;
+    if (segment->kernel == CUDA_KERNEL_AUTO || (segment->kernel == CUDA_KERNEL_HOPPER && !hopper))
+        return cuda_kernel_for(type, tokens, bucket->prefill_from, bucket->hopper_from);
+    return segment->kernel;
 }
 
 // The segments order[begin, end) of one weight and group range, whose tokens are rows from `row`.
