@@ -190,7 +190,7 @@ static void compare(struct check_case *each, const double *exact, const double *
     for (uint64_t i = 0; i < each->outputs; i++) {
         double got = output_at(each, i);
         double tolerance = einsum_tolerance((enum einsum_output_type)(int)each->request.output_type,
-                                            exact[i], magnitude[i], each->weight->reduced_dim);
+                                            exact[i], magnitude[i], 0, each->weight->reduced_dim);
         double ratio = error_ratio(got, exact[i], tolerance);
         if (ratio > each->worst_ratio) {
             each->worst_ratio = ratio;

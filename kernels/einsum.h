@@ -10,11 +10,17 @@
 //     sB              FP32 or UE8M0    [G, D/block_d, K]    block_d 128, 32 or 1; none for BF16
 //     out             BF16 or FP32     [T, G, D] row-major
 //
-// Numerics. Sums are in FP32 or better; the result is rounded once, to nearest even. E4M3 NaN
-// (0x7F, 0xFF), UE8M0 NaN (0xFF) and FP32 NaN give NaN in exactly the outputs that they touch.
-// UE8M0 is 2^(byte-127); 0x00 is 2^-127. FP32 scales may be any finite value and are never rounded
-// or truncated. Products and partial sums do not overflow or vanish unless the true result does: a
-// scale of 2^127 on one side and 2^-127 on the other is fine.
+// Numerics. Sums are in FP32 or better, with one exception below; the result is rounded once, to
+// nearest even. E4M3 NaN (0x7F, 0xFF), UE8M0 NaN (0xFF) and FP32 NaN give NaN in exactly the
+// outputs that they touch. UE8M0 is 2^(byte-127); 0x00 is 2^-127. FP32 scales may be any finite
+// value and are never rounded or truncated. Products and partial sums do not overflow or vanish
+// unless the true result does: a scale of 2^127 on one side and 2^-127 on the other is fine.
+//
+// The exception is the kernel "hopper" (SM 9.0, E4M3 weights alone), whose tensor core sums one
+// scale block, block_r of R, by itself: in steps of 32 products, and in each step all that is added,
+// the block's sum so far included, is cut 13 bits below the greatest of it. From block to block its
+// sums are FP32 too. What that may cost is einsum_reference_one's `wgmma_loss`. Everything else above
+// holds for it as well.
 #pragma once
 
 #include <stdbool.h>
@@ -192,18 +198,25 @@ bool einsum_recipe_fits(enum einsum_recipe recipe, const struct einsum_weight_fo
 void einsum_reference(const struct einsum_weight_format *format, const void *weight,
                       const void *weight_scales, const struct einsum_operand *operand, double *out);
 
-// One output of the same, for spot checks. `magnitude` (may be NULL) gets the sum of absolute
-// products, which an error bound needs.
+// One output of the same, for spot checks, and what an error bound needs; both may be NULL.
+// `magnitude` gets the sum of absolute products. `wgmma_loss` gets what the sum of the kernel
+// "hopper" may lose beyond FP32's error: of all steps, einsum_wgmma_step_loss; 0 for BF16 weights.
 double einsum_reference_one(const struct einsum_weight_format *format, const void *weight,
                             const void *weight_scales, const struct einsum_operand *operand,
-                            uint32_t t, uint32_t g, uint32_t d, double *magnitude);
+                            uint32_t t, uint32_t g, uint32_t d, double *magnitude,
+                            double *wgmma_loss);
+
+// Of one step of EINSUM_WGMMA_STEP products: `greatest` is the largest of their magnitudes and that
+// of the scale block's sum before them.
+enum { EINSUM_WGMMA_STEP = 32 };
+double einsum_wgmma_step_loss(double greatest);
 
 // How far an output may lie from `exact`: half a unit in the last place of the output type (the one
-// rounding) and the FP32 summation error, `magnitude` times R units of 2^-24. Infinity where
-// an output in reach overflows the type's range, and for an `exact` that is not finite: look at
-// those first.
+// rounding), the FP32 summation error, `magnitude` times R units of 2^-24, and `wgmma_loss`: 0
+// unless the kernel "hopper" may have computed it. Infinity where an output in reach overflows the
+// type's range, and for an `exact` that is not finite: look at those first.
 double einsum_tolerance(enum einsum_output_type type, double exact, double magnitude,
-                        uint32_t reduced_dim);
+                        double wgmma_loss, uint32_t reduced_dim);
 
 #ifdef __cplusplus
 }

@@ -85,9 +85,15 @@ static double load_weight(const void *weight, enum einsum_weight_type type, uint
     return (double)bf16_to_float(code);
 }
 
+double einsum_wgmma_step_loss(double greatest)
+{
+    return (EINSUM_WGMMA_STEP + 1) * 0x1p-13 * greatest;
+}
+
 double einsum_reference_one(const struct einsum_weight_format *format, const void *weight,
                             const void *weight_scales, const struct einsum_operand *operand,
-                            uint32_t t, uint32_t g, uint32_t d, double *magnitude)
+                            uint32_t t, uint32_t g, uint32_t d, double *magnitude,
+                            double *wgmma_loss)
 {
     uint64_t reduced_dim = format->reduced_dim;
     uint64_t blocks = reduced_dim / format->block_r;
@@ -97,7 +103,7 @@ double einsum_reference_one(const struct einsum_weight_format *format, const voi
                                             operand->groups, reduced_dim, t, g);
     uint64_t weight_row = (uint64_t)(operand->group_begin + g) * format->output_dim + d;
 
-    double sum = 0, absolute = 0;
+    double sum = 0, absolute = 0, loss = 0;
     for (uint64_t k = 0; k < blocks; k++) {
         double scale_a = load_scale(operand->scales, operand->scale_type,
                                     t * strides.token + g * strides.group + k / 4 * strides.word +
@@ -107,16 +113,25 @@ double einsum_reference_one(const struct einsum_weight_format *format, const voi
             scale_b = load_scale(weight_scales, format->scale_type,
                                  (weight_row / format->block_d * blocks + k) *
                                      einsum_scale_element_bytes(format->scale_type));
+        double block_sum = 0, greatest = 0; // greatest: of the step at hand
         for (uint64_t r = k * format->block_r; r < (k + 1) * format->block_r; r++) {
             double a = (double)e4m3_to_float(activations[r]) * scale_a;
             double b =
                 load_weight(weight, format->weight_type, weight_row * reduced_dim + r) * scale_b;
-            sum += a * b;
+            if (r % EINSUM_WGMMA_STEP == 0)
+                greatest = fabs(block_sum);
+            block_sum += a * b;
             absolute += fabs(a * b);
+            greatest = fmax(greatest, fabs(a * b));
+            if ((r + 1) % EINSUM_WGMMA_STEP == 0)
+                loss += einsum_wgmma_step_loss(greatest);
         }
+        sum += block_sum;
     }
     if (magnitude != NULL)
         *magnitude = absolute;
+    if (wgmma_loss != NULL)
+        *wgmma_loss = format->weight_type == EINSUM_WEIGHT_E4M3 ? loss : 0;
     return sum;
 }
 
@@ -126,16 +141,16 @@ void einsum_reference(const struct einsum_weight_format *format, const void *wei
     for (uint32_t t = 0; t < operand->tokens; t++)
         for (uint32_t g = 0; g < operand->groups; g++)
             for (uint32_t d = 0; d < format->output_dim; d++)
-                *out++ =
-                    einsum_reference_one(format, weight, weight_scales, operand, t, g, d, NULL);
+                *out++ = einsum_reference_one(format, weight, weight_scales, operand, t, g, d, NULL,
+                                              NULL);
 }
 
 double einsum_tolerance(enum einsum_output_type type, double exact, double magnitude,
-                        uint32_t reduced_dim)
+                        double wgmma_loss, uint32_t reduced_dim)
 {
     // Each of the R additions, and each scale folded into a product, is off by 2^-24 at most,
     // relative to a partial sum that `magnitude` bounds.
-    double summation = magnitude * reduced_dim * 0x1p-24;
+    double summation = magnitude * reduced_dim * 0x1p-24 + wgmma_loss;
     int fraction_bits = type == EINSUM_OUTPUT_FP32 ? 23 : 7;
     double greatest = ldexp(2 - ldexp(1, -fraction_bits), 127);
     double reach = fabs(exact) + summation; // where the value that is rounded may lie

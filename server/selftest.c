@@ -150,13 +150,13 @@ static void answer_row(const struct workspace *work, const struct einsum_weight_
         double magnitude;
         double exact = einsum_reference_one(&work->format, work->row,
                                             work->scales + scale_row * work->row_scale_bytes,
-                                            &operand, token, 0, 0, &magnitude);
+                                            &operand, token, 0, 0, &magnitude, NULL);
         answers[token] =
             (struct answer){.token = token,
                             .group = group,
                             .row = row,
                             .exact = exact,
-                            .tolerance = einsum_tolerance(EINSUM_OUTPUT_BF16, exact, magnitude,
+                            .tolerance = einsum_tolerance(EINSUM_OUTPUT_BF16, exact, magnitude, 0,
                                                           format->reduced_dim)};
     }
 }

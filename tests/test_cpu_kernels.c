@@ -248,7 +248,7 @@ static void check_output(const struct fixture *fixture, const struct einsum_oper
     uint32_t t = (uint32_t)(index / output_dim / operand->groups);
     double magnitude;
     double exact = einsum_reference_one(&fixture->format, fixture->weight, fixture->weight_scales,
-                                        operand, t, g, d, &magnitude);
+                                        operand, t, g, d, &magnitude, NULL);
     double got;
     if (operand->output_type == EINSUM_OUTPUT_FP32) {
         got = (double)fp32_load((const uint8_t *)operand->output + 4 * index);
@@ -259,7 +259,7 @@ static void check_output(const struct fixture *fixture, const struct einsum_oper
         ck_assert_msg(!isnan(got) || code == BF16_NAN, "NaN written as %04x", code);
     }
     double tolerance =
-        einsum_tolerance(operand->output_type, exact, magnitude, fixture->format.reduced_dim);
+        einsum_tolerance(operand->output_type, exact, magnitude, 0, fixture->format.reduced_dim);
     bool good = isnan(exact)       ? isnan(got)
                 : isinf(exact)     ? got == exact
                 : isinf(tolerance) ? !isnan(got) && (got < 0) == (exact < 0)

@@ -144,7 +144,8 @@ START_TEST(test_by_hand)
         ck_assert_double_eq(out[32 + d], d == 7 ? -2 : -1);
     }
     ck_assert_double_eq(
-        einsum_reference_one(&small, weight, weight_scales, &operand, 0, 0, 3, &magnitude), 20);
+        einsum_reference_one(&small, weight, weight_scales, &operand, 0, 0, 3, &magnitude, NULL),
+        20);
     ck_assert_double_eq(magnitude, 60);
 
     // A slice of groups sees the weight's group, and its own activations from the start.
@@ -224,17 +225,18 @@ END_TEST
 START_TEST(test_tolerance)
 {
     // Without a sum to err in: half a unit of the output type.
-    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_BF16, 1.5, 0, 4096), 0x1p-8);
-    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_FP32, -1.5, 0, 4096), 0x1p-24);
-    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_BF16, 0, 0, 4096), 0x1p-134);
-    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_FP32, 0x1p-140, 0, 4096), 0x1p-150);
-    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_FP32, 0, 8, 4096), 8 * 0x1p-12 + 0x1p-33);
+    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_BF16, 1.5, 0, 0, 4096), 0x1p-8);
+    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_FP32, -1.5, 0, 0, 4096), 0x1p-24);
+    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_BF16, 0, 0, 0, 4096), 0x1p-134);
+    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_FP32, 0x1p-140, 0, 0, 4096), 0x1p-150);
+    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_FP32, 0, 8, 0, 4096), 8 * 0x1p-12 + 0x1p-33);
     // Where the error may carry the value into the next binade, that binade's unit counts.
-    ck_assert_double_ge(einsum_tolerance(EINSUM_OUTPUT_BF16, nextafter(2, 0), 1e-6, 128), 0x1p-7);
-    ck_assert(isinf(einsum_tolerance(EINSUM_OUTPUT_BF16, 3.4e38, 0, 128)));
-    ck_assert(isinf(einsum_tolerance(EINSUM_OUTPUT_FP32, -1e39, 0, 128)));
-    ck_assert(!isinf(einsum_tolerance(EINSUM_OUTPUT_FP32, 3.4e38, 0, 128)));
-    ck_assert(isinf(einsum_tolerance(EINSUM_OUTPUT_FP32, NAN, 0, 128)));
+    ck_assert_double_ge(einsum_tolerance(EINSUM_OUTPUT_BF16, nextafter(2, 0), 1e-6, 0, 128),
+                        0x1p-7);
+    ck_assert(isinf(einsum_tolerance(EINSUM_OUTPUT_BF16, 3.4e38, 0, 0, 128)));
+    ck_assert(isinf(einsum_tolerance(EINSUM_OUTPUT_FP32, -1e39, 0, 0, 128)));
+    ck_assert(!isinf(einsum_tolerance(EINSUM_OUTPUT_FP32, 3.4e38, 0, 0, 128)));
+    ck_assert(isinf(einsum_tolerance(EINSUM_OUTPUT_FP32, NAN, 0, 0, 128)));
 }
 END_TEST
 

@@ -253,11 +253,11 @@ static bool output_right(const struct job *job, const uint8_t *weight, const uin
     uint32_t d = (uint32_t)(index % format->output_dim);
     uint32_t g = (uint32_t)(index / format->output_dim % settings.groups);
     uint32_t t = (uint32_t)(index / format->output_dim / settings.groups);
-    double magnitude,
-        exact = einsum_reference_one(format, weight, scales, &job->operand, t, g, d, &magnitude);
+    double magnitude, exact = einsum_reference_one(format, weight, scales, &job->operand, t, g, d,
+                                                   &magnitude, NULL);
     double got = (double)bf16_to_float(((const uint16_t *)job->operand.output)[index]);
     return fabs(got - exact) <=
-           einsum_tolerance(EINSUM_OUTPUT_BF16, exact, magnitude, format->reduced_dim);
+           einsum_tolerance(EINSUM_OUTPUT_BF16, exact, magnitude, 0, format->reduced_dim);
 }
 
 // Every output written, and SAMPLES of them right.

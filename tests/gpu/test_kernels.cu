@@ -2,7 +2,8 @@
 // larger buckets; mixes of segments; NaN and extreme scales; outputs poisoned, nothing written
 // beyond them.
 //
-//     test_kernels [quick | full] [number of one recipe, for a sanitizer]
+//     test_kernels [quick | full] [number of one recipe]
+//     test_kernels sanitize       few and small cases of everything, for compute-sanitizer
 //
 // Last line: RESULT {json}.
 #include "harness.cuh"
@@ -210,7 +211,7 @@ static void reference_agrees()
             if (!nan && !(fabs(host[j] - device[j]) <= 1e-9 * fabs(host[j]) + 1e-300)) {
                 double magnitude;
                 einsum_reference_one(&w.format, elements.data(), scales.data(), &o,
-                                     (uint32_t)(j / 128), 0, (uint32_t)(j % 128), &magnitude);
+                                     (uint32_t)(j / 128), 0, (uint32_t)(j % 128), &magnitude, NULL);
                 if (!(fabs(host[j] - device[j]) <= 1e-12 * magnitude)) {
                     fail(std::string("FP64 on the device differs from the reference: ") + r.name);
                     break;
@@ -396,13 +397,31 @@ static void repeats_are_equal()
     }
 }
 
+static void few_of_each()
+{
+    for (int i = 0; i < RECIPES; i++) {
+        test_weight w =
+            make_weight(format_of(recipes[i], 2, recipes[i].block_d == 128 ? 256 : 160, 640),
+                        seed_next++, i % 2);
+        for (uint32_t t : {1u, 9u, 33u, 70u, 130u})
+            one(w, recipes[i], launcher_for(t), t, (int)(t % 8), 0, 2, "few");
+        free_weight(w);
+    }
+}
+
 int main(int argc, char **argv)
 {
+    bool sanitize = argc > 1 && strcmp(argv[1], "sanitize") == 0;
     quick = argc > 1 && strcmp(argv[1], "quick") == 0;
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     int only = argc > 2 ? atoi(argv[2]) : -1;
-    every_token_count(only);
-    if (only < 0) {
+    if (sanitize) {
+        few_of_each();
+        mixes(4);
+    } else {
+        every_token_count(only);
+    }
+    if (!sanitize && only < 0) {
         reference_agrees();
         mixes(quick ? 8 : 60);
         extremes();
