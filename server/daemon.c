@@ -235,6 +235,7 @@ NODISCARD static enum status create_batcher(struct daemon *daemon, struct error 
 
 struct self_test {
     struct batcher *batcher;
+    bool wgmma; // see verify_weight
     uint32_t weights_n;
     struct error error; // of the first weight that failed
 };
@@ -245,7 +246,7 @@ static void self_test_weight(void *argument, struct weight *weight)
     if (test->error.status != STATUS_OK)
         return;
     struct verify_result result;
-    if (verify_weight(test->batcher, weight, 0, &result, &test->error) != STATUS_OK)
+    if (verify_weight(test->batcher, weight, 0, test->wgmma, &result, &test->error) != STATUS_OK)
         return;
     test->weights_n++;
     if (!result.verdict.passed)
@@ -258,7 +259,10 @@ NODISCARD static enum status self_test(struct daemon *daemon, struct error *err)
     struct service_context *context = &daemon->context;
     if (!daemon->config->self_test_at_start || context->engine_ops == &engine_null)
         return STATUS_OK; // the null engine's answers are no answers
-    struct self_test test = {.batcher = context->batcher};
+    struct self_test test = {
+        .batcher = context->batcher,
+        .wgmma = engine_may_sum_by_wgmma(context->engine_ops, context->engine, 0),
+    };
     uint64_t started_ns = now_ns();
     weights_visit(context->weights, self_test_weight, &test);
     if (test.error.status != STATUS_OK)

@@ -58,6 +58,17 @@ enum status engine_kernel_find(const struct engine_ops *ops, const struct engine
                        "\"%s\" cannot be chosen here; what can: %s", name, names);
 }
 
+bool engine_may_sum_by_wgmma(const struct engine_ops *ops, const struct engine *engine,
+                             uint32_t kernel)
+{
+    struct engine_info info;
+    ops->describe(engine, &info);
+    for (uint32_t i = 0; i < info.kernels_n; i++)
+        if (strcmp(info.kernels[i], "hopper") == 0)
+            return kernel == 0 || kernel == i + 1;
+    return false;
+}
+
 // Kernels since 5.14 populate a range at once, and say so when they cannot: a fault would kill.
 static bool populate(void *memory, uint64_t bytes)
 {

@@ -73,7 +73,7 @@ struct engine_result {
 enum { ENGINE_KERNEL_TEXT = 128 };
 
 struct engine_info {
-    char device[128]; // "AMD EPYC 7763, 2 threads"
+    char device[128];                // "AMD EPYC 7763, 2 threads"
     char kernel[ENGINE_KERNEL_TEXT]; // "avx2: best that this CPU supports"
     uint32_t kernels_n;
     const char *kernels[ENGINE_KERNELS_MAX]; // that a segment may ask for; static
@@ -132,6 +132,10 @@ const char *engine_auto_note(void);
 // that there are.
 NODISCARD enum status engine_kernel_find(const struct engine_ops *ops, const struct engine *engine,
                                          const char *name, uint32_t *kernel, struct error *err);
+// Whether what asks for this kernel may be summed by the kernel "hopper", for which einsum.h allows
+// more than an FP32 sum's error.
+bool engine_may_sum_by_wgmma(const struct engine_ops *ops, const struct engine *engine,
+                             uint32_t kernel);
 
 // Host memory for engines whose device is the host: page-aligned, zero, in huge pages where there
 // are any, and touched. RESOURCE_EXHAUSTED.

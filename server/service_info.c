@@ -178,6 +178,7 @@ struct self_test {
     struct control_task task;
     struct call *call;
     uint32_t kernel;
+    bool wgmma; // see verify_weight
     struct verdict *verdicts;
     size_t verdicts_n, verdicts_max;
     // Written by the task, read after `done`.
@@ -204,8 +205,8 @@ static void run_self_test(struct control_task *task)
         if (call_cancelled(test->call) || control_stopping(context->control))
             break;
         struct verdict *verdict = &test->verdicts[test->judged_n];
-        verify_weight(context->batcher, verdict->weight, test->kernel, &verdict->result,
-                      &verdict->error);
+        verify_weight(context->batcher, verdict->weight, test->kernel, test->wgmma,
+                      &verdict->result, &verdict->error);
     }
     atomic_store_explicit(&test->done, true, memory_order_release);
     call_wake(test->call);
@@ -243,6 +244,7 @@ NODISCARD static enum status start_self_test(struct self_test *test, grpc_byte_b
     const struct service_context *context = call_context(test->call);
     status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
                                 &test->kernel, err);
+    test->wgmma = engine_may_sum_by_wgmma(context->engine_ops, context->engine, test->kernel);
     if (status == STATUS_OK)
         status = choose_weights(test, request->weight, err);
     message_free(message);

@@ -55,7 +55,7 @@ static void run_to_done(struct batcher *batcher, struct check *check)
 }
 
 enum status verify_weight(struct batcher *batcher, struct weight *weight, uint32_t kernel,
-                          struct verify_result *result, struct error *err)
+                          bool wgmma, struct verify_result *result, struct error *err)
 {
     uint64_t started_ns = now_ns();
     struct check check = {.job = {
@@ -82,7 +82,7 @@ enum status verify_weight(struct batcher *batcher, struct weight *weight, uint32
                   (void *)(uintptr_t)check.job.operand.scales);
     run_to_done(batcher, &check);
     if (check.job.error.status == STATUS_OK)
-        selftest_judge(weight->answers, check.job.operand.output, &result->verdict);
+        selftest_judge(weight->answers, check.job.operand.output, wgmma, &result->verdict);
     else
         *err = check.job.error;
     status = check.job.error.status;

@@ -11,6 +11,6 @@ struct verify_result {
 
 // Blocks; never on an rpc or scheduler thread. A full queue is waited out, for some seconds. An
 // error means that no verdict could be reached: the engine failed, or the daemon is too busy.
-// `kernel`: see struct engine_segment.
+// `kernel`: see struct engine_segment; `wgmma`: see engine_may_sum_by_wgmma.
 enum status verify_weight(struct batcher *batcher, struct weight *weight, uint32_t kernel,
-                          struct verify_result *result, struct error *err);
+                          bool wgmma, struct verify_result *result, struct error *err);

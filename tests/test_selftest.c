@@ -92,7 +92,7 @@ static void source_deinit(struct memory_source *source)
 
 struct outputs {
     uint64_t n;
-    double *exact;
+    double *exact, *wgmma_loss;
     uint16_t *bf16; // [SELFTEST_TOKENS, G, D]
 };
 
@@ -111,6 +111,7 @@ static void outputs_init(struct outputs *outputs, const struct memory_source *so
     const struct einsum_weight_format *format = &source->base.format;
     outputs->n = (uint64_t)SELFTEST_TOKENS * format->groups * format->output_dim;
     outputs->exact = malloc(outputs->n * sizeof(double));
+    outputs->wgmma_loss = malloc(outputs->n * sizeof(double));
     outputs->bf16 = malloc(outputs->n * sizeof(uint16_t));
     uint64_t blocks = format->reduced_dim / format->block_r;
     void *activations =
@@ -127,8 +128,13 @@ static void outputs_init(struct outputs *outputs, const struct memory_source *so
                                      .activations = activations,
                                      .scales = scales};
     einsum_reference(format, source->weight, source->scales, &operand, outputs->exact);
-    for (uint64_t i = 0; i < outputs->n; i++)
+    for (uint64_t i = 0; i < outputs->n; i++) {
+        uint32_t d = (uint32_t)(i % format->output_dim);
+        uint32_t row = (uint32_t)(i / format->output_dim);
+        einsum_reference_one(format, source->weight, source->scales, &operand, row / format->groups,
+                             row % format->groups, d, NULL, &outputs->wgmma_loss[i]);
         outputs->bf16[i] = bf16_nearest(outputs->exact[i]);
+    }
     free(scales);
     free(activations);
 }
@@ -136,6 +142,7 @@ static void outputs_init(struct outputs *outputs, const struct memory_source *so
 static void outputs_deinit(struct outputs *outputs)
 {
     free(outputs->bf16);
+    free(outputs->wgmma_loss);
     free(outputs->exact);
 }
 
@@ -200,7 +207,7 @@ START_TEST(test_right_outputs_pass)
     outputs_init(&outputs, &source);
     struct selftest_answers *answers = answer(&source);
     struct selftest_verdict verdict;
-    selftest_judge(answers, outputs.bf16, &verdict);
+    selftest_judge(answers, outputs.bf16, false, &verdict);
     ck_assert_msg(verdict.passed, "%s", verdict.message);
     ck_assert_uint_eq(verdict.elements_checked,
                       SELFTEST_TOKENS * formats[_i].groups * SELFTEST_ROWS_PER_GROUP);
@@ -230,7 +237,7 @@ START_TEST(test_what_is_checked)
         uint16_t right = outputs.bf16[i];
         outputs.bf16[i] = right ^ 0x8000;
         struct selftest_verdict verdict;
-        selftest_judge(answers, outputs.bf16, &verdict);
+        selftest_judge(answers, outputs.bf16, false, &verdict);
         outputs.bf16[i] = right;
         checked += !verdict.passed;
         uint64_t row = i % format->output_dim;
@@ -312,9 +319,38 @@ START_TEST(test_mistakes_are_found)
     mistakes[_i](&source);
     outputs_init(&outputs, &source);
     struct selftest_verdict verdict;
-    selftest_judge(answers, outputs.bf16, &verdict);
+    selftest_judge(answers, outputs.bf16, false, &verdict);
     ck_assert(!verdict.passed);
     ck_assert_double_gt(verdict.worst_error_ratio, 1);
+    selftest_answers_destroy(answers);
+    outputs_deinit(&outputs);
+    source_deinit(&source);
+}
+END_TEST
+
+// What the kernel "hopper" may lose passes where it may have run, and nowhere else; it takes no BF16.
+START_TEST(test_losses_of_wgmma)
+{
+    struct memory_source source;
+    struct outputs outputs;
+    source_init(&source, &formats[_i]);
+    outputs_init(&outputs, &source);
+    struct selftest_answers *answers = answer(&source);
+    bool loses = formats[_i].weight_type == EINSUM_WEIGHT_E4M3;
+    struct selftest_verdict verdict;
+    for (uint64_t i = 0; i < outputs.n; i++) {
+        ck_assert_int_eq(outputs.wgmma_loss[i] > 0, loses);
+        outputs.bf16[i] = bf16_nearest(outputs.exact[i] + outputs.wgmma_loss[i]);
+    }
+    selftest_judge(answers, outputs.bf16, true, &verdict);
+    ck_assert_msg(verdict.passed, "%s", verdict.message);
+    selftest_judge(answers, outputs.bf16, false, &verdict);
+    ck_assert_int_eq(verdict.passed, !loses);
+
+    for (uint64_t i = 0; i < outputs.n; i++)
+        outputs.bf16[i] = bf16_nearest(1.02 * outputs.exact[i] + 3 * outputs.wgmma_loss[i]);
+    selftest_judge(answers, outputs.bf16, true, &verdict);
+    ck_assert(!verdict.passed);
     selftest_answers_destroy(answers);
     outputs_deinit(&outputs);
     source_deinit(&source);
@@ -331,11 +367,11 @@ START_TEST(test_nan_is_right_only_where_expected)
     ck_assert(isnan(outputs.exact[0]));
     struct selftest_answers *answers = answer(&source);
     struct selftest_verdict verdict;
-    selftest_judge(answers, outputs.bf16, &verdict);
+    selftest_judge(answers, outputs.bf16, false, &verdict);
     ck_assert_msg(verdict.passed, "%s", verdict.message);
 
     outputs.bf16[0] = 0x3f80;
-    selftest_judge(answers, outputs.bf16, &verdict);
+    selftest_judge(answers, outputs.bf16, false, &verdict);
     ck_assert(!verdict.passed);
     ck_assert(isinf(verdict.worst_error_ratio));
     ck_assert_ptr_nonnull(
@@ -343,7 +379,7 @@ START_TEST(test_nan_is_right_only_where_expected)
 
     outputs.bf16[0] = 0xffff; // any NaN will do
     outputs.bf16[formats[0].output_dim - 1] = 0x7fc0;
-    selftest_judge(answers, outputs.bf16, &verdict);
+    selftest_judge(answers, outputs.bf16, false, &verdict);
     ck_assert(!verdict.passed);
     ck_assert_ptr_nonnull(strstr(verdict.message, "token 0, group 0, output 127: got nan"));
     selftest_answers_destroy(answers);
@@ -361,11 +397,11 @@ START_TEST(test_zero_weight)
     outputs_init(&outputs, &source);
     struct selftest_answers *answers = answer(&source);
     struct selftest_verdict verdict;
-    selftest_judge(answers, outputs.bf16, &verdict);
+    selftest_judge(answers, outputs.bf16, false, &verdict);
     ck_assert(verdict.passed);
     ck_assert_double_eq(verdict.worst_error_ratio, 0);
     outputs.bf16[0] = 0x3f80;
-    selftest_judge(answers, outputs.bf16, &verdict);
+    selftest_judge(answers, outputs.bf16, false, &verdict);
     ck_assert(!verdict.passed);
     selftest_answers_destroy(answers);
     outputs_deinit(&outputs);
@@ -397,6 +433,7 @@ static Suite *suite(void)
     tcase_add_loop_test(tcase, test_right_outputs_pass, 0, ARRAY_LEN(formats));
     tcase_add_loop_test(tcase, test_what_is_checked, 0, ARRAY_LEN(formats));
     tcase_add_loop_test(tcase, test_mistakes_are_found, 0, ARRAY_LEN(mistakes));
+    tcase_add_loop_test(tcase, test_losses_of_wgmma, 0, ARRAY_LEN(formats));
     tcase_add_test(tcase, test_nan_is_right_only_where_expected);
     tcase_add_test(tcase, test_zero_weight);
     tcase_add_test(tcase, test_source_fails);
