@@ -51,8 +51,12 @@ struct cuda_choice cuda_dispatch(int major, int minor, const struct einsum_weigh
                                  const char *forced);
 
 // By the number of tokens that share a reading of a weight. `hopper_from`: UINT32_MAX without its arm.
-enum cuda_kernel cuda_kernel_for(enum einsum_weight_type weight_type, uint64_t tokens,
+enum cuda_kernel cuda_kernel_for(const struct einsum_weight_format *format, uint64_t tokens,
                                  uint32_t prefill_from, uint32_t hopper_from);
+
+// Whether Hopper's arm computes such weights: E4M3 in blocks of 128 along R. In blocks of 32 it has nothing
+// to gain.
+bool cuda_hopper_takes(const struct einsum_weight_format *format);
 
 enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
                             enum einsum_scale_type activation_scale_type);
@@ -105,8 +109,8 @@ struct cuda_bucket {
     uint32_t prefill_from;               // tokens of one weight from which they go to prefill
     uint32_t hopper_rows, hopper_tokens; // of a tile
     uint32_t hopper_workers;             // 0: the device is no Hopper
-    uint32_t hopper_from;      // tokens of one weight of E4M3 from which they go to Hopper's arm
-    uint32_t attention_blocks; // of a launch with attention
+    uint32_t hopper_from;                // the same for what Hopper's arm takes; UINT32_MAX: never
+    uint32_t attention_blocks;           // of a launch with attention
 };
 
 // Bytes of a table in the worst case, and what of them a built one uses.

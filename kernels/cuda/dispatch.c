@@ -2,7 +2,7 @@
 //
 //     capability   arm            kernels, by tokens of one weight
 //     12.0, 12.1   block-scaled   decode | prefill            mma takes UE8M0 scales in hardware
-//     9.0          hopper         decode | hopper             wgmma; BF16 weights as portable
+//     9.0          hopper         decode | hopper             wgmma; other weights as portable
 //     8.9          portable       decode | prefill            F16 mma, scales in FP32
 //     others       none
 #include "cuda.h"
@@ -59,10 +59,15 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
     return powers ? CUDA_MODE_UE8M0_32 : CUDA_MODE_FP32_32;
 }
 
-enum cuda_kernel cuda_kernel_for(enum einsum_weight_type weight_type, uint64_t tokens,
+bool cuda_hopper_takes(const struct einsum_weight_format *format)
+{
+    return format->weight_type == EINSUM_WEIGHT_E4M3 && format->block_r == 128;
+}
+
+enum cuda_kernel cuda_kernel_for(const struct einsum_weight_format *format, uint64_t tokens,
                                  uint32_t prefill_from, uint32_t hopper_from)
 {
-    if (weight_type == EINSUM_WEIGHT_E4M3 && tokens >= hopper_from)
+    if (tokens >= hopper_from && cuda_hopper_takes(format))
         return CUDA_KERNEL_HOPPER;
     return tokens >= prefill_from ? CUDA_KERNEL_PREFILL : CUDA_KERNEL_DECODE;
 }
@@ -96,7 +101,7 @@ struct cuda_choice cuda_dispatch(int major, int minor, const struct einsum_weigh
     if (forced != NULL && strcmp(forced, "auto") != 0 && choice.arm != CUDA_ARM_NONE)
         force(forced, &choice);
     choice.kernel =
-        cuda_kernel_for(format->weight_type, tokens, CUDA_PREFILL_TOKENS_MIN,
+        cuda_kernel_for(format, tokens, CUDA_PREFILL_TOKENS_MIN,
                         choice.arm == CUDA_ARM_HOPPER ? CUDA_HOPPER_TOKENS_MIN : UINT32_MAX);
     choice.mode = cuda_mode_of(format, activation_scale_type);
     choice.name = names[choice.arm][choice.kernel];

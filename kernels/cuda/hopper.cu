@@ -1,12 +1,14 @@
-// The arm for SM 9.0: wgmma of E4M3, from a few dozen tokens of one weight upwards.
+// The arm for SM 9.0: wgmma of E4M3 weights in blocks of 128 along R, from a few dozen tokens of one
+// weight upwards.
 //
-//     producer   4 warps   activations and their scales; one of them the weights, in bulk
-//        |  ring of stages, K = 128 each:  W: panels of 2 KiB as they lie in memory
-//        |                                 A: tokens x 128, swizzled      scales of A: floats
-//     consumers  2 groups of 4 warps, each 64 * M64 outputs of all of the tile's tokens
+//     producer   4 warps    weights in bulk, activations piece by piece, scales as floats
+//        |  ring of stages, K = 128 each:  W: 8 panels of 2 KiB as they lie in memory
+//        |                                 A: tokens x 128, swizzled       scales of A
+//     consumers  2 groups of 4 warps, each 64 outputs of all of the tile's tokens
 //
-// A consumer's sums of K = 128 (or 32, as the scales ask) leave the tensor core for FP32 registers, where
-// they are scaled while the sums of the tile's next tokens are on their way. The producer runs ahead across tiles, so that a tile's end costs it nothing.
+// A consumer's sums of K = 128 leave the tensor core for FP32 registers, where they are scaled while the
+// sums of the tile's next tokens are on their way. The producer runs ahead across tiles, so that a tile's
+// end costs it nothing.
 //
 // Work is dealt in one of two ways, see table.h: whole tiles in turn, neighbours at the same time, so that
 // weights and activations are shared in L2; or, where tiles are fewer than places, equal pieces of the
@@ -35,19 +37,17 @@ enum {
 };
 
 // How a launch is cut: tiles of ROWS outputs by TOKENS.
-template <int M64_, int TOKENS_> struct shape {
-    static constexpr int M64 = M64_, TOKENS = TOKENS_;
-    static constexpr int ROWS = 128 * M64, PANELS = ROWS / CUDA_PANEL_ROWS;
+template <int TOKENS_> struct shape {
+    static constexpr int TOKENS = TOKENS_, ROWS = 128, PANELS = ROWS / CUDA_PANEL_ROWS;
     static constexpr int W_BYTES = PANELS * PANEL_BYTES, A_BYTES = TOKENS * CUDA_K_BLOCK;
-    static constexpr int GROUP = TOKENS >= 128 ? 64 : 32; // tokens that are summed together
+    static constexpr int GROUP = TOKENS / 2; // tokens that are summed together
     static constexpr int GROUPS = TOKENS / GROUP;
-    static constexpr int SUMS = M64 * TOKENS / 2; // of a thread
-    // Up to 64 tokens two blocks fit on an SM: the next kernel's starts while this one ends.
-    static constexpr bool PAIRED = TOKENS <= 64;
-    static constexpr int STAGES = M64 == 1 && TOKENS == 128 ? 6 : 4;
-    static constexpr int TOKENS_LINES = 1 + TOKENS * (int)sizeof(cuda_row) / 128;
-    static constexpr int CONSUMER_REGISTERS = PAIRED ? 96 : M64 == 1 ? 200 : 224;
-    static constexpr int PRODUCER_REGISTERS = PAIRED ? 48 : M64 == 1 ? 104 : 56;
+    static constexpr int SUMS = TOKENS / 2; // of a thread
+    // Of 64 tokens two blocks fit on an SM: the next kernel's starts while this one ends.
+    static constexpr bool PAIRED = TOKENS == 64;
+    static constexpr int STAGES = PAIRED ? 4 : 6;
+    static constexpr int CONSUMER_REGISTERS = PAIRED ? 96 : 200;
+    static constexpr int PRODUCER_REGISTERS = PAIRED ? 48 : 104;
 };
 
 template <class S> struct hopper_smem {
@@ -55,8 +55,7 @@ template <class S> struct hopper_smem {
         uint8_t w[S::W_BYTES];
         uint8_t a[S::A_BYTES];
     } stages[S::STAGES];
-    // Of A, [step of 32][token]. In blocks of 128 x 128 times that of W: [group of consumers][token].
-    float scales[S::STAGES][4][S::TOKENS];
+    float scales[S::STAGES][S::TOKENS];    // of A; if W's blocks are 128 x 128, times W's
     const uint8_t *activations[S::TOKENS]; // of the producer's piece, if not evenly spaced
     uint64_t outputs[S::TOKENS];           // of the consumers' piece; bit 0: FP32
     uint64_t full[S::STAGES], empty[S::STAGES];
@@ -127,14 +126,6 @@ __device__ __forceinline__ const cuda_row *rows_of(const cuda_table *table, cons
 
 // ---- producer
 
-// NaN for what is not narrow.
-__device__ __forceinline__ float scale_or_nan(const scales_in_flight<32> &scales, int i, bool fp32)
-{
-    bool wide = false;
-    float value = scales.value(i, fp32, wide);
-    return wide ? __uint_as_float(0x7FC00000) : value;
-}
-
 // Activations of a thread: 16 bytes of every 16th token. Tokens that are none are not copied: whatever
 // lies there meets no output but theirs.
 template <class S> struct activation_copier {
@@ -186,7 +177,7 @@ template <class S> struct activation_copier {
     }
 };
 
-// The scales of one token in blocks of 128, each loaded well before its use: UE8M0 by words of four.
+// The scales of one token, each loaded well before its use: UE8M0 by words of four.
 struct scale_reader {
     token_scales scales;
     uint32_t now, next; // words of four UE8M0, or FP32
@@ -224,8 +215,8 @@ struct scale_reader {
     }
 };
 
-// SQUARE: blocks of 128 x 128, so that a group of consumers needs one scale of W.
-template <class S, int BLOCK, bool SQUARE>
+// SQUARE: W's blocks are 128 x 128, so that a tile needs one scale of W for each K block.
+template <class S, bool SQUARE>
 __device__ __forceinline__ void produce_piece(hopper_smem<S> &smem, const cuda_table *table,
                                               const piece &p, uint32_t &count)
 {
@@ -233,7 +224,6 @@ __device__ __forceinline__ void produce_piece(hopper_smem<S> &smem, const cuda_t
     const cuda_run &run = table->runs[p.run];
     const cuda_row *rows = rows_of(table, run, p);
     uint32_t thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    uint32_t units = run.reduced_dim / CUDA_K_BLOCK;
     uint64_t tile_row = (uint64_t)(run.group_begin + p.g) * run.output_dim + p.d_begin;
     uint64_t panel_bytes = (uint64_t)run.reduced_dim * CUDA_PANEL_ROWS;
     uint32_t panels_left = (run.output_dim - p.d_begin) / CUDA_PANEL_ROWS;
@@ -243,24 +233,11 @@ __device__ __forceinline__ void produce_piece(hopper_smem<S> &smem, const cuda_t
     activation_copier<S> activations;
     activations.open(smem, run, rows, p);
     bool has_token = thread < p.tokens;
-    scale_reader scale;
-    token_scales small_scales; // blocks of 32
-    if (has_token && BLOCK == 128)
-        scale.open(rows[thread], p, units);
-    if (has_token && BLOCK == 32)
-        small_scales = scales_of(rows[thread], p.g);
-    const uint8_t *scales_w = weight_scales(run, BLOCK, tile_row);
-    uint32_t next_w = S::M64 == 1 || p.d_begin + 128 >= run.output_dim ? 0 // to the next 128 rows
-                      : run.scales_fp32                                ? units * 4
-                                                                       : (units + 3) / 4 * 4;
-    float scale_w[S::M64];
-    auto load_w = [&](uint32_t unit) {
-#pragma unroll
-        for (int m = 0; m < S::M64; m++)
-            scale_w[m] = weight_scale(run.scales_fp32, scales_w + m * next_w, unit);
-    };
-    if (SQUARE)
-        load_w(p.begin);
+    scale_reader scale_a;
+    if (has_token)
+        scale_a.open(rows[thread], p, run.reduced_dim / CUDA_K_BLOCK);
+    const uint8_t *scales_w = weight_scales(run, CUDA_K_BLOCK, tile_row);
+    float scale_w = SQUARE ? weight_scale(run.scales_fp32, scales_w, p.begin) : 1;
 
 #pragma unroll 1
     for (uint32_t unit = p.begin; unit < p.end; unit++, count++) {
@@ -275,29 +252,19 @@ __device__ __forceinline__ void produce_piece(hopper_smem<S> &smem, const cuda_t
                       from_w + (uint64_t)unit * PANEL_BYTES, PANEL_BYTES, full);
         activations.copy(smem, unit, stage);
         barrier_arrive_after_copies(full);
-        if (has_token && BLOCK == 128) {
-            float a = scale.take(unit, p.end);
-            smem.scales[stage][0][thread] = SQUARE ? a * scale_w[0] : a;
-            if (SQUARE)
-                smem.scales[stage][1][thread] = a * scale_w[S::M64 - 1];
-        } else if (has_token) {
-            scales_in_flight<32> four;
-            four.load(small_scales, unit);
-#pragma unroll
-            for (int step = 0; step < 4; step++)
-                smem.scales[stage][step][thread] = scale_or_nan(four, step, small_scales.fp32);
-        }
+        if (has_token)
+            smem.scales[stage][thread] = scale_a.take(unit, p.end) * scale_w;
         __syncwarp();
         if (lane == 0)
             barrier_arrive(full);
         if (SQUARE && unit + 1 < p.end)
-            load_w(unit + 1);
+            scale_w = weight_scale(run.scales_fp32, scales_w, unit + 1);
     }
 }
 
-__device__ __forceinline__ bool has_small_blocks(const cuda_run &run)
+__device__ __forceinline__ bool is_square(const cuda_run &run)
 {
-    return run.mode == CUDA_MODE_UE8M0_32 || run.mode == CUDA_MODE_FP32_32;
+    return run.block_d_log2 == 7;
 }
 
 template <class S>
@@ -307,14 +274,11 @@ __device__ __forceinline__ void produce(hopper_smem<S> &smem, const cuda_table *
     walk.start(table);
     uint32_t count = 0;
     piece p;
-    while (walk.step(p)) {
-        if (has_small_blocks(table->runs[p.run]))
-            produce_piece<S, 32, false>(smem, table, p, count);
-        else if (table->runs[p.run].block_d_log2 == 7)
-            produce_piece<S, 128, true>(smem, table, p, count);
+    while (walk.step(p))
+        if (is_square(table->runs[p.run]))
+            produce_piece<S, true>(smem, table, p, count);
         else
-            produce_piece<S, 128, false>(smem, table, p, count);
-    }
+            produce_piece<S, false>(smem, table, p, count);
 }
 
 // ---- consumers
@@ -331,66 +295,34 @@ template <int N> struct token_factors {
     }
 };
 
-// acc += sum * factors, of one half of one part of acc.
-template <int PART, int HALF, int SUMS, int N>
-__device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&sum)[N],
-                                        const token_factors<N> &a)
-{
-#pragma unroll
-    for (int j = 0; j < N / 8; j++) {
-        float *to = acc + PART * N + HALF * (N / 2) + 4 * j;
-        const float *from = sum + HALF * (N / 2) + 4 * j;
-        to[0] = fmaf(from[0], a.of[j].x, to[0]);
-        to[1] = fmaf(from[1], a.of[j].y, to[1]);
-        to[2] = fmaf(from[2], a.of[j].x, to[2]);
-        to[3] = fmaf(from[3], a.of[j].y, to[3]);
-    }
-}
-
-// The same, times what the rows of W are scaled by.
-template <int PART, int HALF, int SUMS, int N>
+// acc += sum * factors * what the two rows of W are scaled by, of one half of one group of tokens.
+template <int GROUP, int HALF, bool SQUARE, int SUMS, int N>
 __device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&sum)[N],
                                         const token_factors<N> &a, const float (&w)[2])
 {
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
-        float *to = acc + PART * N + HALF * (N / 2) + 4 * j;
+        float *to = acc + GROUP * N + HALF * (N / 2) + 4 * j;
         const float *from = sum + HALF * (N / 2) + 4 * j;
-        to[0] = fmaf(from[0], a.of[j].x * w[0], to[0]);
-        to[1] = fmaf(from[1], a.of[j].y * w[0], to[1]);
-        to[2] = fmaf(from[2], a.of[j].x * w[1], to[2]);
-        to[3] = fmaf(from[3], a.of[j].y * w[1], to[3]);
+        to[0] = fmaf(from[0], SQUARE ? a.of[j].x : a.of[j].x * w[0], to[0]);
+        to[1] = fmaf(from[1], SQUARE ? a.of[j].y : a.of[j].y * w[0], to[1]);
+        to[2] = fmaf(from[2], SQUARE ? a.of[j].x : a.of[j].x * w[1], to[2]);
+        to[3] = fmaf(from[3], SQUARE ? a.of[j].y : a.of[j].y * w[1], to[3]);
     }
 }
 
-// The panel of 16 rows that is this warp's m-th.
-template <class S> __device__ __forceinline__ uint32_t panel_of(int m)
-{
-    uint32_t warp = (threadIdx.x - PRODUCERS) / 32;
-    return warp / 4 * (4 * S::M64) + 4 * m + warp % 4;
-}
-
 // SQUARE: the producer has seen to the scales of W.
-template <class S, int BLOCK, bool SQUARE>
+template <class S, bool SQUARE>
 __device__ __forceinline__ void consume_piece(float (&acc)[S::SUMS], hopper_smem<S> &smem,
                                               const cuda_run &run, const piece &p, uint32_t &count)
 {
-    constexpr int STEPS = 128 / BLOCK, PARTS = STEPS * S::GROUPS;
-    uint32_t first_panel = panel_of<S>(0), lane = threadIdx.x % 32;
-    uint32_t consumers = (threadIdx.x - PRODUCERS) / 128;
+    uint32_t panel = (threadIdx.x - PRODUCERS) / 32, lane = threadIdx.x % 32;
     uint64_t tile_row = (uint64_t)(run.group_begin + p.g) * run.output_dim + p.d_begin;
     // Rows beyond D have no output; any scale that exists will do.
     uint64_t row_last = tile_row + min(run.output_dim - p.d_begin, (uint32_t)S::ROWS) - 1;
-    const uint8_t *scales_w = weight_scales(run, BLOCK, tile_row);
-    uint32_t scales_at[S::M64][2]; // from there
-#pragma unroll
-    for (int m = 0; m < S::M64; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint64_t row = tile_row + panel_of<S>(m) * CUDA_PANEL_ROWS + lane / 4 + 8 * i;
-            scales_at[m][i] =
-                (uint32_t)(weight_scales(run, BLOCK, row < row_last ? row : row_last) - scales_w);
-        }
+    uint64_t row = tile_row + panel * CUDA_PANEL_ROWS + lane / 4;
+    const uint8_t *scales_w[2] = {weight_scales(run, CUDA_K_BLOCK, min(row, row_last)),
+                                  weight_scales(run, CUDA_K_BLOCK, min(row + 8, row_last))};
 
 #pragma unroll 1
     for (uint32_t unit = p.begin; unit < p.end; unit++, count++) {
@@ -398,72 +330,43 @@ __device__ __forceinline__ void consume_piece(float (&acc)[S::SUMS], hopper_smem
         barrier_wait(shared_address(&smem.full[stage]), count / S::STAGES % 2);
         fence_for_wgmma(); // here and not where it was copied: there the fence waits for later copies
         uint64_t a = activations_descriptor(shared_address(smem.stages[stage].a));
-        unrolled<S::M64>([&](auto m64) {
-            constexpr int m = decltype(m64)::value;
-            float scale[STEPS][2];
-            if (!SQUARE)
+        float scale_w[2];
+        if (!SQUARE)
 #pragma unroll
-                for (int i = 0; i < STEPS; i++)
+            for (int i = 0; i < 2; i++)
+                scale_w[i] = weight_scale(run.scales_fp32, scales_w[i], unit);
+        uint32_t from = shared_address(smem.stages[stage].w) + panel * PANEL_BYTES + lane * 16;
+        uint4 w[4];
 #pragma unroll
-                    for (int j = 0; j < 2; j++)
-                        scale[i][j] = weight_scale(run.scales_fp32, scales_w + scales_at[m][j],
-                                                   unit * STEPS + i);
-            uint32_t from = shared_address(smem.stages[stage].w) +
-                            (first_panel + 4 * m) * PANEL_BYTES + lane * 16;
-            uint4 w[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                w[i] = load_shared(from + i * CUDA_FRAGMENT_BYTES);
+        for (int i = 0; i < 4; i++)
+            w[i] = load_shared(from + i * CUDA_FRAGMENT_BYTES);
 
-            // Part i: the tokens of group i % GROUPS, a K block's steps from i / GROUPS.
-            float sum[2][S::GROUP / 2];
-            auto multiply = [&](auto part) {
-                constexpr int i = decltype(part)::value, group = i % S::GROUPS;
-                constexpr int begin = i / S::GROUPS * 4 / STEPS, end = begin + 4 / STEPS;
-                wgmma_fence();
+        float sum[2][S::GROUP / 2];
+        auto multiply = [&](auto group) {
+            wgmma_fence();
 #pragma unroll
-                for (int step = begin; step < end; step++)
-                    wgmma(sum[i % 2], w[step],
-                          a + 2 * step + group * (S::GROUP * CUDA_K_BLOCK / 16), step != begin);
-                wgmma_commit();
-            };
-            multiply(constant<0>{});
-            unrolled<PARTS>([&](auto part) {
-                constexpr int i = decltype(part)::value;
-                if constexpr (i + 1 < PARTS)
-                    multiply(constant<i + 1>{});
-                constexpr int group = i % S::GROUPS, step = i / S::GROUPS;
-                const float *scales =
-                    smem.scales[stage][SQUARE ? consumers : step] + group * S::GROUP;
-                token_factors<S::GROUP / 2> low, high;
-                low.load(scales);
-                wgmma_wait<(i + 1 < PARTS)>();
-                high.load(scales + S::GROUP / 2);
-                if constexpr (SQUARE) {
-                    promote<m * S::GROUPS + group, 0>(acc, sum[i % 2], low);
-                    promote<m * S::GROUPS + group, 1>(acc, sum[i % 2], high);
-                } else {
-                    promote<m * S::GROUPS + group, 0>(acc, sum[i % 2], low, scale[step]);
-                    promote<m * S::GROUPS + group, 1>(acc, sum[i % 2], high, scale[step]);
-                }
-            });
+            for (int step = 0; step < 4; step++)
+                wgmma(sum[group % 2], w[step],
+                      a + 2 * step + group * (S::GROUP * CUDA_K_BLOCK / 16), step != 0);
+            wgmma_commit();
+        };
+        multiply(constant<0>{});
+        unrolled<S::GROUPS>([&](auto at) {
+            constexpr int group = decltype(at)::value;
+            if constexpr (group + 1 < S::GROUPS)
+                multiply(constant<group + 1>{});
+            const float *scales_a = smem.scales[stage] + group * S::GROUP;
+            token_factors<S::GROUP / 2> low, high;
+            low.load(scales_a);
+            wgmma_wait<(group + 1 < S::GROUPS)>();
+            high.load(scales_a + S::GROUP / 2);
+            promote<group, 0, SQUARE>(acc, sum[group % 2], low, scale_w);
+            promote<group, 1, SQUARE>(acc, sum[group % 2], high, scale_w);
         });
         __syncwarp();
         if (lane == 0)
             barrier_arrive(shared_address(&smem.empty[stage]));
     }
-}
-
-template <class S>
-__device__ __forceinline__ void consume_any(float (&acc)[S::SUMS], hopper_smem<S> &smem,
-                                            const cuda_run &run, const piece &p, uint32_t &count)
-{
-    if (has_small_blocks(run))
-        consume_piece<S, 32, false>(acc, smem, run, p, count);
-    else if (run.block_d_log2 == 7)
-        consume_piece<S, 128, true>(acc, smem, run, p, count);
-    else
-        consume_piece<S, 128, false>(acc, smem, run, p, count);
 }
 
 // Adds up what the blocks that share a tile have summed. True for the one that arrives last, whose
@@ -538,22 +441,18 @@ __device__ __forceinline__ void store_bf16(uint64_t output, uint64_t at, bool va
         *((uint2 *)output + at / 4) = high ? make_uint2(in, high_pair) : make_uint2(low_pair, in);
 }
 
-// Calls f(m, j, v) for each panel and eight tokens, with v the four sums of this thread.
+// Calls f(first token, output's place, v) for every eight tokens, with v the four sums of this thread.
 template <class S, class F>
 __device__ __forceinline__ void for_sums(const float (&acc)[S::SUMS], const cuda_run &run,
                                          const piece &p, F f)
 {
+    uint32_t d = p.d_begin + (threadIdx.x - PRODUCERS) / 32 * CUDA_PANEL_ROWS;
+    if (d >= run.output_dim)
+        return;
 #pragma unroll
-    for (int m = 0; m < S::M64; m++) {
-        uint32_t d = p.d_begin + panel_of<S>(m) * CUDA_PANEL_ROWS;
-        if (d >= run.output_dim)
-            break;
-        uint64_t at = (uint64_t)p.g * run.output_dim + d;
-#pragma unroll
-        for (int j = 0; j < S::TOKENS / 8; j++)
-            if (8 * j < p.tokens)
-                f(8 * j, at, acc + m * (S::TOKENS / 2) + 4 * j);
-    }
+    for (int j = 0; j < S::TOKENS / 8; j++)
+        if (8 * j < p.tokens)
+            f(8 * j, (uint64_t)p.g * run.output_dim + d, acc + 4 * j);
 }
 
 template <class S>
@@ -583,15 +482,14 @@ __device__ __forceinline__ void store(const float (&acc)[S::SUMS], const hopper_
 template <class S>
 __device__ void store_wide(const cuda_run &run, const cuda_row *rows, const piece &p)
 {
-    uint32_t block = run.mode == CUDA_MODE_UE8M0_32 || run.mode == CUDA_MODE_FP32_32 ? 32 : 128;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x - PRODUCERS; i < p.tokens * S::ROWS; i += CONSUMERS) {
         const cuda_row &row = rows[i / S::ROWS];
         uint32_t d = p.d_begin + i % S::ROWS;
         if (d >= run.output_dim ||
-            !(weight_is_wide(run, p.g, d) || token_is_wide(run, row, block, p.g)))
+            !(weight_is_wide(run, p.g, d) || token_is_wide(run, row, CUDA_K_BLOCK, p.g)))
             continue;
-        float value = (float)wide_output(run, row, block, p.g, d);
+        float value = (float)wide_output(run, row, CUDA_K_BLOCK, p.g, d);
         uint64_t at = (uint64_t)p.g * run.output_dim + d;
         if (row.flags & CUDA_ROW_OUTPUT_FP32)
             ((float *)row.output)[at] = value;
@@ -619,7 +517,10 @@ __device__ __forceinline__ void consume(hopper_smem<S> &smem, const cuda_table *
         uint32_t d = p.d_begin + thread;
         bool suspect = thread < S::ROWS && d < run.output_dim && weight_is_wide(run, p.g, d);
         float acc[S::SUMS] = {};
-        consume_any<S>(acc, smem, run, p, count);
+        if (is_square(run))
+            consume_piece<S, true>(acc, smem, run, p, count);
+        else
+            consume_piece<S, false>(acc, smem, run, p, count);
         if (waits) { // nothing has been written yet
             waits = false;
             wait_for_kernel_ahead();
@@ -644,13 +545,14 @@ __device__ __forceinline__ void consume(hopper_smem<S> &smem, const cuda_table *
 
 template <class S>
 __global__ void __launch_bounds__(THREADS, S::PAIRED ? 2 : 1)
-    hopper_kernel(const cuda_table *__restrict__ table, float *partials, uint32_t *counters)
+    hopper_kernel(const cuda_table *__restrict__ table, uint32_t table_lines, float *partials,
+                  uint32_t *counters)
 {
     extern __shared__ __align__(1024) uint8_t shared_memory[];
     auto &smem = *(hopper_smem<S> *)shared_memory;
     let_next_kernel_start();
     // Of a single run the rows follow the first line: on their way before it is read.
-    if (threadIdx.x < S::TOKENS_LINES)
+    if (threadIdx.x < table_lines)
         prefetch((const uint8_t *)table + threadIdx.x * 128);
     if (table->hopper_units == 0) {
         wait_for_kernel_ahead();
@@ -685,18 +587,16 @@ struct variant {
     uint32_t smem_bytes, rows, tokens;
 };
 
-template <int M64, int TOKENS> variant variant_of()
+template <int TOKENS> variant variant_of()
 {
-    using S = shape<M64, TOKENS>;
+    using S = shape<TOKENS>;
     return {(const void *)hopper_kernel<S>, sizeof(hopper_smem<S>), S::ROWS, S::TOKENS};
 }
 
 // Long tiles pay only where they still fill the device.
 variant variant_for(uint32_t tokens_max)
 {
-    return tokens_max <= 128   ? variant_of<1, 64>()
-           : tokens_max <= 256 ? variant_of<1, 128>()
-                               : variant_of<2, 128>();
+    return tokens_max <= 128 ? variant_of<64>() : variant_of<128>();
 }
 
 uint64_t counters_bytes(const struct cuda_bucket *bucket)
@@ -731,7 +631,11 @@ extern "C" cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket,
     variant v = variant_for(bucket->tokens_max);
     uint32_t *counters = (uint32_t *)workspace;
     float *partials = (float *)((uint8_t *)workspace + counters_bytes(bucket));
-    void *arguments[] = {&table, &partials, &counters};
+    // Of a single run the first tile's rows; not beyond what the smallest table takes.
+    uint64_t there = cuda_table_bytes(bucket, 1) / 128;
+    uint64_t lines = 1 + v.tokens * sizeof(cuda_row) / 128;
+    uint32_t table_lines = (uint32_t)(lines < there ? lines : there);
+    void *arguments[] = {&table, &table_lines, &partials, &counters};
     return cuda_launch_kernel(v.kernel, bucket->hopper_workers, THREADS, v.smem_bytes, arguments,
                               overlaps, stream);
 }

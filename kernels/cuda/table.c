@@ -257,10 +257,10 @@ static void deal_hopper(const struct cuda_bucket *bucket, struct cuda_table *tab
 static enum cuda_kernel choose_kernel(const struct cuda_bucket *bucket,
                                       const struct cuda_segment *segment, uint32_t tokens)
 {
-    enum einsum_weight_type type = segment->weight->format.weight_type;
-    bool hopper = bucket->hopper_workers > 0 && type == EINSUM_WEIGHT_E4M3;
+    const struct einsum_weight_format *format = &segment->weight->format;
+    bool hopper = bucket->hopper_workers > 0 && cuda_hopper_takes(format);
     if (segment->kernel == CUDA_KERNEL_AUTO || (segment->kernel == CUDA_KERNEL_HOPPER && !hopper))
-        return cuda_kernel_for(type, tokens, bucket->prefill_from, bucket->hopper_from);
+        return cuda_kernel_for(format, tokens, bucket->prefill_from, bucket->hopper_from);
     return segment->kernel;
 }
 

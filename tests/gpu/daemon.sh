@@ -17,7 +17,7 @@ status=0
 "$bundle/einsumctl" make-checkpoint --model v4-flash "$work/checkpoint"
 cat >"$work/einsumd.json" <<JSON
 {"engine": "cuda", "listen": ["unix:$work/einsumd.sock"],
- "batch_tokens_max": 4096, "request_tokens_max": 4096,
+ "batch_tokens_max": 8192, "request_tokens_max": 8192,
  "weights_roots": ["$work"], "weights": [{"path": "checkpoint"}]}
 JSON
 "$bundle/einsumd" --config "$work/einsumd.json" 2>"$work/log" &
@@ -28,8 +28,8 @@ for _ in $(seq 100); do
     sleep 0.2
 done
 cat "$work/log"
-"$bundle/einsumctl" check --checkpoint "$work/checkpoint" --weights 2 --tokens 1,8,64,300
-"$bundle/einsumctl" selftest | tail -1
+"$bundle/einsumctl" check --checkpoint "$work/checkpoint" --weights 2 --tokens 1,8,64,300 || status=1
+"$bundle/einsumctl" selftest | tail -1 || status=1
 for tokens in 1 8 32 256; do
     for concurrency in 1 32; do
         echo "== $tokens tokens, $concurrency in flight"
