@@ -220,8 +220,8 @@ static uint32_t tile_units_of(const struct cuda_run *runs, uint32_t n)
     return runs[0].tile_units;
 }
 
-// As many workers as the device holds, or slightly fewer if then no tile, or a fixed fraction of
-// each, falls to one worker: sums across workers cost more than a few idle places.
+// As many workers as the device holds, or fewer if then no tile, or a half of each, falls to one
+// worker: sums across workers cost more than idle places, which the next launch fills.
 static uint32_t choose_workers(uint32_t most, uint32_t units, uint32_t tile_units)
 {
     if (units <= most)
@@ -229,12 +229,11 @@ static uint32_t choose_workers(uint32_t most, uint32_t units, uint32_t tile_unit
     if (tile_units == 0)
         return most;
     uint32_t tiles = units / tile_units;
-    for (uint32_t workers = most; workers >= most - most / 16; workers--) {
-        bool whole_tiles = tiles % workers == 0;
-        bool whole_parts = workers % tiles == 0 && tile_units % (workers / tiles) == 0;
-        if (whole_tiles || whole_parts)
+    if (tiles <= most / 2 && tile_units % 2 == 0)
+        return 2 * tiles;
+    for (uint32_t workers = most; workers >= most - most / 16; workers--)
+        if (tiles % workers == 0)
             return workers;
-    }
     return most;
 }
 
