@@ -66,6 +66,11 @@ shell() {
     sources '*.sh' '.ci/run' | xargs shellcheck
 }
 
+# What the CUDA kernels for SM 12.0 compile to.
+cuda_static() {
+    CUOBJDUMP=$(find "$PWD/build/venv" -path '*/bin/cuobjdump' -type f | head -1) tests/gpu/check_static.sh
+}
+
 proto() {
     build/venv/bin/buf lint --path proto/einsum --config tests/buf.yaml
 }
@@ -82,5 +87,10 @@ if [ -x build/venv/bin/buf ]; then
     check buf proto
 else
     skip buf "build/venv has no buf; run deploy/install-dependencies.sh --tests"
+fi
+if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+    check cuda_static cuda_static
+else
+    skip cuda_static "no nvcc (CUDA 13): the image for SM 12.0 is not looked at"
 fi
 exit $((failed > 0))
