@@ -142,6 +142,14 @@ class Client:
         request = self.message("grpc.health.v1.HealthCheckRequest", service=service)
         return self.callable(HEALTH, "Check")(request, timeout=TIMEOUT_S).status
 
+    @functools.cache
+    def kernels(self) -> list[str]:
+        return list(self.call("ServerInfo").kernels)
+
+    def sums_by_wgmma(self, kernel: str = "") -> bool:
+        """Whether the kernel "hopper" may answer a request that asks for `kernel`."""
+        return kernel in ("", "hopper") and "hopper" in self.kernels()
+
     def counters(self) -> Any:
         return self.call("ServerInfo").counters
 

@@ -61,19 +61,33 @@ class Site:
     def request(self, name: str, activations: oracle.Activations, /, **options: Any) -> Any:
         return make_request(self.client, name, self.weights[name], activations, **options)
 
+    def expected(
+        self, activations: oracle.Activations, weight: oracle.Weight, kernel: str = ""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What the oracle makes of a request to this daemon that asks for `kernel`."""
+        return oracle.project(activations, weight, self.client.sums_by_wgmma(kernel))
+
     def good_request(self, rng: np.random.Generator, /, tokens: int = 3, **options: Any) -> Any:
         """An ordinary one, for the first weight."""
         name = next(iter(self.weights))
         activations = oracle.random_activations(rng, self.weights[name], tokens, "UE8M0")
         return self.request(name, activations, **options)
 
+    def good_case(
+        self, rng: np.random.Generator, /, tokens: int = 3, **options: Any
+    ) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
+        """An ordinary one, and what the oracle makes of it."""
+        name, weight = next(iter(self.weights.items()))
+        activations = oracle.random_activations(rng, weight, tokens, "UE8M0")
+        request = self.request(name, activations, **options)
+        return request, self.expected(activations, weight, options.get("kernel", ""))
+
     def check_serves(self, rng: np.random.Generator, client: Client | None = None) -> None:
         """The daemon answers an ordinary request, and rightly."""
         name, weight = next(iter(self.weights.items()))
         activations = oracle.random_activations(rng, weight, 3, "UE8M0")
         reply = (client or self.client).einsum(self.request(name, activations))
-        exact, magnitude = oracle.project(activations, weight)
-        oracle.check(reply.output, "BF16", exact, magnitude, weight.reduced_dim)
+        oracle.check(reply.output, "BF16", *self.expected(activations, weight))
 
 
 def start_site(

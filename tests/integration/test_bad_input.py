@@ -220,8 +220,8 @@ def test_packed_scales_need_whole_words(tmp_path: Path, rng: np.random.Generator
     with serving(tmp_path, weights, 128) as site:
         activations = oracle.random_activations(rng, weights[NAME], 4, "UE8M0")
         request = site.request(NAME, activations)
-        exact, magnitude = oracle.project(activations, weights[NAME])
-        oracle.check(site.client.einsum(request).output, "BF16", exact, magnitude, 640)
+        exact, error = site.expected(activations, weights[NAME])
+        oracle.check(site.client.einsum(request).output, "BF16", exact, error)
         request.scale_layout = 2
         fails(
             lambda: site.client.einsum(request), StatusCode.INVALID_ARGUMENT, "5",
@@ -229,8 +229,8 @@ def test_packed_scales_need_whole_words(tmp_path: Path, rng: np.random.Generator
         )  # fmt: skip
         activations = oracle.random_activations(rng, weights[NAME], 4, "FP32")
         reply = site.client.einsum(site.request(NAME, activations, scale_layout="GKT"))
-        exact, magnitude = oracle.project(activations, weights[NAME])
-        oracle.check(reply.output, "BF16", exact, magnitude, 640)
+        exact, error = site.expected(activations, weights[NAME])
+        oracle.check(reply.output, "BF16", exact, error)
 
 
 def test_no_tokens(small: Site, rng: np.random.Generator) -> None:
@@ -627,8 +627,7 @@ def test_flood(tmp_path: Path, rng: np.random.Generator) -> None:
         "connection_requests_max": 1000,
     }
     with serving(tmp_path, small_weights(1), 256, **config) as site:
-        request = site.good_request(rng, tokens=1)
-        expected = site.client.einsum(request).output
+        request, expected = site.good_case(rng, tokens=1)
         before = site.client.counters()
         options = [("grpc.enable_retries", 0)]
         total, answered, refused = count(10_000), 0, 0
@@ -641,7 +640,7 @@ def test_flood(tmp_path: Path, rng: np.random.Generator) -> None:
                 for future in futures:
                     error = future.exception(seconds(60))
                     if error is None:
-                        assert oracle.same_but_for_rounding(future.result().output, expected)
+                        assert oracle.matches(future.result().output, "BF16", *expected)
                         answered += 1
                         continue
                     assert error.code() == StatusCode.RESOURCE_EXHAUSTED, error.details()
@@ -662,14 +661,13 @@ def test_flood(tmp_path: Path, rng: np.random.Generator) -> None:
 def test_stream_flow_control(tmp_path: Path, rng: np.random.Generator) -> None:
     """One stream may hold stream_requests_max; past that the daemon reads on only as it answers."""
     with serving(tmp_path, small_weights(1), 256, stream_requests_max=4) as site:
-        request = site.good_request(rng)
-        expected = site.client.einsum(request).output
+        request, expected = site.good_case(rng)
         total = count(300)
         replies = list(site.client.stream([request] * total, seconds(60)))
         assert len(replies) == total
         for reply in replies:
             assert not reply.HasField("error"), reply.error
-            assert oracle.same_but_for_rounding(reply.response.output, expected)
+            assert oracle.matches(reply.response.output, "BF16", *expected)
 
 
 def test_reader_that_does_not_read(tmp_path: Path, rng: np.random.Generator) -> None:

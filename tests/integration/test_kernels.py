@@ -21,33 +21,36 @@ from test_ctl import REFUSED, Ctl
 
 UNKNOWN = ["tensor-cores", "PORTABLE", "portable ", "auto", "."]
 
-# name -> (block_d, block_r, type of the scales); G 2, D 256, R 512.
+# name -> (R, block_d, block_r, type of the scales); G 2, D 256.
 FORMATS = {
-    TENSOR_NAME.format(0): (128, 128, "UE8M0"),
-    TENSOR_NAME.format(1): (32, 32, "FP32"),
-    TENSOR_NAME.format(2): (1, 128, None),  # BF16
+    TENSOR_NAME.format(0): (512, 128, 128, "UE8M0"),
+    TENSOR_NAME.format(1): (512, 32, 32, "FP32"),
+    TENSOR_NAME.format(2): (512, 1, 128, None),  # BF16
+    TENSOR_NAME.format(3): (4096, 128, 128, "FP32"),
 }
+LONG_SUMS = TENSOR_NAME.format(3)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     rng = rng_for("weights of test_kernels")
     weights = {
-        name: oracle.random_weight(rng, 2, 256, 512, block_d, block_r, scales)
-        for name, (block_d, block_r, scales) in FORMATS.items()
+        name: oracle.random_weight(rng, 2, 256, reduced_dim, block_d, block_r, scales)
+        for name, (reduced_dim, block_d, block_r, scales) in FORMATS.items()
     }
     with serving(tmp_path_factory.mktemp("kernels"), weights, 256) as site:
         yield site
 
 
 def kernels_of(site: Site) -> list[str]:
-    return list(site.client.call("ServerInfo").kernels)
+    return site.client.kernels()
 
 
-def check(site: Site, name: str, activations: oracle.Activations, output: bytes, kind: str) -> None:
-    weight = site.weights[name]
-    exact, magnitude = oracle.project(activations, weight)
-    oracle.check(output, kind, exact, magnitude, weight.reduced_dim)
+def check(
+    site: Site, name: str, activations: oracle.Activations, output: bytes, kind: str, kernel: str
+) -> None:
+    exact, error = site.expected(activations, site.weights[name], kernel)
+    oracle.check(output, kind, exact, error)
 
 
 def test_list(site: Site) -> None:
@@ -77,20 +80,25 @@ def test_each_gives_right_numbers(site: Site, rng: np.random.Generator, name: st
             output_type=output_type,
             kernel=kernel,
         )
-        check(site, name, activations, site.client.einsum(request).output, output_type)
+        output = site.client.einsum(request).output
+        check(site, name, activations, output, output_type, kernel)
 
 
 def test_the_choice_arrives(site: Site, rng: np.random.Generator) -> None:
-    """Kernels add in different orders, so that bits tell them apart."""
-    name = TENSOR_NAME.format(1)
-    activations = oracle.random_activations(rng, site.weights[name], 16, "FP32")
-    outputs = {
-        kernel: site.client.einsum(
-            site.request(name, activations, output_type="FP32", kernel=kernel)
-        ).output
-        for kernel in kernels_of(site)
-    }
-    assert len(set(outputs.values())) > 1 or len(outputs) == 1, list(outputs)
+    """Kernels add in different orders, so that bits of many long sums in FP32 tell them apart; and
+    each gives the same bits again."""
+    activations = oracle.random_activations(rng, site.weights[LONG_SUMS], 40, "FP32")
+    outputs = [
+        {
+            kernel: site.client.einsum(
+                site.request(LONG_SUMS, activations, output_type="FP32", kernel=kernel)
+            ).output
+            for kernel in kernels_of(site)
+        }
+        for _ in range(2)
+    ]
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[0].values())) > 1 or len(outputs[0]) == 1, list(outputs[0])
 
 
 def test_mixed_on_a_stream(site: Site, rng: np.random.Generator) -> None:
@@ -119,7 +127,7 @@ def test_mixed_on_a_stream(site: Site, rng: np.random.Generator) -> None:
             assert reply.error.field == "kernel"
             assert all(known in reply.error.message for known in choices[1:-1])
         else:
-            check(site, name, activations, reply.response.output, "BF16")
+            check(site, name, activations, reply.response.output, "BF16", kernel)
     assert seen == set(range(len(sent)))
 
 

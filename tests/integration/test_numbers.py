@@ -88,8 +88,8 @@ def check_answer(
     assert (reply.tokens, reply.groups, reply.output_dim) == (
         activations.tokens, weight.groups, weight.output_dim,
     )  # fmt: skip
-    exact, magnitude = oracle.project(activations, weight)
-    oracle.check(reply.output, output_type, exact, magnitude, weight.reduced_dim)
+    exact, error = site.expected(activations, weight, options.get("kernel", ""))
+    oracle.check(reply.output, output_type, exact, error)
     return reply.output
 
 
@@ -436,8 +436,7 @@ def test_stream_matches_replies_by_id(site: Site, rng: np.random.Generator) -> N
         else:
             assert not reply.HasField("error")
             activations, weight = cases[request_id]
-            exact, magnitude = oracle.project(activations, weight)
-            oracle.check(reply.response.output, "BF16", exact, magnitude, weight.reduced_dim)
+            oracle.check(reply.response.output, "BF16", *site.expected(activations, weight))
     assert seen == set(cases) | set(errors)
 
 
@@ -451,8 +450,8 @@ def test_stream_replies_before_it_is_closed(site: Site, rng: np.random.Generator
         outgoing.put(site.request(name, activations, request_id=request_id))
         reply = next(replies)
         assert reply.response.request_id == request_id
-        exact, magnitude = oracle.project(activations, site.weights[name])
-        oracle.check(reply.response.output, "BF16", exact, magnitude, 1024)
+        exact, error = site.expected(activations, site.weights[name])
+        oracle.check(reply.response.output, "BF16", exact, error)
     outgoing.put(None)
     assert list(replies) == []
     assert replies.code() == grpc.StatusCode.OK
@@ -481,8 +480,7 @@ def test_batching_mixes_nothing_up(site: Site, rng: np.random.Generator) -> None
             name, activations, activation_layout=activation_layout, scale_layout=scale_layout,
             output_type=output_type, request_id=index,
         )  # fmt: skip
-        exact, magnitude = oracle.project(activations, weight)
-        cases.append((request, output_type, exact, magnitude, weight.reduced_dim))
+        cases.append((request, output_type, *site.expected(activations, weight)))
 
     before = site.client.counters()
     threads, rounds = 16, count(10)
@@ -517,8 +515,7 @@ def test_futures_share_batches(site: Site, rng: np.random.Generator) -> None:
         reply = future.result(seconds(60))
         shared += reply.batch.requests > 1
         assert reply.batch.bucket >= reply.batch.tokens >= case.tokens
-        exact, magnitude = oracle.project(case, weight)
-        oracle.check(reply.output, "BF16", exact, magnitude, weight.reduced_dim)
+        oracle.check(reply.output, "BF16", *site.expected(case, weight))
     assert shared
 
 
@@ -532,9 +529,9 @@ def test_replace_while_serving(tmp_path_factory: pytest.TempPathFactory) -> None
     weights = small_weights(1)
     versions = [weights[name], oracle.random_weight(rng, 4, 256, 512, scale_type="FP32")]
     activations = oracle.random_activations(rng, versions[0], 9, "FP32")
-    expected = [(*oracle.project(activations, version), 512) for version in versions]
 
     with serving(tmp_path_factory.mktemp("replace"), weights, 256) as site:
+        expected = [site.expected(activations, version) for version in versions]
         for index, version in enumerate(versions):
             write_checkpoint(site.root / f"version{index}", {name: version})
         request = site.request(name, activations)
@@ -577,7 +574,7 @@ def test_unload_while_serving(small: Site, rng: np.random.Generator) -> None:
     name = "passing." + TENSOR_NAME.format(0)
     activations = oracle.random_activations(rng, weight, 5, "FP32")
     request = make_request(small.client, name, weight, activations)
-    exact, magnitude = oracle.project(activations, weight)
+    expected = small.expected(activations, weight)
     bytes_before = small.client.call("ServerInfo").memory.weights_bytes
     answered = 0
     for _ in range(count(6)):
@@ -587,7 +584,7 @@ def test_unload_while_serving(small: Site, rng: np.random.Generator) -> None:
         small.client.call("UnloadWeights", names=["passing.*"])
         for future in futures:
             if future.exception(seconds(60)) is None:
-                oracle.check(future.result().output, "BF16", exact, magnitude, 512)
+                oracle.check(future.result().output, "BF16", *expected)
                 answered += 1
             else:
                 assert future.exception().code() == grpc.StatusCode.NOT_FOUND

@@ -112,8 +112,10 @@ class Projection:
             most = CACHE_POSITIONS if isinstance(ROPES[name], Cache) else 1 << 20
             positions = rng.integers(0, most, tokens)
         self.positions = positions.astype(np.int64)
+        self.wgmma = False  # once it is a request: whether wgmma may sum its answer
 
     def request(self, client: Client, **fields: Any) -> Any:
+        self.wgmma = client.sums_by_wgmma(fields.get("kernel", ""))
         return client.message(
             "OutputProjectRequest",
             **{
@@ -132,14 +134,14 @@ class Projection:
             self.attention, self.positions, ROPES[self.name], self.weight.groups,
             self.weight.block_r,
         )  # fmt: skip
-        return oracle.project(activations, self.weight)
+        return oracle.project(activations, self.weight, self.wgmma)
 
     def check(self, reply: Any) -> np.ndarray:
         assert (reply.tokens, reply.groups, reply.output_dim) == (
             self.tokens, self.weight.groups, self.weight.output_dim,
         )  # fmt: skip
-        exact, magnitude = self.expected()
-        oracle.check(reply.output, self.output_type, exact, magnitude, self.weight.reduced_dim)
+        exact, error = self.expected()
+        oracle.check(reply.output, self.output_type, exact, error)
         return oracle.decode_output(reply.output, self.output_type, exact.shape)
 
 
@@ -213,8 +215,7 @@ def test_one_real_layer(tmp_path: Path, rng: np.random.Generator) -> None:
         )  # fmt: skip
         reply = output_project(site.client, request)
         activations = activations_of(attention, positions, Rope(10000), 8, 128)
-        exact, magnitude = oracle.project(activations, weight)
-        oracle.check(reply.output, "BF16", exact, magnitude, 4096)
+        oracle.check(reply.output, "BF16", *site.expected(activations, weight))
 
 
 NAN, INFINITY, LARGEST = 0x7FC1, 0xFF80, 0x7F7F
@@ -289,8 +290,7 @@ def einsum_case(site: Site, rng: np.random.Generator, name: str, tokens: int) ->
     activations = oracle.random_activations(rng, weight, tokens, "UE8M0")
 
     def check(reply: Any) -> None:
-        exact, magnitude = oracle.project(activations, weight)
-        oracle.check(reply.output, "BF16", exact, magnitude, weight.reduced_dim)
+        oracle.check(reply.output, "BF16", *site.expected(activations, weight))
 
     return site.request(name, activations), check
 
@@ -385,8 +385,7 @@ def test_rope_of_a_load(site: Site, rng: np.random.Generator) -> None:
         request = projection.request(site.client, weight=f"own/{NAME}")
         reply = output_project(site.client, request)
         activations = activations_of(projection.attention, positions, Rope(777), 8, 128)
-        exact, magnitude = oracle.project(activations, WEIGHTS[NAME])
-        oracle.check(reply.output, "BF16", exact, magnitude, 1024)
+        oracle.check(reply.output, "BF16", *site.expected(activations, WEIGHTS[NAME]))
         request.positions = np.array([0, 25, 50]).tobytes()
         fails(site, request, StatusCode.INVALID_ARGUMENT, "positions", "[2] is 50")
     finally:
@@ -617,8 +616,8 @@ def test_ctl_run(site: Site, rng: np.random.Generator, tmp_path: Path, form: str
     told = json.loads(done.stdout)
     assert (told["operation"], told["recipe"]) == ("output_project", None)
     assert told["shape"] == [5, 8, 256]
-    exact, magnitude = projection.expected()
-    oracle.check(np.load(output).tobytes(), "BF16", exact, magnitude, 1024)
+    projection.wgmma = site.client.sums_by_wgmma()
+    oracle.check(np.load(output).tobytes(), "BF16", *projection.expected())
     digest = einsumctl(site, "--json", "run", "--weight", NAME, *files, "--digest")
     assert json.loads(digest.stdout)["digest"]["elements"] == 5 * 8 * 256
     assert "attention bf16 > fp32" in einsumctl(
