@@ -1,12 +1,15 @@
 // check: random activations, or attention, through the daemon, and every number of the replies
 // against FP64.
 //
-//     checkpoint --catalog--> B, sB --reference--> exact, magnitude
+//     checkpoint --catalog--> B, sB --reference--> exact, magnitude, what wgmma may lose
 //                                                      |  every output
 //     random A, sA --daemon--> output -----------------+--> error / tolerance, at most 1
 //
 // With --attention the random inputs are attention's output and positions; the reference's A and sA
 // are what ctl_attention.c makes of them.
+//
+// What the kernel "hopper" may lose is allowed where it may have answered: where the server has it and
+// no other was asked for. See Numerics in kernels/einsum.h.
 //
 // The layouts and types of requests go round from one case to the next, so that all of them are
 // met.
@@ -62,6 +65,7 @@ struct check {
     struct ctl_progress progress;
     uint64_t done, total;
     bool attention;
+    bool wgmma;           // what the kernel "hopper" may lose is allowed
     struct ctl_rope rope; // of all weights, if has_rope; else each has what the server says
     bool has_rope;
     struct tensor cache;
@@ -183,14 +187,16 @@ static double error_ratio(double got, double exact, double tolerance)
     return tolerance > 0 ? fabs(got - exact) / tolerance : INFINITY;
 }
 
-static void compare(struct check_case *each, const double *exact, const double *magnitude)
+static void compare(struct check_case *each, const struct ctl_reference *reference)
 {
+    const double *exact = reference->exact;
     double squares = 0, error_squares = 0;
     each->worst_ratio = 0;
     for (uint64_t i = 0; i < each->outputs; i++) {
         double got = output_at(each, i);
-        double tolerance = einsum_tolerance((enum einsum_output_type)(int)each->request.output_type,
-                                            exact[i], magnitude[i], 0, each->weight->reduced_dim);
+        double tolerance = einsum_tolerance(
+            reference->operand->output_type, exact[i], reference->magnitude[i],
+            reference->wgmma_loss ? reference->wgmma_loss[i] : 0, reference->format->reduced_dim);
         double ratio = error_ratio(got, exact[i], tolerance);
         if (ratio > each->worst_ratio) {
             each->worst_ratio = ratio;
@@ -253,12 +259,15 @@ static bool compare_with_reference(const struct check *check, const struct catal
         .operand = &operand,
         .exact = malloc(each->outputs * sizeof(double)),
         .magnitude = malloc(each->outputs * sizeof(double)),
+        .wgmma_loss = check->wgmma ? malloc(each->outputs * sizeof(double)) : NULL,
     };
-    bool good = reference.exact && reference.magnitude && ctl_reference_compute(&reference, 0);
+    bool good = reference.exact && reference.magnitude && !reference.wgmma_loss == !check->wgmma &&
+                ctl_reference_compute(&reference, 0);
     if (good)
-        compare(each, reference.exact, reference.magnitude);
+        compare(each, &reference);
     free(reference.exact);
     free(reference.magnitude);
+    free(reference.wgmma_loss);
     ctl_inputs_deinit(&quantised);
     return good;
 }
@@ -431,14 +440,19 @@ static enum ctl_exit check_weight(struct check *check, const struct einsum_clien
     return CTL_OK;
 }
 
+static const char *tolerance_name(const struct check *check)
+{
+    return check->wgmma ? "wgmma sums" : "FP32 sums";
+}
+
 static enum ctl_exit summarize(struct check *check)
 {
     bool passed = check->missed == 0 && check->cases > 0 && !ctl_interrupted();
     if (check->ctl->json)
-        ctl_print_json(json_pack("{s:b, s:I, s:I, s:I, s:O}", "passed", passed, "cases",
-                                 (json_int_t)check->cases, "missed", (json_int_t)check->missed,
-                                 "weights_skipped", (json_int_t)check->skipped, "results",
-                                 check->results));
+        ctl_print_json(json_pack("{s:b, s:s, s:I, s:I, s:I, s:O}", "passed", passed, "tolerance",
+                                 tolerance_name(check), "cases", (json_int_t)check->cases, "missed",
+                                 (json_int_t)check->missed, "weights_skipped",
+                                 (json_int_t)check->skipped, "results", check->results));
     else if (check->cases == 0)
         printf("nothing was checked\n");
     else
@@ -448,19 +462,36 @@ static enum ctl_exit summarize(struct check *check)
     return passed ? CTL_OK : CTL_FAILED;
 }
 
+// Whether the kernel "hopper" may answer.
+static enum einsum_client_status choose_tolerance(struct check *check,
+                                                  struct einsum_client_error *error)
+{
+    static struct einsum_client_info info; // large
+    enum einsum_client_status status = einsum_client_server_info(check->ctl->client, &info, error);
+    if (status != EINSUM_CLIENT_OK)
+        return status;
+    bool asked = !check->kernel || !check->kernel[0] || strcmp(check->kernel, "hopper") == 0;
+    for (uint32_t i = 0; i < info.kernels_n; i++)
+        if (strcmp(info.kernels[i], "hopper") == 0)
+            check->wgmma = asked;
+    return EINSUM_CLIENT_OK;
+}
+
 static enum ctl_exit check_all(struct check *check, size_t weights_max)
 {
     struct einsum_client_weights weights;
     struct einsum_client_error error;
-    if (einsum_client_list_weights(check->ctl->client, &weights, &error) != EINSUM_CLIENT_OK)
+    if (choose_tolerance(check, &error) != EINSUM_CLIENT_OK ||
+        einsum_client_list_weights(check->ctl->client, &weights, &error) != EINSUM_CLIENT_OK)
         return ctl_fail(check->ctl, &error);
     size_t n = weights.items_n < weights_max ? weights.items_n : weights_max;
     check->total = n * check->tokens_n;
     ctl_progress_init(&check->progress, check->ctl, "checking");
     check->results = json_array();
     if (!check->ctl->json)
-        printf("       %-28s %6s  %-24s %10s %12s  %10s %8s\n", "weight", "tokens",
-               "activations scales > out", "p50 ms", "tokens/s", "rel. error", "of tol.");
+        printf("tolerance: %s\n       %-28s %6s  %-24s %10s %12s  %10s %8s\n",
+               tolerance_name(check), "weight", "tokens", "activations scales > out", "p50 ms",
+               "tokens/s", "rel. error", "of tol.");
     enum ctl_exit code = CTL_OK;
     for (size_t i = 0; i < n && code == CTL_OK && !ctl_interrupted(); i++)
         code = check_weight(check, &weights.items[i]);
@@ -548,6 +579,9 @@ const struct ctl_command ctl_command_check = {
         "case to case. Prints for each: the median latency, tokens a second, the error relative "
         "to\n"
         "the outputs' norm, and the worst error in units of what is allowed (at most 1 passes).\n"
+        "Allowed is an FP32 sum's error, or a wgmma sum's where the server has the kernel hopper "
+        "and\n"
+        "--kernel names no other; the first line says which.\n"
         "Exits 1 on any miss. With --attention it sends attention's output and positions, rotates\n"
         "and quantises here as well, by the rope that the flags give or else the server names.\n\n"
         "  einsumctl check --checkpoint checkpoint --tokens 1,8,64\n"

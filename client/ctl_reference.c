@@ -11,6 +11,7 @@
 
 #include "../kernels/fp8.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -98,6 +99,27 @@ static void dot(const double *a, const double *b, uint32_t n, double *exact, dou
     *magnitude = (all[0] + all[1]) + (all[2] + all[3]);
 }
 
+// As einsum_reference_one's.
+static double wgmma_loss(const double *a, const double *b, uint32_t n, uint32_t block)
+{
+    const bits all_but_sign = {INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX};
+    double loss = 0, block_sum = 0;
+    for (uint32_t step = 0; step < n; step += EINSUM_WGMMA_STEP) {
+        vector sum = {0}, largest = {0};
+        for (uint32_t r = step; r < step + EINSUM_WGMMA_STEP; r += 4) {
+            vector product = *(const vector *)(a + r) * *(const vector *)(b + r);
+            sum += product;
+            bits absolute = (bits)product & all_but_sign, mask = (vector)absolute > largest;
+            largest = (vector)((absolute & mask) | ((bits)largest & ~mask));
+        }
+        block_sum = step % block == 0 ? 0 : block_sum;
+        double low = fmax(largest[0], largest[1]), high = fmax(largest[2], largest[3]);
+        loss += einsum_wgmma_step_loss(fmax(fabs(block_sum), fmax(low, high)));
+        block_sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+    return loss;
+}
+
 static void compute_part(const struct work *work, uint32_t part, double *row)
 {
     const struct ctl_reference *reference = work->reference;
@@ -107,12 +129,18 @@ static void compute_part(const struct work *work, uint32_t part, double *row)
     uint32_t g = part / parts_of_group, d = part % parts_of_group * ROWS_AT_A_TIME;
     uint32_t d_end = d + ROWS_AT_A_TIME < output_dim ? d + ROWS_AT_A_TIME : output_dim;
     const double *activations = work->activations + (uint64_t)g * operand->tokens * n;
+    bool loses = reference->wgmma_loss && reference->format->weight_type == EINSUM_WEIGHT_E4M3;
     for (; d < d_end; d++) {
         decode_row(reference, operand->group_begin + g, d, row);
         for (uint32_t t = 0; t < operand->tokens; t++) {
             uint64_t at = ((uint64_t)t * operand->groups + g) * output_dim + d;
-            dot(activations + (uint64_t)t * n, row, n, &reference->exact[at],
-                &reference->magnitude[at]);
+            const double *tokens_row = activations + (uint64_t)t * n;
+            dot(tokens_row, row, n, &reference->exact[at], &reference->magnitude[at]);
+            if (loses)
+                reference->wgmma_loss[at] =
+                    wgmma_loss(tokens_row, row, n, reference->format->block_r);
+            else if (reference->wgmma_loss)
+                reference->wgmma_loss[at] = 0;
         }
     }
 }

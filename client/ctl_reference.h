@@ -9,8 +9,9 @@ struct ctl_reference {
     const struct einsum_weight_format *format;
     const void *weight, *weight_scales; // as in the checkpoint
     const struct einsum_operand *operand;
-    double *exact;     // [tokens, groups, D]
-    double *magnitude; // likewise: sums of absolute products
+    double *exact;      // [tokens, groups, D]
+    double *magnitude;  // likewise: sums of absolute products
+    double *wgmma_loss; // likewise: what the kernel "hopper" may lose; NULL: not asked for
 };
 
 // false: no memory. `threads` 0: one per core.

@@ -204,8 +204,10 @@ START_TEST(test_reference)
         .scale_type = _i & 16  ? EINSUM_SCALE_NONE
                       : _i & 8 ? EINSUM_SCALE_FP32
                                : EINSUM_SCALE_UE8M0,
-        .block_d = _i & 16 ? 1 : 32,
-        .block_r = _i & 16 ? 128 : 32,
+        .block_d = _i & 16   ? 1
+                   : _i & 32 ? 128
+                             : 32,
+        .block_r = _i & 48 ? 128 : 32,
     };
     enum { TOKENS = 5, GROUPS = 2 };
     uint64_t weight_bytes = einsum_weight_bytes(&format);
@@ -234,14 +236,15 @@ START_TEST(test_reference)
     operand.activations = inputs.activations;
     operand.scales = inputs.scales;
     static double slow[TOKENS * GROUPS * 128], exact[TOKENS * GROUPS * 128];
-    static double magnitude[TOKENS * GROUPS * 128];
+    static double magnitude[TOKENS * GROUPS * 128], wgmma_loss[TOKENS * GROUPS * 128];
     einsum_reference(&format, weight, scales, &operand, slow);
     const struct ctl_reference reference = {.format = &format,
                                             .weight = weight,
                                             .weight_scales = scales,
                                             .operand = &operand,
                                             .exact = exact,
-                                            .magnitude = magnitude};
+                                            .magnitude = magnitude,
+                                            .wgmma_loss = wgmma_loss};
     ck_assert(ctl_reference_compute(&reference, 1 + (unsigned)_i % 3));
     size_t nans = 0;
     for (uint32_t i = 0; i < TOKENS * GROUPS * 128; i++) {
@@ -249,11 +252,13 @@ START_TEST(test_reference)
         ck_assert_int_eq(isnan(slow[i]) != 0, isnan(exact[i]) != 0);
         if (isnan(slow[i]))
             continue;
-        double slow_magnitude;
+        double slow_magnitude, slow_loss;
         einsum_reference_one(&format, weight, scales, &operand, i / 256, i / 128 % 2, i % 128,
-                             &slow_magnitude, NULL);
+                             &slow_magnitude, &slow_loss);
         ck_assert_double_le(fabs(exact[i] - slow[i]), slow_magnitude * 0x1p-44);
         ck_assert_double_le(fabs(magnitude[i] - slow_magnitude), slow_magnitude * 0x1p-40);
+        ck_assert_double_le(fabs(wgmma_loss[i] - slow_loss), slow_loss * 0x1p-40);
+        ck_assert_int_eq(slow_loss > 0, format.weight_type == EINSUM_WEIGHT_E4M3);
     }
     ck_assert_uint_eq(nans, 128); // those of one token and group
     ctl_inputs_deinit(&inputs);
@@ -423,10 +428,18 @@ static size_t pack_weights(uint8_t *to, bool one)
     return protobuf_c_message_pack(one ? &get.base : &list.base, to);
 }
 
-// A server that answers with numbers of the right shape which are not the product: check says so.
-START_TEST(test_check_finds_wrong_numbers)
+// Of a server with two kernels.
+static size_t pack_info(uint8_t *to, const char *second_kernel)
 {
-    char path[128];
+    Einsum__V1__ServerInfoResponse info = EINSUM__V1__SERVER_INFO_RESPONSE__INIT;
+    char *kernels[2] = {(char *)"decode", (char *)(uintptr_t)second_kernel};
+    info.kernels = kernels;
+    info.n_kernels = ARRAY_LEN(kernels);
+    return einsum__v1__server_info_response__pack(&info, to);
+}
+
+static void write_checkpoint(char path[128])
+{
     in_directory(path, "checkpoint");
     struct checkpoint_options checkpoint;
     struct error err;
@@ -437,8 +450,16 @@ START_TEST(test_check_finds_wrong_numbers)
     checkpoint.format.output_dim = FAKE_OUTPUT_DIM;
     checkpoint.format.reduced_dim = FAKE_REDUCED_DIM;
     ck_assert_msg(checkpoint_write(&checkpoint, &err) == STATUS_OK, "%s", err.text);
-    uint8_t list[512];
+}
+
+// A server that answers with numbers of the right shape which are not the product: check says so.
+START_TEST(test_check_finds_wrong_numbers)
+{
+    char path[128];
+    write_checkpoint(path);
+    uint8_t info[512], list[512];
     const struct fake_act acts[] = {
+        {.kind = FAKE_BYTES, .bytes = info, .bytes_n = pack_info(info, "hopper")},
         {.kind = FAKE_BYTES, .bytes = list, .bytes_n = pack_weights(list, false)},
         {.kind = FAKE_ANSWER},
     };
@@ -450,7 +471,91 @@ START_TEST(test_check_finds_wrong_numbers)
     give(&args, &ctl_command_check, "checkpoint", path);
     give(&args, &ctl_command_check, "tokens", "1,2");
     ck_assert_int_eq((int)run(&ctl_command_check, endpoint, args), CTL_FAILED);
-    ck_assert_uint_eq(atomic_load(&fake.calls), 1 + 2 * 5);
+    ck_assert_uint_eq(atomic_load(&fake.calls), 2 + 2 * 5);
+    fake_stop(&fake);
+}
+END_TEST
+
+// The answer to check's first case, for one token, less right by all that wgmma may lose.
+static size_t pack_wgmma_answer(uint8_t *to, const char *checkpoint)
+{
+    static const struct einsum_weight_format format = {
+        .groups = FAKE_GROUPS,
+        .output_dim = FAKE_OUTPUT_DIM,
+        .reduced_dim = FAKE_REDUCED_DIM,
+        .weight_type = EINSUM_WEIGHT_E4M3,
+        .scale_type = EINSUM_SCALE_UE8M0,
+        .block_d = 128,
+        .block_r = 128,
+    };
+    static const struct einsum_client_weight shape = {
+        .groups = FAKE_GROUPS, .reduced_dim = FAKE_REDUCED_DIM, .block_r = 128};
+    char file[256];
+    snprintf(file, sizeof file, "%s/model-00001-of-00001.safetensors", checkpoint);
+    struct tensor weight, scales;
+    struct error err;
+    ck_assert_int_eq((int)tensor_read(file, "layers.0.attn.wo_a.weight", &weight, &err), STATUS_OK);
+    ck_assert_int_eq((int)tensor_read(file, "layers.0.attn.wo_a.scale", &scales, &err), STATUS_OK);
+    struct ctl_inputs inputs;
+    ck_assert(ctl_random_inputs(&shape, 1, EINSUM_CLIENT_SCALES_TGK, EINSUM_CLIENT_SCALE_FP32, 1,
+                                &inputs));
+    const struct einsum_operand operand = {.tokens = 1,
+                                           .groups = FAKE_GROUPS,
+                                           .activation_layout = EINSUM_ACTIVATIONS_TGR,
+                                           .scale_layout = EINSUM_SCALES_TGK,
+                                           .scale_type = EINSUM_SCALE_FP32,
+                                           .activations = inputs.activations,
+                                           .scales = inputs.scales};
+    uint16_t output[FAKE_GROUPS * FAKE_OUTPUT_DIM];
+    for (uint32_t i = 0; i < ARRAY_LEN(output); i++) {
+        double loss;
+        double exact = einsum_reference_one(&format, weight.data, scales.data, &operand, 0,
+                                            i / FAKE_OUTPUT_DIM, i % FAKE_OUTPUT_DIM, NULL, &loss);
+        output[i] = bf16_from_double(exact + loss);
+    }
+    Einsum__V1__EinsumResponse response = EINSUM__V1__EINSUM_RESPONSE__INIT;
+    response.tokens = 1;
+    response.groups = FAKE_GROUPS;
+    response.output_dim = FAKE_OUTPUT_DIM;
+    response.output_type = EINSUM__V1__OUTPUT_TYPE__OUTPUT_TYPE_BF16;
+    response.output.data = (uint8_t *)output;
+    response.output.len = sizeof output;
+    ctl_inputs_deinit(&inputs);
+    tensor_deinit(&scales);
+    tensor_deinit(&weight);
+    return einsum__v1__einsum_response__pack(&response, to);
+}
+
+static const struct {
+    const char *offered, *asked; // kernels
+    enum ctl_exit exit;
+} tolerances[] = {{"hopper", NULL, CTL_OK},
+                  {"hopper", "hopper", CTL_OK},
+                  {"hopper", "decode", CTL_FAILED},
+                  {"prefill", NULL, CTL_FAILED}};
+
+// What wgmma may lose passes where it may have run, and nowhere else.
+START_TEST(test_check_allows_what_wgmma_loses)
+{
+    char path[128];
+    write_checkpoint(path);
+    uint8_t info[512], list[512], answer[1024];
+    const struct fake_act acts[] = {
+        {.kind = FAKE_BYTES, .bytes = info, .bytes_n = pack_info(info, tolerances[_i].offered)},
+        {.kind = FAKE_BYTES, .bytes = list, .bytes_n = pack_weights(list, false)},
+        {.kind = FAKE_BYTES, .bytes = answer, .bytes_n = pack_wgmma_answer(answer, path)},
+    };
+    struct fake fake;
+    fake_start(&fake, acts, ARRAY_LEN(acts));
+    char endpoint[64];
+    snprintf(endpoint, sizeof endpoint, "127.0.0.1:%d", fake.port);
+    struct ctl_args args = {0};
+    give(&args, &ctl_command_check, "checkpoint", path);
+    give(&args, &ctl_command_check, "tokens", "1");
+    if (tolerances[_i].asked)
+        give(&args, &ctl_command_check, "kernel", tolerances[_i].asked);
+    ck_assert_int_eq((int)run(&ctl_command_check, endpoint, args), (int)tolerances[_i].exit);
+    ck_assert_uint_eq(atomic_load(&fake.calls), 2 + 5);
     fake_stop(&fake);
 }
 END_TEST
@@ -622,7 +727,7 @@ int main(void)
     tcase_set_timeout(numbers, 60);
     tcase_add_test(numbers, test_histogram);
     tcase_add_test(numbers, test_number_list);
-    tcase_add_loop_test(numbers, test_reference, 0, 24);
+    tcase_add_loop_test(numbers, test_reference, 0, 48);
     tcase_add_test(numbers, test_random_inputs);
     tcase_add_loop_test(numbers, test_attention, 0, (int)ARRAY_LEN(attentions));
     suite_add_tcase(suite, numbers);
@@ -631,6 +736,8 @@ int main(void)
     tcase_add_checked_fixture(commands, make_directory, remove_directory);
     tcase_add_test(commands, test_exit_codes);
     tcase_add_test(commands, test_check_finds_wrong_numbers);
+    tcase_add_loop_test(commands, test_check_allows_what_wgmma_loses, 0,
+                        (int)ARRAY_LEN(tolerances));
     tcase_add_test(commands, test_run_writes);
     tcase_add_test(commands, test_bench_numbers_first);
     tcase_add_loop_test(commands, test_bench_loops, 0, 3);

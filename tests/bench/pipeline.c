@@ -246,18 +246,20 @@ static void job_fill(const struct job *job, const uint8_t *activations, const ui
 
 // ---- numbers
 
+// `wgmma`: see engine_may_sum_by_wgmma.
 static bool output_right(const struct job *job, const uint8_t *weight, const uint8_t *scales,
-                         uint64_t index)
+                         uint64_t index, bool wgmma)
 {
     const struct einsum_weight_format *format = &job->weight->format;
     uint32_t d = (uint32_t)(index % format->output_dim);
     uint32_t g = (uint32_t)(index / format->output_dim % settings.groups);
     uint32_t t = (uint32_t)(index / format->output_dim / settings.groups);
-    double magnitude, exact = einsum_reference_one(format, weight, scales, &job->operand, t, g, d,
-                                                   &magnitude, NULL);
+    double magnitude, loss;
+    double exact =
+        einsum_reference_one(format, weight, scales, &job->operand, t, g, d, &magnitude, &loss);
     double got = (double)bf16_to_float(((const uint16_t *)job->operand.output)[index]);
-    return fabs(got - exact) <=
-           einsum_tolerance(EINSUM_OUTPUT_BF16, exact, magnitude, 0, format->reduced_dim);
+    return fabs(got - exact) <= einsum_tolerance(EINSUM_OUTPUT_BF16, exact, magnitude,
+                                                 wgmma ? loss : 0, format->reduced_dim);
 }
 
 // Every output written, and SAMPLES of them right.
@@ -274,10 +276,11 @@ static bool outputs_right(const struct job *job, uint64_t layer)
     fill_e4m3(weight, seed_of(layer, false), 0, bytes);
     fill_ue8m0(scales, seed_of(layer, true), weight_scales);
     uint64_t wrong = 0;
+    bool wgmma = engine_may_sum_by_wgmma(ops, engine, 0);
     for (uint64_t i = 0; i < n; i++)
         wrong += outputs[i] == poison;
     for (uint64_t i = 0; i < SAMPLES; i++)
-        wrong += !output_right(job, weight, scales, random_word(layer, i) % n);
+        wrong += !output_right(job, weight, scales, random_word(layer, i) % n, wgmma);
     free(weight);
     free(scales);
     if (wrong)
