@@ -8,8 +8,8 @@
 // With --attention the random inputs are attention's output and positions; the reference's A and sA
 // are what ctl_attention.c makes of them.
 //
-// What the kernel "hopper" may lose is allowed where it may have answered: where the server has it and
-// no other was asked for. See Numerics in kernels/einsum.h.
+// What the kernel "hopper" may lose is allowed where it may have answered: where the server has it
+// and no other was asked for. See Numerics in kernels/einsum.h.
 //
 // The layouts and types of requests go round from one case to the next, so that all of them are
 // met.
@@ -579,9 +579,8 @@ const struct ctl_command ctl_command_check = {
         "case to case. Prints for each: the median latency, tokens a second, the error relative "
         "to\n"
         "the outputs' norm, and the worst error in units of what is allowed (at most 1 passes).\n"
-        "Allowed is an FP32 sum's error, or a wgmma sum's where the server has the kernel hopper "
-        "and\n"
-        "--kernel names no other; the first line says which.\n"
+        "Allowed is an FP32 sum's error, or a wgmma sum's where the server has the kernel\n"
+        "\"hopper\" and --kernel names no other; the first line says which.\n"
         "Exits 1 on any miss. With --attention it sends attention's output and positions, rotates\n"
         "and quantises here as well, by the rope that the flags give or else the server names.\n\n"
         "  einsumctl check --checkpoint checkpoint --tokens 1,8,64\n"

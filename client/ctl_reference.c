@@ -129,7 +129,7 @@ static void compute_part(const struct work *work, uint32_t part, double *row)
     uint32_t g = part / parts_of_group, d = part % parts_of_group * ROWS_AT_A_TIME;
     uint32_t d_end = d + ROWS_AT_A_TIME < output_dim ? d + ROWS_AT_A_TIME : output_dim;
     const double *activations = work->activations + (uint64_t)g * operand->tokens * n;
-    bool loses = reference->wgmma_loss && reference->format->weight_type == EINSUM_WEIGHT_E4M3;
+    bool loses = reference->wgmma_loss && einsum_hopper_takes(reference->format);
     for (; d < d_end; d++) {
         decode_row(reference, operand->group_begin + g, d, row);
         for (uint32_t t = 0; t < operand->tokens; t++) {

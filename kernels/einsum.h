@@ -16,11 +16,11 @@
 // value and are never rounded or truncated. Products and partial sums do not overflow or vanish
 // unless the true result does: a scale of 2^127 on one side and 2^-127 on the other is fine.
 //
-// The exception is the kernel "hopper" (SM 9.0, E4M3 weights alone), whose tensor core sums one
-// scale block, block_r of R, by itself: in steps of 32 products, and in each step all that is added,
-// the block's sum so far included, is cut 13 bits below the greatest of it. From block to block its
-// sums are FP32 too. What that may cost is einsum_reference_one's `wgmma_loss`. Everything else above
-// holds for it as well.
+// The exception is the kernel "hopper" (SM 9.0; E4M3 weights in blocks of 128 alone). Its tensor
+// core sums one scale block, 128 of R, by itself: in steps of 32 products, and in each step all
+// that is added, the block's sum so far included, is cut 13 bits below the greatest of it. From
+// block to block its sums are FP32 too. What that may cost is einsum_reference_one's `wgmma_loss`.
+// Everything else above holds for it as well.
 #pragma once
 
 #include <stdbool.h>
@@ -200,11 +200,15 @@ void einsum_reference(const struct einsum_weight_format *format, const void *wei
 
 // One output of the same, for spot checks, and what an error bound needs; both may be NULL.
 // `magnitude` gets the sum of absolute products. `wgmma_loss` gets what the sum of the kernel
-// "hopper" may lose beyond FP32's error: of all steps, einsum_wgmma_step_loss; 0 for BF16 weights.
+// "hopper" may lose beyond FP32's error: of all steps, einsum_wgmma_step_loss; 0 for weights that it
+// does not take.
 double einsum_reference_one(const struct einsum_weight_format *format, const void *weight,
                             const void *weight_scales, const struct einsum_operand *operand,
                             uint32_t t, uint32_t g, uint32_t d, double *magnitude,
                             double *wgmma_loss);
+
+// Whether the kernel "hopper" computes such weights; others go to another, whatever was asked for.
+bool einsum_hopper_takes(const struct einsum_weight_format *format);
 
 // Of one step of EINSUM_WGMMA_STEP products: `greatest` is the largest of their magnitudes and that
 // of the scale block's sum before them.

@@ -85,6 +85,11 @@ static double load_weight(const void *weight, enum einsum_weight_type type, uint
     return (double)bf16_to_float(code);
 }
 
+bool einsum_hopper_takes(const struct einsum_weight_format *format)
+{
+    return format->weight_type == EINSUM_WEIGHT_E4M3 && format->block_r == 128;
+}
+
 double einsum_wgmma_step_loss(double greatest)
 {
     return (EINSUM_WGMMA_STEP + 1) * 0x1p-13 * greatest;
@@ -131,7 +136,7 @@ double einsum_reference_one(const struct einsum_weight_format *format, const voi
     if (magnitude != NULL)
         *magnitude = absolute;
     if (wgmma_loss != NULL)
-        *wgmma_loss = format->weight_type == EINSUM_WEIGHT_E4M3 ? loss : 0;
+        *wgmma_loss = einsum_hopper_takes(format) ? loss : 0;
     return sum;
 }
 

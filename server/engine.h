@@ -132,8 +132,8 @@ const char *engine_auto_note(void);
 // that there are.
 NODISCARD enum status engine_kernel_find(const struct engine_ops *ops, const struct engine *engine,
                                          const char *name, uint32_t *kernel, struct error *err);
-// Whether what asks for this kernel may be summed by the kernel "hopper", for which einsum.h allows
-// more than an FP32 sum's error.
+// Whether what asks for this kernel may be summed by the kernel "hopper", for which einsum.h
+// allows more than an FP32 sum's error.
 bool engine_may_sum_by_wgmma(const struct engine_ops *ops, const struct engine *engine,
                              uint32_t kernel);
 

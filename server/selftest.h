@@ -25,7 +25,7 @@ struct selftest_verdict {
     char message[192]; // names the first output that is wrong
 };
 
-// `output` is BF16 [SELFTEST_TOKENS, G, D] as the engine wrote it; `wgmma`: perhaps with the sums of
-// the kernel "hopper", see Numerics in einsum.h.
+// `output` is BF16 [SELFTEST_TOKENS, G, D] as the engine wrote it; `wgmma`: perhaps with the sums
+// of the kernel "hopper", see Numerics in einsum.h.
 void selftest_judge(const struct selftest_answers *answers, const void *output, bool wgmma,
                     struct selftest_verdict *verdict);

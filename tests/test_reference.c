@@ -159,6 +159,84 @@ START_TEST(test_by_hand)
 }
 END_TEST
 
+// 33 addends a step, each cut 13 bits below the greatest.
+#define CUT (33 * 0x1p-13)
+enum { TINY = 0x01, HUGE_CODE = 0x7E, NAN_CODE = 0x7F }; // 2^-9, 448
+
+// Nonzero activations of R 256 against a weight of ones; blocks of 128. Scales: 1 and 2.
+static const struct {
+    struct {
+        uint32_t begin, end;
+        uint8_t code;
+    } runs[4];
+    double exact, loss; // loss in CUT
+} losses[] = {
+    {.runs = {{0}}, .exact = 0, .loss = 0},
+    // In the first step the greatest product, in the others of its block the sum that it leaves.
+    {.runs = {{0, 1, HUGE_CODE}, {1, 32, TINY}},
+     .exact = 448 + 31 * 0x1p-9,
+     .loss = 448 + 3 * (448 + 31 * 0x1p-9)},
+    // The last step of a block alone: no sum before it, none after.
+    {.runs = {{96, 128, ONE}}, .exact = 32, .loss = 1},
+    {.runs = {{128, 160, ONE}}, .exact = 64, .loss = 2 + 3 * 64},
+    // A sum that cancels leaves the greatest product of each step.
+    {.runs = {{0, 16, TWO}, {16, 32, MINUS_ONE}, {32, 48, MINUS_ONE}, {100, 101, HALF}},
+     .exact = 0.5,
+     .loss = 2 + 16 + 0 + 0.5},
+    // The sign of the sum does not count.
+    {.runs = {{0, 4, MINUS_ONE}, {32, 33, TWO}}, .exact = -2, .loss = 1 + 4 + 2 + 2},
+};
+
+START_TEST(test_wgmma_loss)
+{
+    struct einsum_weight_format format = small;
+    format.reduced_dim = 256;
+    format.block_d = format.block_r = 128;
+    static uint8_t weight[2 * 256], activations[256];
+    const float scales[2] = {1, 2}, weight_scales[2] = {1, 1};
+    memset(weight, ONE, sizeof weight);
+    for (int i = 0; i < 4; i++)
+        for (uint32_t r = losses[_i].runs[i].begin; r < losses[_i].runs[i].end; r++)
+            activations[r] = losses[_i].runs[i].code;
+    const struct einsum_operand operand = {.tokens = 1,
+                                           .groups = 1,
+                                           .activation_layout = EINSUM_ACTIVATIONS_TGR,
+                                           .scale_layout = EINSUM_SCALES_TGK,
+                                           .scale_type = EINSUM_SCALE_FP32,
+                                           .activations = activations,
+                                           .scales = scales};
+    double loss;
+    ck_assert_double_eq(
+        einsum_reference_one(&format, weight, weight_scales, &operand, 0, 0, 0, NULL, &loss),
+        losses[_i].exact);
+    ck_assert_double_eq_tol(loss, CUT * losses[_i].loss, 1e-12);
+
+    // NaN is NaN whatever is allowed, and no tolerance is made of it.
+    activations[40] = NAN_CODE;
+    double exact =
+        einsum_reference_one(&format, weight, weight_scales, &operand, 0, 0, 0, NULL, &loss);
+    ck_assert(isnan(exact) && !isnan(loss));
+    ck_assert(isinf(einsum_tolerance(EINSUM_OUTPUT_BF16, exact, 1, loss, 256)));
+
+    // Weights that the kernel "hopper" does not take lose nothing.
+    activations[40] = ONE;
+    format.block_r = 32;
+    const float small_scales[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    struct einsum_operand small_blocks = operand;
+    small_blocks.scales = small_scales;
+    loss = -1;
+    einsum_reference_one(&format, weight, small_scales, &small_blocks, 0, 0, 0, NULL, &loss);
+    ck_assert_double_eq(loss, 0);
+    format.block_r = 128;
+    format.block_d = 1;
+    format.weight_type = EINSUM_WEIGHT_BF16;
+    format.scale_type = EINSUM_SCALE_NONE;
+    loss = -1;
+    einsum_reference_one(&format, weight, NULL, &operand, 0, 0, 0, NULL, &loss);
+    ck_assert_double_eq(loss, 0);
+}
+END_TEST
+
 static uint64_t state = 1;
 
 static uint64_t random_next(void)
@@ -230,6 +308,10 @@ START_TEST(test_tolerance)
     ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_BF16, 0, 0, 0, 4096), 0x1p-134);
     ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_FP32, 0x1p-140, 0, 0, 4096), 0x1p-150);
     ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_FP32, 0, 8, 0, 4096), 8 * 0x1p-12 + 0x1p-33);
+    // What wgmma may lose comes on top, and moves the reach.
+    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_BF16, 1.5, 0, 0.25, 128), 0.25 + 0x1p-8);
+    ck_assert_double_eq(einsum_tolerance(EINSUM_OUTPUT_BF16, 1.5, 0, 0.5, 128), 0.5 + 0x1p-7);
+    ck_assert(isinf(einsum_tolerance(EINSUM_OUTPUT_FP32, 3.4e38, 0, 1e37, 128)));
     // Where the error may carry the value into the next binade, that binade's unit counts.
     ck_assert_double_ge(einsum_tolerance(EINSUM_OUTPUT_BF16, nextafter(2, 0), 1e-6, 0, 128),
                         0x1p-7);
@@ -249,6 +331,7 @@ int main(void)
     tcase_add_test(tcase, test_scale_strides);
     tcase_add_test(tcase, test_activation_offsets);
     tcase_add_test(tcase, test_by_hand);
+    tcase_add_loop_test(tcase, test_wgmma_loss, 0, (int)(sizeof losses / sizeof *losses));
     tcase_add_test(tcase, test_layouts_agree);
     tcase_add_test(tcase, test_tolerance);
     suite_add_tcase(suite, tcase);

@@ -328,7 +328,8 @@ START_TEST(test_mistakes_are_found)
 }
 END_TEST
 
-// What the kernel "hopper" may lose passes where it may have run, and nowhere else; it takes no BF16.
+// What the kernel "hopper" may lose passes where it may have run, and nowhere else; weights that it
+// does not take lose nothing.
 START_TEST(test_losses_of_wgmma)
 {
     struct memory_source source;
@@ -336,7 +337,7 @@ START_TEST(test_losses_of_wgmma)
     source_init(&source, &formats[_i]);
     outputs_init(&outputs, &source);
     struct selftest_answers *answers = answer(&source);
-    bool loses = formats[_i].weight_type == EINSUM_WEIGHT_E4M3;
+    bool loses = einsum_hopper_takes(&formats[_i]);
     struct selftest_verdict verdict;
     for (uint64_t i = 0; i < outputs.n; i++) {
         ck_assert_int_eq(outputs.wgmma_loss[i] > 0, loses);

@@ -35,7 +35,7 @@ OUTPUT_TYPES = ("BF16", "FP32")
 SIGNIFICANT_BITS = {"BF16": 8, "FP32": 24}
 EXPONENT_MAX, EXPONENT_MIN = 127, -126
 
-WGMMA_STEP = 32  # products that SM 9.0's tensor core adds at a time
+WGMMA_STEP, WGMMA_BLOCK = 32, 128  # products that SM 9.0's tensor core adds at a time, in all
 
 
 def decode_scales(scales: np.ndarray) -> np.ndarray:
@@ -134,12 +134,12 @@ def project(
         for g in range(weight.groups):
             exact[:, g] = a[:, g] @ b[g].T
             error[:, g] = np.abs(a[:, g]) @ np.abs(b[g]).T * (weight.reduced_dim * 2.0**-24)
-            if wgmma and weight.scales is not None:
-                error[:, g] += wgmma_loss(a[:, g], b[g], weight.block_r)
+            if wgmma and weight.scales is not None and weight.block_r == WGMMA_BLOCK:
+                error[:, g] += wgmma_loss(a[:, g], b[g])
     return exact, error
 
 
-def wgmma_loss(a: np.ndarray, b: np.ndarray, block_r: int) -> np.ndarray:
+def wgmma_loss(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """For a [T, R] and b [D, R]: of each step all that is added, the sum of the scale block so far
     included, is cut 13 bits below the greatest of it. The largest factors stand for the greatest
     product."""
@@ -148,7 +148,7 @@ def wgmma_loss(a: np.ndarray, b: np.ndarray, block_r: int) -> np.ndarray:
     a_largest, b_largest = np.abs(a).max(axis=2), np.abs(b).max(axis=2)
     loss, running = np.zeros((2, len(a), len(b)))
     for step in range(steps):
-        if step * WGMMA_STEP % block_r == 0:
+        if step * WGMMA_STEP % WGMMA_BLOCK == 0:
             running = np.zeros_like(loss)
         greatest = np.outer(a_largest[:, step], b_largest[:, step])
         loss += (WGMMA_STEP + 1) * 2.0**-13 * np.maximum(greatest, np.abs(running))

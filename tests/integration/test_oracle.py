@@ -98,15 +98,13 @@ def test_rounded_scales_fail(rng: np.random.Generator) -> None:
 
 
 def test_wgmma_loss_by_hand() -> None:
-    """33 addends are cut 13 bits below the greatest, in the first step a product, in the second the
-    sum of the first, in the third, of another block of scales, a product again."""
+    """33 addends are cut 13 bits below the greatest: in a block's first step a product, in the next
+    the sum so far."""
     a, b = np.zeros((1, 256)), np.ones((1, 256))
     a[0, :32] = 1
     a[0, 40], a[0, 130] = -2, 5
-    in_units = oracle.wgmma_loss(a, b, 128) / (33 * 2.0**-13)
+    in_units = oracle.wgmma_loss(a, b) / (33 * 2.0**-13)
     assert in_units[0, 0] == 1 + 32 + 30 + 30 + 5 + 5 + 5 + 5
-    in_units = oracle.wgmma_loss(a, b, 32) / (33 * 2.0**-13)
-    assert in_units[0, 0] == 1 + 2 + 5
 
 
 def test_wgmma_loss_bounds_the_tensor_core(rng: np.random.Generator) -> None:
@@ -131,8 +129,11 @@ def test_wgmma_loss_bounds_the_tensor_core(rng: np.random.Generator) -> None:
     assert not oracle.matches(other, "FP32", *oracle.project(activations, weight, wgmma=True))
 
 
-def test_bf16_weights_have_no_wgmma(rng: np.random.Generator) -> None:
-    weight = oracle.random_weight(rng, 1, 32, 128, scale_type=None)
+@pytest.mark.parametrize("block, scales", [(1, None), (32, "UE8M0")])
+def test_other_weights_have_no_wgmma(
+    rng: np.random.Generator, block: int, scales: str | None
+) -> None:
+    weight = oracle.random_weight(rng, 1, 32, 128, block, max(block, 32), scales)
     activations = oracle.random_activations(rng, weight, 2, "FP32")
     for plain, other in zip(
         oracle.project(activations, weight), oracle.project(activations, weight, wgmma=True)
