@@ -200,8 +200,8 @@ void einsum_reference(const struct einsum_weight_format *format, const void *wei
 
 // One output of the same, for spot checks, and what an error bound needs; both may be NULL.
 // `magnitude` gets the sum of absolute products. `wgmma_loss` gets what the sum of the kernel
-// "hopper" may lose beyond FP32's error: of all steps, einsum_wgmma_step_loss; 0 for weights that it
-// does not take.
+// "hopper" may lose beyond FP32's error: of all steps, einsum_wgmma_step_loss; 0 for weights that
+// it does not take.
 double einsum_reference_one(const struct einsum_weight_format *format, const void *weight,
                             const void *weight_scales, const struct einsum_operand *operand,
                             uint32_t t, uint32_t g, uint32_t d, double *magnitude,
