@@ -207,7 +207,8 @@ double einsum_reference_one(const struct einsum_weight_format *format, const voi
                             uint32_t t, uint32_t g, uint32_t d, double *magnitude,
                             double *wgmma_loss);
 
-// Whether the kernel "hopper" computes such weights; others go to another, whatever was asked for.
+// Whether the kernel "hopper" computes such weights: E4M3 in blocks of 128 along R, since in blocks of 32
+// it has nothing to gain. Others go to another kernel, whatever was asked for.
 bool einsum_hopper_takes(const struct einsum_weight_format *format);
 
 // Of one step of EINSUM_WGMMA_STEP products: `greatest` is the largest of their magnitudes and that

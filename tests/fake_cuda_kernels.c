@@ -14,7 +14,8 @@
 #include "kernels/fp8.h"
 #include "server/base.h"
 
-enum { WORKSPACE_BYTES = 512 };
+// Of a bucket, as in earnest: what has no meaning between launches differs from bucket to bucket.
+enum { PARTIAL_BYTES = 48 };
 
 // ---- weights
 
@@ -240,7 +241,9 @@ static void compute_runs(enum cuda_kernel kernel, const struct cuda_table *table
 
 struct launch_arguments {
     const struct cuda_table *table;
-    const void *workspace;
+    const void *counters;
+    void *partials;
+    uint64_t partial_bytes;
     uint32_t tokens_max, decode_tokens; // of the bucket
 };
 
@@ -258,16 +261,20 @@ static const struct cuda_table *table_of(const struct launch_arguments *argument
     return table;
 }
 
-static void check_workspace(const struct launch_arguments *arguments)
+// Nobody else's leavings may lie where a kernel counts. Leaves some of its own where it may.
+static void use_workspace(const struct launch_arguments *arguments)
 {
-    const unsigned char *at = fake_cuda_at((uintptr_t)arguments->workspace, WORKSPACE_BYTES);
-    for (uint32_t i = 0; i < WORKSPACE_BYTES; i++)
-        ASSERT(at[i] == 0);
+    const uint32_t *counters =
+        fake_cuda_at((uintptr_t)arguments->counters, CUDA_COUNTERS * sizeof(uint32_t));
+    for (uint32_t i = 0; i < CUDA_COUNTERS; i++)
+        ASSERT(counters[i] == 0);
+    memset(fake_cuda_at((uintptr_t)arguments->partials, arguments->partial_bytes), 0xA5,
+           arguments->partial_bytes);
 }
 
 static void run_decode(const void *bytes)
 {
-    check_workspace(bytes);
+    use_workspace(bytes);
     const struct cuda_table *table = table_of(bytes);
     compute_runs(CUDA_KERNEL_DECODE, table, 0, table->decode_runs);
 }
@@ -280,7 +287,7 @@ static void run_prefill(const void *bytes)
 
 static void run_hopper(const void *bytes)
 {
-    check_workspace(bytes);
+    use_workspace(bytes);
     const struct cuda_table *table = table_of(bytes);
     compute_runs(CUDA_KERNEL_HOPPER, table, table->decode_runs + table->prefill_runs,
                  table->hopper_runs);
@@ -348,14 +355,16 @@ static void run_report(const void *bytes)
 // A kernel that overlaps reads its input before the one ahead has ended; if that one writes it, and
 // the device is in the mood, the output is wrong.
 static cudaError_t launch(const char *name, const struct cuda_bucket *bucket, fake_cuda_kernel *run,
-                          bool overlaps, const struct cuda_table *table, const void *workspace,
-                          cudaStream_t stream)
+                          bool overlaps, const struct cuda_table *table, const void *counters,
+                          void *partials, uint64_t partial_bytes, cudaStream_t stream)
 {
     fake_cuda_kernel *ahead = fake_cuda_newest(stream);
     ASSERT(!overlaps || (ahead != run_fetch && ahead != run_attention));
     const struct launch_arguments arguments = {
         .table = table,
-        .workspace = workspace,
+        .counters = counters,
+        .partials = partials,
+        .partial_bytes = partial_bytes,
         .tokens_max = bucket->tokens_max,
         .decode_tokens = bucket->decode_tokens,
     };
@@ -393,43 +402,46 @@ cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count)
     return cudaSuccess;
 }
 
-uint64_t cuda_decode_workspace_bytes(const struct cuda_bucket *bucket)
+uint64_t cuda_decode_partial_bytes(const struct cuda_bucket *bucket)
 {
-    (void)bucket;
-    return WORKSPACE_BYTES;
+    return (uint64_t)PARTIAL_BYTES * bucket->decode_tokens;
 }
 
-uint64_t cuda_hopper_workspace_bytes(const struct cuda_bucket *bucket)
+uint64_t cuda_hopper_partial_bytes(const struct cuda_bucket *bucket)
 {
-    return bucket->hopper_workers > 0 ? WORKSPACE_BYTES : 0;
+    return bucket->hopper_workers > 0 ? PARTIAL_BYTES * (1 + bucket->tokens_max / 3) : 0;
 }
 
 cudaError_t cuda_attention_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
                                   cudaStream_t stream)
 {
     ASSERT(bucket->attention_blocks > 0);
-    return launch(__func__, bucket, run_attention, false, table, NULL, stream);
+    return launch(__func__, bucket, run_attention, false, table, NULL, NULL, 0, stream);
 }
 
 cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
-                               void *workspace, bool overlaps, cudaStream_t stream)
+                               uint32_t *counters, float *partials, bool overlaps,
+                               cudaStream_t stream)
 {
     ASSERT(bucket->decode_workers > 0);
-    return launch(__func__, bucket, run_decode, overlaps, table, workspace, stream);
+    return launch(__func__, bucket, run_decode, overlaps, table, counters, partials,
+                  cuda_decode_partial_bytes(bucket), stream);
 }
 
 cudaError_t cuda_prefill_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
                                 bool overlaps, cudaStream_t stream)
 {
     ASSERT(bucket->prefill_blocks > 0);
-    return launch(__func__, bucket, run_prefill, overlaps, table, NULL, stream);
+    return launch(__func__, bucket, run_prefill, overlaps, table, NULL, NULL, 0, stream);
 }
 
 cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
-                               void *workspace, bool overlaps, cudaStream_t stream)
+                               uint32_t *counters, float *partials, bool overlaps,
+                               cudaStream_t stream)
 {
     ASSERT(bucket->hopper_workers > 0);
-    return launch(__func__, bucket, run_hopper, overlaps, table, workspace, stream);
+    return launch(__func__, bucket, run_hopper, overlaps, table, counters, partials,
+                  cuda_hopper_partial_bytes(bucket), stream);
 }
 
 cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct cuda_report *report,

@@ -54,10 +54,6 @@ struct cuda_choice cuda_dispatch(int major, int minor, const struct einsum_weigh
 enum cuda_kernel cuda_kernel_for(const struct einsum_weight_format *format, uint64_t tokens,
                                  uint32_t prefill_from, uint32_t hopper_from);
 
-// Whether Hopper's arm computes such weights: E4M3 in blocks of 128 along R. In blocks of 32 it has nothing
-// to gain.
-bool cuda_hopper_takes(const struct einsum_weight_format *format);
-
 enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
                             enum einsum_scale_type activation_scale_type);
 

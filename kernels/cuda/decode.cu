@@ -597,23 +597,15 @@ static uint32_t partial_floats_of(const struct cuda_bucket *bucket)
     return tokens * (tokens <= 32 ? shape<4>::ROWS : shape<8>::ROWS);
 }
 
-static uint64_t counters_bytes(const struct cuda_bucket *bucket)
+extern "C" uint64_t cuda_decode_partial_bytes(const struct cuda_bucket *bucket)
 {
-    return ((uint64_t)bucket->decode_workers * 4 + 255) / 256 * 256;
-}
-
-extern "C" uint64_t cuda_decode_workspace_bytes(const struct cuda_bucket *bucket)
-{
-    return counters_bytes(bucket) +
-           (uint64_t)bucket->decode_workers * 2 * partial_floats_of(bucket) * 4;
+    return (uint64_t)bucket->decode_workers * 2 * partial_floats_of(bucket) * 4;
 }
 
 extern "C" cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket,
-                                          const struct cuda_table *table, void *workspace,
-                                          bool overlaps, cudaStream_t stream)
+                                          const struct cuda_table *table, uint32_t *counters,
+                                          float *partials, bool overlaps, cudaStream_t stream)
 {
-    uint32_t *counters = (uint32_t *)workspace;
-    float *partials = (float *)((uint8_t *)workspace + counters_bytes(bucket));
     uint32_t partial_floats = partial_floats_of(bucket);
     void *arguments[] = {&table, &partials, &partial_floats, &counters};
     return cuda_launch_kernel(kernel_of(bucket->decode_tokens), bucket->decode_workers, THREADS,

@@ -59,15 +59,10 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
     return powers ? CUDA_MODE_UE8M0_32 : CUDA_MODE_FP32_32;
 }
 
-bool cuda_hopper_takes(const struct einsum_weight_format *format)
-{
-    return format->weight_type == EINSUM_WEIGHT_E4M3 && format->block_r == 128;
-}
-
 enum cuda_kernel cuda_kernel_for(const struct einsum_weight_format *format, uint64_t tokens,
                                  uint32_t prefill_from, uint32_t hopper_from)
 {
-    if (tokens >= hopper_from && cuda_hopper_takes(format))
+    if (tokens >= hopper_from && einsum_hopper_takes(format))
         return CUDA_KERNEL_HOPPER;
     return tokens >= prefill_from ? CUDA_KERNEL_PREFILL : CUDA_KERNEL_DECODE;
 }

@@ -599,11 +599,6 @@ variant variant_for(uint32_t tokens_max)
     return tokens_max <= 128 ? variant_of<64>() : variant_of<128>();
 }
 
-uint64_t counters_bytes(const struct cuda_bucket *bucket)
-{
-    return ((uint64_t)bucket->hopper_workers * 4 + 255) / 256 * 256;
-}
-
 } // namespace
 
 extern "C" cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count)
@@ -618,19 +613,16 @@ extern "C" cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count
     return error;
 }
 
-extern "C" uint64_t cuda_hopper_workspace_bytes(const struct cuda_bucket *bucket)
+extern "C" uint64_t cuda_hopper_partial_bytes(const struct cuda_bucket *bucket)
 {
-    return counters_bytes(bucket) +
-           (uint64_t)bucket->hopper_workers * 2 * bucket->hopper_rows * bucket->hopper_tokens * 4;
+    return (uint64_t)bucket->hopper_workers * 2 * bucket->hopper_rows * bucket->hopper_tokens * 4;
 }
 
 extern "C" cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket,
-                                          const struct cuda_table *table, void *workspace,
-                                          bool overlaps, cudaStream_t stream)
+                                          const struct cuda_table *table, uint32_t *counters,
+                                          float *partials, bool overlaps, cudaStream_t stream)
 {
     variant v = variant_for(bucket->tokens_max);
-    uint32_t *counters = (uint32_t *)workspace;
-    float *partials = (float *)((uint8_t *)workspace + counters_bytes(bucket));
     // Of a single run the first tile's rows; not beyond what the smallest table takes.
     uint64_t there = cuda_table_bytes(bucket, 1) / 128;
     uint64_t lines = 1 + v.tokens * sizeof(cuda_row) / 128;

@@ -9,6 +9,8 @@ cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bo
         error = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess)
         return error;
+    if (sm_count > CUDA_COUNTERS)
+        return cudaErrorNotSupported;
     *bucket = (struct cuda_bucket){.tokens_max = tokens_max, .hopper_from = UINT32_MAX};
     cuda_attention_init(bucket, sm_count);
     error = cuda_decode_init(bucket, sm_count);
@@ -19,14 +21,21 @@ cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bo
     return error;
 }
 
-static uint64_t align256(uint64_t bytes)
+// A workspace serves every bucket of a lane, so the counters, which must stay zero, lie where no bucket
+// has anything else:  decode's counters | Hopper's counters | decode's partials | Hopper's partials
+enum {
+    COUNTERS_BYTES = CUDA_COUNTERS * sizeof(uint32_t),
+    PARTIALS_OFFSET = 2 * COUNTERS_BYTES,
+};
+
+static uint64_t hopper_partials_offset(const struct cuda_bucket *bucket)
 {
-    return (bytes + 255) / 256 * 256;
+    return PARTIALS_OFFSET + (cuda_decode_partial_bytes(bucket) + 255) / 256 * 256;
 }
 
 uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket)
 {
-    return align256(cuda_decode_workspace_bytes(bucket)) + cuda_hopper_workspace_bytes(bucket);
+    return hopper_partials_offset(bucket) + cuda_hopper_partial_bytes(bucket);
 }
 
 bool cuda_bucket_can_launch(const struct cuda_bucket *bucket, uint32_t launches)
@@ -40,21 +49,23 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
                         const struct cuda_table *table, void *workspace, cudaStream_t stream)
 {
     cudaError_t error = cudaSuccess;
+    unsigned char *at = workspace;
     bool overlaps = !(launches & (CUDA_LAUNCH_ATTENTION | CUDA_LAUNCH_WRITTEN));
     if (launches & CUDA_LAUNCH_ATTENTION)
         error = cuda_attention_launch(bucket, table, stream);
     if (error == cudaSuccess && launches & CUDA_LAUNCH_DECODE) {
-        error = cuda_decode_launch(bucket, table, workspace, overlaps, stream);
+        error = cuda_decode_launch(bucket, table, (uint32_t *)at, (float *)(at + PARTIALS_OFFSET),
+                                   overlaps, stream);
         overlaps = true; // the one ahead has read nothing that attention's kernel writes later
     }
     if (error == cudaSuccess && launches & CUDA_LAUNCH_PREFILL) {
         error = cuda_prefill_launch(bucket, table, overlaps, stream);
         overlaps = true;
     }
-    if (error == cudaSuccess && launches & CUDA_LAUNCH_HOPPER) {
-        void *own = (unsigned char *)workspace + align256(cuda_decode_workspace_bytes(bucket));
-        error = cuda_hopper_launch(bucket, table, own, overlaps, stream);
-    }
+    if (error == cudaSuccess && launches & CUDA_LAUNCH_HOPPER)
+        error =
+            cuda_hopper_launch(bucket, table, (uint32_t *)(at + COUNTERS_BYTES),
+                               (float *)(at + hopper_partials_offset(bucket)), overlaps, stream);
     return error;
 }
 

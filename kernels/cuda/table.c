@@ -257,7 +257,7 @@ static enum cuda_kernel choose_kernel(const struct cuda_bucket *bucket,
                                       const struct cuda_segment *segment, uint32_t tokens)
 {
     const struct einsum_weight_format *format = &segment->weight->format;
-    bool hopper = bucket->hopper_workers > 0 && cuda_hopper_takes(format);
+    bool hopper = bucket->hopper_workers > 0 && einsum_hopper_takes(format);
     if (segment->kernel == CUDA_KERNEL_AUTO || (segment->kernel == CUDA_KERNEL_HOPPER && !hopper))
         return cuda_kernel_for(format, tokens, bucket->prefill_from, bucket->hopper_from);
     return segment->kernel;

@@ -298,6 +298,22 @@ inline bool device_is_hopper()
     return major == 9 && minor == 0;
 }
 
+// One for all buckets, as a lane of the engine has: what one leaves there must not disturb another.
+inline void *shared_workspace(uint64_t bytes)
+{
+    static uint8_t *memory = nullptr;
+    constexpr uint64_t ENOUGH = (uint64_t)256 << 20;
+    if (bytes > ENOUGH) {
+        fprintf(stderr, "a workspace of %llu bytes\n", (unsigned long long)bytes);
+        exit(2);
+    }
+    if (memory == nullptr) {
+        memory = device_alloc<uint8_t>(ENOUGH);
+        CHECK(cudaMemset(memory, 0, ENOUGH));
+    }
+    return memory;
+}
+
 struct launcher {
     cuda_bucket bucket;
     std::vector<uint8_t> host;
@@ -319,13 +335,11 @@ struct launcher {
         host.resize(cuda_table_bytes(&bucket, segments_max));
         order.resize(segments_max);
         table = (cuda_table *)device_alloc<uint8_t>(host.size());
-        workspace = device_alloc<uint8_t>(cuda_workspace_bytes(&bucket));
-        CHECK(cudaMemset(workspace, 0, cuda_workspace_bytes(&bucket)));
+        workspace = shared_workspace(cuda_workspace_bytes(&bucket));
     }
     ~launcher()
     {
         CHECK(cudaFree(table));
-        CHECK(cudaFree(workspace));
     }
     launcher(const launcher &) = delete;
 

@@ -157,7 +157,7 @@ static std::vector<cuda_kernel> kernels_for(const test_weight &w, uint32_t token
     std::vector<cuda_kernel> named = {CUDA_KERNEL_PREFILL};
     if (tokens <= 600)
         named.push_back(CUDA_KERNEL_DECODE);
-    if (hopper && cuda_hopper_takes(&w.format))
+    if (hopper && einsum_hopper_takes(&w.format))
         named.push_back(CUDA_KERNEL_HOPPER);
     if (quick)
         named = {named[turn++ % named.size()]};
