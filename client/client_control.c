@@ -547,8 +547,12 @@ static void copy_info(struct einsum_client_info *info, const Einsum__V1__ServerI
         COPY_TEXT(library->name, from->libraries[i]->name);
         COPY_TEXT(library->version, from->libraries[i]->version);
     }
-    for (size_t i = 0; i < from->n_kernels && i < EINSUM_CLIENT_KERNELS_MAX; i++)
-        COPY_TEXT(info->kernels[info->kernels_n++], from->kernels[i]);
+    size_t kernels_n = from->n_kernels;
+    if (kernels_n > EINSUM_CLIENT_KERNELS_MAX)
+        kernels_n = EINSUM_CLIENT_KERNELS_MAX;
+    for (size_t i = 0; i < kernels_n; i++)
+        COPY_TEXT(info->kernels[i], from->kernels[i]);
+    info->kernels_n = (uint32_t)kernels_n;
 }
 
 enum einsum_client_status einsum_client_server_info(struct einsum_client *client,

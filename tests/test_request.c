@@ -413,7 +413,7 @@ static const struct {
     {-1, "[2] is -1"},
     {INT64_MAX, "[2] is 9223372036854775807"},
     {INT64_MIN, "[2] is -9223372036854775808"},
-    {1ll << 32, "[2] is 4294967296"},
+    {1LL << 32, "[2] is 4294967296"},
 };
 
 START_TEST(positions_outside_the_rope_are_named)

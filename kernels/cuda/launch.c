@@ -54,7 +54,7 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
     if (launches & CUDA_LAUNCH_ATTENTION)
         error = cuda_attention_launch(bucket, table, stream);
     if (error == cudaSuccess && launches & CUDA_LAUNCH_DECODE) {
-        error = cuda_decode_launch(bucket, table, (uint32_t *)at, (float *)(at + PARTIALS_OFFSET),
+        error = cuda_decode_launch(bucket, table, (uint32_t *)at, (void *)(at + PARTIALS_OFFSET),
                                    overlaps, stream);
         overlaps = true; // the one ahead has read nothing that attention's kernel writes later
     }
@@ -63,9 +63,8 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
         overlaps = true;
     }
     if (error == cudaSuccess && launches & CUDA_LAUNCH_HOPPER)
-        error =
-            cuda_hopper_launch(bucket, table, (uint32_t *)(at + COUNTERS_BYTES),
-                               (float *)(at + hopper_partials_offset(bucket)), overlaps, stream);
+        error = cuda_hopper_launch(bucket, table, (uint32_t *)(at + COUNTERS_BYTES),
+                                   (void *)(at + hopper_partials_offset(bucket)), overlaps, stream);
     return error;
 }
 
