@@ -2,7 +2,7 @@
 // tokens. Written on the host by table.c, read on the device by the kernels; plain data for both.
 //
 //     header | runs: one per weight, group range and token tile | attention's spans | rows: one per
-//              decode's first, then prefill's                                         token
+//              decode's, prefill's, Hopper's                                          token
 //
 // Decode's work is a line of units, each 16 KiB of E4M3 weights: run after run, in a run tile after
 // tile (group, rows of D), in a tile along R. Each worker, a thread block, takes an equal piece of
