@@ -1246,6 +1246,19 @@ static void count_result(void *context, const struct einsum_client_selftest_resu
     ++*(int *)context;
 }
 
+static void expect_two_weights(const struct einsum_client_weights *got)
+{
+    ck_assert_uint_eq(got->items_n, 2);
+    ck_assert_str_eq(got->items[1].name, "layers.0.attn.wo_a");
+    ck_assert_uint_eq(got->items[1].recipes_n, 2);
+    ck_assert_int_eq((int)got->items[1].recipes[1], EINSUM_CLIENT_RECIPE_1_1_128);
+    ck_assert_uint_eq(got->items[0].resident_bytes, 1ull << 33);
+    ck_assert(got->items[0].has_rope);
+    ck_assert_double_eq(got->items[0].rope.theta, 160000);
+    ck_assert_uint_eq(got->items[0].rope.positions_max, 1 << 20);
+    ck_assert_str_eq(got->items[0].rope.cache, "a?b");
+}
+
 START_TEST(test_control)
 {
     Einsum__V1__Weight weight = EINSUM__V1__WEIGHT__INIT;
@@ -1275,6 +1288,47 @@ START_TEST(test_control)
     Einsum__V1__SelfTestResult *results[1] = {&result};
     selftest.results = results;
     selftest.n_results = 1;
+    uint8_t bytes[3][4096];
+    const struct fake_act acts[] = {
+        canned(&list.base, bytes[0], 1),
+        canned(&unload.base, bytes[1], 1),
+        canned(&selftest.base, bytes[2], 1),
+        {.kind = FAKE_BYTES, BYTES("\x08\x02")}, // health: NOT_SERVING
+        {.kind = FAKE_BYTES, BYTES("")},         // GetWeight without a weight
+    };
+    struct fake fake;
+    fake_start(&fake, acts, LEN(acts));
+    struct einsum_client *client = connect_to(&fake, NULL);
+    struct einsum_client_error error;
+
+    struct einsum_client_weights got;
+    ck_assert_int_eq((int)einsum_client_list_weights(client, &got, &error), 0);
+    expect_two_weights(&got);
+    einsum_client_weights_deinit(&got);
+
+    int count = 0;
+    const char *wanted[1] = {"*"};
+    ck_assert_int_eq((int)einsum_client_unload(client, wanted, 1, count_name, &count, &error), 0);
+    ck_assert_int_eq(count, 1);
+    bool passed = true;
+    ck_assert_int_eq(
+        (int)einsum_client_self_test(client, NULL, NULL, &passed, count_result, &count, &error), 0);
+    ck_assert_int_eq(count, 2);
+    ck_assert(!passed);
+    enum einsum_client_health health;
+    ck_assert_int_eq((int)einsum_client_check_health(client, "x", &health, &error), 0);
+    ck_assert_int_eq((int)health, EINSUM_CLIENT_HEALTH_NOT_SERVING);
+    struct einsum_client_weight one;
+    ck_assert_int_eq((int)einsum_client_get_weight(client, "x", &one, &error),
+                     EINSUM_CLIENT_INTERNAL);
+    ck_assert_str_eq(fake.method, "/einsum.v1.Einsum/GetWeight");
+    einsum_client_destroy(client);
+    fake_stop(&fake);
+}
+END_TEST
+
+START_TEST(test_server_info)
+{
     Einsum__V1__ServerInfoResponse info_message = EINSUM__V1__SERVER_INFO_RESPONSE__INIT;
     Einsum__V1__Limits limits = EINSUM__V1__LIMITS__INIT;
     limits.reply_bytes_max = 1ull << 35;
@@ -1303,40 +1357,15 @@ START_TEST(test_control)
     memory.lanes_bytes = 5;
     memory.graphs_bytes = 1ull << 36;
     info_message.memory = &memory;
-    uint8_t bytes[4][4096];
-    const struct fake_act acts[] = {
-        canned(&list.base, bytes[0], 1),         canned(&unload.base, bytes[1], 1),
-        canned(&selftest.base, bytes[2], 1),     canned(&info_message.base, bytes[3], 1),
-        {.kind = FAKE_BYTES, BYTES("\x08\x02")}, // health: NOT_SERVING
-        {.kind = FAKE_BYTES, BYTES("")},         // GetWeight without a weight
-    };
+    char *kernels[2] = {(char *)"avx2", (char *)"a\nb"};
+    info_message.kernels = kernels;
+    info_message.n_kernels = LEN(kernels);
+    uint8_t bytes[4096];
+    const struct fake_act acts[] = {canned(&info_message.base, bytes, 1)};
     struct fake fake;
     fake_start(&fake, acts, LEN(acts));
     struct einsum_client *client = connect_to(&fake, NULL);
     struct einsum_client_error error;
-
-    struct einsum_client_weights got;
-    ck_assert_int_eq((int)einsum_client_list_weights(client, &got, &error), 0);
-    ck_assert_uint_eq(got.items_n, 2);
-    ck_assert_str_eq(got.items[1].name, "layers.0.attn.wo_a");
-    ck_assert_uint_eq(got.items[1].recipes_n, 2);
-    ck_assert_int_eq((int)got.items[1].recipes[1], EINSUM_CLIENT_RECIPE_1_1_128);
-    ck_assert_uint_eq(got.items[0].resident_bytes, 1ull << 33);
-    ck_assert(got.items[0].has_rope);
-    ck_assert_double_eq(got.items[0].rope.theta, 160000);
-    ck_assert_uint_eq(got.items[0].rope.positions_max, 1 << 20);
-    ck_assert_str_eq(got.items[0].rope.cache, "a?b");
-    einsum_client_weights_deinit(&got);
-
-    int count = 0;
-    const char *wanted[1] = {"*"};
-    ck_assert_int_eq((int)einsum_client_unload(client, wanted, 1, count_name, &count, &error), 0);
-    ck_assert_int_eq(count, 1);
-    bool passed = true;
-    ck_assert_int_eq(
-        (int)einsum_client_self_test(client, NULL, NULL, &passed, count_result, &count, &error), 0);
-    ck_assert_int_eq(count, 2);
-    ck_assert(!passed);
     struct einsum_client_info info;
     ck_assert_int_eq((int)einsum_client_server_info(client, &info, &error), 0);
     ck_assert_str_eq(info.engine, "cpu");
@@ -1352,13 +1381,9 @@ START_TEST(test_control)
     ck_assert_uint_eq(info.memory.graphs[1].bucket, 8);
     ck_assert_uint_eq(info.memory.graphs[1].graphs, 6);
     ck_assert_uint_eq(info.memory.graphs[1].device_bytes, 1ull << 34);
-    enum einsum_client_health health;
-    ck_assert_int_eq((int)einsum_client_check_health(client, "x", &health, &error), 0);
-    ck_assert_int_eq((int)health, EINSUM_CLIENT_HEALTH_NOT_SERVING);
-    struct einsum_client_weight one;
-    ck_assert_int_eq((int)einsum_client_get_weight(client, "x", &one, &error),
-                     EINSUM_CLIENT_INTERNAL);
-    ck_assert_str_eq(fake.method, "/einsum.v1.Einsum/GetWeight");
+    ck_assert_uint_eq(info.kernels_n, 2);
+    ck_assert_str_eq(info.kernels[0], "avx2");
+    ck_assert_str_eq(info.kernels[1], "a?b");
     einsum_client_destroy(client);
     fake_stop(&fake);
 }
@@ -1481,6 +1506,7 @@ int main(void)
     tcase_add_test(stream, test_stream_unreachable);
     TCase *control = add_case(suite, "control");
     tcase_add_test(control, test_control);
+    tcase_add_test(control, test_server_info);
     tcase_add_test(control, test_control_swell);
     tcase_add_test(control, test_load);
     SRunner *runner = srunner_create(suite);
