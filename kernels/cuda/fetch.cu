@@ -8,7 +8,7 @@
 //
 // Who reads over the bus waits two of its round trips, one for the order and one for all that the
 // order names, as long as the bytes fit into the loads in flight.
-#include "cuda.h"
+#include "launch.h"
 
 #include "copy.cuh"
 
@@ -96,22 +96,13 @@ extern "C" cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct 
                                          cudaStream_t stream)
 {
     void *arguments[] = {&order, &report};
-    return cudaLaunchKernel((const void *)fetch_kernel, dim3(BLOCKS), dim3(THREADS), arguments, 0,
-                            stream);
+    return cuda_launch_kernel((const void *)fetch_kernel, BLOCKS, THREADS, 0, arguments, false,
+                              stream);
 }
 
 extern "C" cudaError_t cuda_report_launch(const struct cuda_order *order,
                                           struct cuda_report *report, cudaStream_t stream)
 {
     void *arguments[] = {&order, &report};
-    cudaLaunchAttribute serialization = {};
-    serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    serialization.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(1);
-    config.blockDim = dim3(1);
-    config.stream = stream;
-    config.attrs = &serialization;
-    config.numAttrs = 1;
-    return cudaLaunchKernelExC(&config, (const void *)report_kernel, arguments);
+    return cuda_launch_kernel((const void *)report_kernel, 1, 1, 0, arguments, true, stream);
 }

@@ -56,7 +56,7 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
     if (error == cudaSuccess && launches & CUDA_LAUNCH_DECODE) {
         error = cuda_decode_launch(bucket, table, (uint32_t *)at, (void *)(at + PARTIALS_OFFSET),
                                    overlaps, stream);
-        overlaps = true; // the one ahead has read nothing that attention's kernel writes later
+        overlaps = true; // it starts when all is in place, and what follows not before it
     }
     if (error == cudaSuccess && launches & CUDA_LAUNCH_PREFILL) {
         error = cuda_prefill_launch(bucket, table, overlaps, stream);
