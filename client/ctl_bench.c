@@ -101,7 +101,7 @@ static bool read_options(const struct ctl_args *args, struct bench_command *comm
         !ctl_real(args, OPT_DURATION, 0.01, 86400, &duration) ||
         !ctl_real(args, OPT_WARMUP, 0, 3600, &warmup) ||
         !ctl_number(args, OPT_REQUESTS, 1, UINT64_MAX, &bench->requests_max) ||
-        !ctl_number(args, OPT_CONNECTIONS, 1, 256, &connections) ||
+        !ctl_number(args, OPT_CONNECTIONS, 1, 4096, &connections) ||
         !ctl_number(args, OPT_SEED, 0, UINT64_MAX, &bench->seed))
         return false;
     bench->concurrency = (uint32_t)concurrency;
