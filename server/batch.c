@@ -392,7 +392,8 @@ struct job *batcher_take_waiting(struct batcher *batcher)
     return taken;
 }
 
-void batcher_commit(struct batcher *batcher, struct job *job)
+// Whether a turn of the scheduler's is due that nobody has set out to take.
+static bool commit(struct batcher *batcher, struct job *job)
 {
     struct batch *batch = job->batch;
     uint64_t queued_ns = now_ns();
@@ -404,11 +405,20 @@ void batcher_commit(struct batcher *batcher, struct job *job)
         batch->first_commit_ns = queued_ns;
     batch->jobs[batch->jobs_n++] = job;
     batch->filling--;
-    bool wake = batcher_must_wake_locked(batcher);
+    bool due = batcher_launch_at_ns_locked(batcher) < batcher->scheduler_wakes_at_ns;
     pthread_mutex_unlock(&batcher->lock);
+    return due;
+}
 
-    if (wake)
-        batcher_wake(batcher->waker);
+void batcher_commit(struct batcher *batcher, struct job *job)
+{
+    if (commit(batcher, job))
+        batcher_turn(batcher);
+}
+
+void batcher_commit_quietly(struct batcher *batcher, struct job *job)
+{
+    commit(batcher, job);
 }
 
 // Gives back the room of the job if nothing lies behind it. An empty batch has all of its room.
@@ -583,6 +593,7 @@ enum status batcher_create(const struct batcher_options *options, struct batcher
     batcher->waiting_end = &batcher->waiting;
     batcher->lanes_free = options->lanes;
     pthread_mutex_init(&batcher->lock, NULL);
+    pthread_mutex_init(&batcher->turn, NULL);
 
     enum status status = buffers_alloc(batcher, err);
     if (status)
@@ -596,6 +607,7 @@ enum status batcher_create(const struct batcher_options *options, struct batcher
 free_buffers:
     buffers_free(batcher);
 free_tables:
+    pthread_mutex_destroy(&batcher->turn);
     pthread_mutex_destroy(&batcher->lock);
     tables_free(batcher);
     return status;
@@ -609,6 +621,7 @@ void batcher_destroy(struct batcher *batcher)
     scheduler_stop(batcher);
     ASSERT(batcher->lanes_free == batcher->options.lanes);
     buffers_free(batcher);
+    pthread_mutex_destroy(&batcher->turn);
     pthread_mutex_destroy(&batcher->lock);
     tables_free(batcher);
 }

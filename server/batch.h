@@ -64,7 +64,15 @@ NODISCARD enum status batcher_reserve(struct batcher *batcher, struct job *job, 
 // on_room is called, perhaps before this returns, or on_done, should the device be lost meanwhile.
 NODISCARD enum status batcher_reserve_or_wait(struct batcher *batcher, struct job *job, bool *waits,
                                               struct error *err);
+// Takes a turn, see batcher_turn, if one is due: the job may be done, and told so, on return.
 void batcher_commit(struct batcher *batcher, struct job *job);
+// Takes no turn and wakes nobody: the caller calls batcher_turn soon, once for all that it has
+// committed.
+void batcher_commit_quietly(struct batcher *batcher, struct job *job);
+// Any thread. While the scheduler's thread sleeps, does its work here: launches what may leave and
+// answers what is done by then, which saves two wake-ups where the engine is quick. Wakes it if
+// anything is left for it. Not from on_done or on_room.
+void batcher_turn(struct batcher *batcher);
 void batcher_abandon(struct batcher *batcher, struct job *job); // the job is IDLE again
 
 // Any thread, after on_done: the output memory is needed no more. The job is IDLE again.

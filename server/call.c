@@ -69,8 +69,9 @@ static void push_woken(struct call *call)
         call->wake_next = head;
     while (!atomic_compare_exchange_weak_explicit(&thread->woken, &head, call, memory_order_acq_rel,
                                                   memory_order_relaxed));
-    if (head)
-        return; // whoever made the list non-empty has posted the tag
+    // Whoever made the list non-empty has posted the tag; the thread itself looks before it sleeps.
+    if (head || thread == rpc_thread_here)
+        return;
     grpc_call_error posted = grpc_call_start_batch(thread->waker, NULL, 0, &thread->wake_tag, NULL);
     ASSERT(posted == GRPC_CALL_OK);
 }

@@ -48,7 +48,7 @@ struct job {
     uint64_t queued_ns, launched_ns, done_ns;
     uint32_t batch_tokens, batch_bucket, batch_requests; // tokens, padded tokens; 0 if dropped
 
-    // Told once, on the scheduler thread, after DONE. Must not block. The new owner waits for it:
+    // Told once, by whoever has the scheduler's turn, after DONE. Must not block. The new owner waits for it:
     // seeing the state change is not enough.
     void (*on_done)(struct job *job);
 

@@ -101,7 +101,8 @@ struct rpc {
 };
 
 // rpc.c
-void rpc_call_ended(struct call *call); // back to the pool
+extern __thread struct rpc_thread *rpc_thread_here; // set while an rpc thread is outside of gRPC
+void rpc_call_ended(struct call *call);             // back to the pool
 
 // call.c: what rpc.c does with the events of a call.
 void call_arrived(struct call *call, bool full); // full: too many are live, refuse it

@@ -111,6 +111,24 @@ static const struct engine_ops fake_ops = {
     .poll = fake_poll,
 };
 
+// Done as soon as it is submitted, as the null engine.
+static void quick_submit(struct engine *engine, uint32_t lane, const struct engine_batch *batch)
+{
+    fake_submit(engine, lane, batch);
+    pthread_mutex_lock(&engine->lock);
+    engine->lanes[lane].done = true;
+    pthread_mutex_unlock(&engine->lock);
+    batcher_wake(&engine->waker);
+}
+
+static const struct engine_ops quick_ops = {
+    .name = "fake, quick",
+    .memory_alloc = fake_memory_alloc,
+    .memory_free = fake_memory_free,
+    .submit = quick_submit,
+    .poll = fake_poll,
+};
+
 // The lane on which a batch runs; -1: none.
 static int fake_lane_of(struct engine *engine, const struct engine_batch *batch)
 {
@@ -137,6 +155,7 @@ static void fake_complete(struct engine *engine, uint32_t submission, enum statu
 struct test_job {
     struct job job; // first, so that on_done finds the rest
     _Atomic int done;
+    pthread_t told_on; // which thread called on_done
 };
 
 static struct engine engine;
@@ -166,6 +185,7 @@ static void sleep_ms(uint32_t ms)
 
 static void on_done(struct job *job)
 {
+    ((struct test_job *)job)->told_on = pthread_self();
     atomic_fetch_add(&((struct test_job *)job)->done, 1);
 }
 
@@ -236,6 +256,13 @@ static struct job *commit(int index, uint32_t tokens)
     struct job *job = reserve(index, tokens);
     batcher_commit(batcher, job);
     return job;
+}
+
+// Launched in this thread's turn, if the scheduler sleeps.
+static void commit_by_turn(int index, uint32_t tokens)
+{
+    batcher_commit_quietly(batcher, reserve(index, tokens));
+    batcher_turn(batcher);
 }
 
 static enum status reserve_fails(int index, uint32_t tokens, struct error *err)
@@ -674,6 +701,99 @@ START_TEST(watching_cuts_no_delay_short)
 }
 END_TEST
 
+// --- whoever commits launches
+
+static struct batcher_options quick_options(void)
+{
+    struct batcher_options options = base;
+    options.ops = &quick_ops;
+    return options;
+}
+
+START_TEST(a_commit_launches_and_answers_by_itself)
+{
+    const struct batcher_options options = quick_options();
+    start(&options);
+    sleep_ms(QUIET_MS); // until the scheduler thread sleeps; while it is awake the turn is its
+    for (int i = 0; i < 3; i++) {
+        commit(i, 2);
+        ck_assert_int_eq(atomic_load(&jobs[i].done), 1); // with no other thread's help
+        ck_assert_uint_eq(submitted(), (uint32_t)i + 1);
+        wait_release(i, STATUS_OK);
+    }
+    all_buffers_free(&options, 0);
+}
+END_TEST
+
+START_TEST(what_a_commit_launched_is_answered_when_it_ends)
+{
+    start(&base);
+    sleep_ms(QUIET_MS);
+    commit(0, 2);
+    ck_assert_uint_eq(submitted(), 1);
+    commit(1, 2); // the lane is taken: it waits
+    ck_assert_uint_eq(submitted(), 1);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    wait_submitted(2);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(1, STATUS_OK);
+}
+END_TEST
+
+// The scheduler thread is to launch what no later commit does.
+START_TEST(a_delay_ends_without_another_commit)
+{
+    struct batcher_options options = quick_options();
+    options.max_queue_delay_us = 50000;
+    start(&options);
+    for (int i = 0; i < 3; i++) {
+        commit(i, 1);
+        ck_assert_int_eq(atomic_load(&jobs[i].done), 0);
+        wait_release(i, STATUS_OK);
+        ck_assert_uint_ge(jobs[i].job.launched_ns - jobs[i].job.queued_ns, 50000000);
+    }
+}
+END_TEST
+
+static _Atomic bool turn_held, turn_let_go;
+
+static void hold_turn(struct job *job)
+{
+    atomic_store(&turn_held, true);
+    while (!atomic_load(&turn_let_go))
+        sched_yield();
+    on_done(job);
+}
+
+static void *commit_first(void *argument)
+{
+    batcher_commit(batcher, argument);
+    return NULL;
+}
+
+START_TEST(a_commit_while_another_has_the_turn_is_not_lost)
+{
+    const struct batcher_options options = quick_options();
+    start(&options);
+    atomic_store(&turn_held, false);
+    atomic_store(&turn_let_go, false);
+    struct job *first = reserve(0, 8); // fills its batch, so that the next opens another
+    first->on_done = hold_turn;
+    pthread_t thread;
+    ck_assert_int_eq(pthread_create(&thread, NULL, commit_first, first), 0);
+    while (!atomic_load(&turn_held))
+        sched_yield();
+    commit(1, 1);
+    ck_assert_int_eq(atomic_load(&jobs[1].done), 0);
+    ck_assert_uint_eq(submitted(), 1);
+    atomic_store(&turn_let_go, true);
+    wait_release(1, STATUS_OK);
+    pthread_join(thread, NULL);
+    wait_release(0, STATUS_OK);
+}
+END_TEST
+
 START_TEST(batches_are_counted_by_bucket_and_phase)
 {
     static const uint32_t tokens[] = {1, 3, 4, 8, 3};
@@ -844,6 +964,24 @@ START_TEST(abandoned_room_comes_back_if_it_was_the_last)
     fake_complete(&engine, 0, STATUS_OK);
     wait_release(2, STATUS_OK);
     all_buffers_free(&base, 10);
+}
+END_TEST
+
+// Launching and answering by who commits, while the scheduler's thread sleeps.
+START_TEST(a_turn_does_the_schedulers_work)
+{
+    struct batcher_options options = base;
+    options.ops = &quick_ops;
+    start(&options);
+    uint32_t here = 0;
+    for (int round = 0; round < 1000; round++) {
+        commit_by_turn(0, 1);
+        here += atomic_load(&jobs[0].done) == 1 && pthread_equal(jobs[0].told_on, pthread_self());
+        wait_release(0, STATUS_OK);
+    }
+    ck_assert_uint_gt(here, 0); // all but those that met the thread awake
+    ck_assert_uint_eq(stats().requests, 1000);
+    all_buffers_free(&options, 10);
 }
 END_TEST
 
@@ -1216,7 +1354,8 @@ START_TEST(destroy_aborts_on_a_live_job)
 END_TEST
 
 // One job at a time, so that no second wake makes up for a lost one, at delays that sweep over the
-// moment in which the scheduler falls asleep.
+// moment in which the scheduler falls asleep. Launched by the scheduler's thread, by this one's turn,
+// or by either.
 START_TEST(no_wake_is_lost)
 {
     enum { ROUNDS = 20000, DELAY_NS_MAX = 8000 };
@@ -1225,7 +1364,10 @@ START_TEST(no_wake_is_lost)
         uint64_t until = now_ns() + round * 7 % DELAY_NS_MAX;
         while (now_ns() < until)
             ;
-        commit(0, 1);
+        if (_i == 1 || (_i == 2 && round % 3))
+            commit_by_turn(0, 1);
+        else
+            commit(0, 1);
         uint64_t give_up_ns = now_ns() + PATIENCE_MS * 1000000ull;
         while (submitted() != round + 1 && now_ns() < give_up_ns)
             sched_yield();
@@ -1397,9 +1539,14 @@ static bool stress_fill(struct stress_job *it, uint64_t *random)
         atomic_fetch_add(&stress.abandoned, 1);
         return false;
     }
-    batcher_commit(batcher, &it->job);
     if (dice % 16 == 1)
         atomic_store(&it->job.cancelled, true);
+    if (dice >> 8 & 1) {
+        batcher_commit(batcher, &it->job);
+    } else {
+        batcher_commit_quietly(batcher, &it->job);
+        batcher_turn(batcher);
+    }
     return true;
 }
 
@@ -1519,12 +1666,17 @@ int main(void)
     tcase_add_loop_test(rules, a_polled_engine_takes_new_batches_while_it_runs_others, 0,
                         ARRAY_LEN(pauses_us));
     tcase_add_test(rules, watching_cuts_no_delay_short);
+    tcase_add_test(rules, a_commit_launches_and_answers_by_itself);
+    tcase_add_test(rules, what_a_commit_launched_is_answered_when_it_ends);
+    tcase_add_test(rules, a_delay_ends_without_another_commit);
+    tcase_add_test(rules, a_commit_while_another_has_the_turn_is_not_lost);
     tcase_add_test(rules, batches_are_counted_by_bucket_and_phase);
     tcase_add_loop_test(rules, a_full_batch_does_not_wait_for_the_delay, 0, 2);
     tcase_add_test(rules, equal_weights_stand_side_by_side);
     tcase_add_test(rules, late_and_cancelled_jobs_are_dropped_before_launch);
     tcase_add_test(rules, a_batch_of_dropped_jobs_is_not_launched);
     tcase_add_test(rules, abandoned_room_comes_back_if_it_was_the_last);
+    tcase_add_test(rules, a_turn_does_the_schedulers_work);
     tcase_add_test(rules, an_open_batch_abandoned_whole_starts_afresh);
     tcase_add_test(rules, an_engines_error_reaches_every_job_of_the_batch);
     tcase_add_loop_test(rules, a_lost_device_answers_everything, 0, 2);
@@ -1538,7 +1690,7 @@ int main(void)
     tcase_add_test(rules, a_buffer_is_held_by_its_slowest_job);
     tcase_add_test(rules, what_fits_no_batch_is_invalid);
     tcase_add_loop_test(rules, create_fails_without_leaking, 1, 7);
-    tcase_add_test(rules, no_wake_is_lost);
+    tcase_add_loop_test(rules, no_wake_is_lost, 0, 3);
     if (srunner_fork_status(runner) == CK_FORK) // an abort ends the process
         tcase_add_test_raise_signal(rules, destroy_aborts_on_a_live_job, SIGABRT);
     suite_add_tcase(suite, rules);
