@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import prepare
+from copies import Copies  # by way of prepare's path
 from prepare import BENCH_DIR, BUILD_DIR, EINSUMCTL, REPOSITORY, Daemon, ctl
 from result import Result
 
@@ -41,6 +42,7 @@ LAYERS = 8
 VENV = REPOSITORY / "build/venv/bin/python"
 TRITON_VENV = REPOSITORY / "build/venv-triton"
 CONNECTIONS = 1000
+TOKEN_BYTES = 8 * 4096 + 8 * 32  # E4M3 and UE8M0 scales
 MIB = 1 << 20
 
 
@@ -497,6 +499,27 @@ def flood(site: Site) -> None:
     site.result.at_most(
         "1 token beside the flood, p99 ms", small["latency_ns"]["p99"] / 1e6, 2 * batch_ms
     )
+
+
+@case
+def copies(site: Site) -> None:
+    """bytes copied in the daemon, gRPC included, for each byte of input: 1 in, 0 out"""
+    if not shutil.which("cc"):
+        site.result.skip("copies", "no C compiler for the counter")
+        return
+    counter = Copies(site.directory)
+    site.daemon(
+        "counted", engine="null", self_test_at_start=False, extra_environment=counter.environment
+    )
+    for transport in TRANSPORTS:
+        address = site.address("counted", transport)
+        for tokens in (1, 256):
+            before, was = counter.bytes(), ctl("--endpoint", address, "info")["counters"]
+            site.bench("counted", transport, "--tokens", tokens, "--concurrency", 4)
+            after, now = counter.bytes(), ctl("--endpoint", address, "info")["counters"]
+            sent = (now["answered"] - was["answered"]) * tokens * TOKEN_BYTES
+            label = f"copied for each byte of input, {tokens} tokens, {transport}"
+            site.result.at_most(label, (after - before) / sent, 1.02)
 
 
 # ---- an independent load generator
