@@ -27,6 +27,7 @@ enum {
     OPT_RETRY,
     OPT_SEED,
     OPT_KERNEL,
+    OPT_PRIORITY,
 };
 
 static const struct ctl_option options[] = {
@@ -51,6 +52,7 @@ static const struct ctl_option options[] = {
     [OPT_RETRY] = {"retry", NULL, "try again what the server refuses; default count it"},
     [OPT_SEED] = {"seed", "N", "default 1"},
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
+    [OPT_PRIORITY] = {"priority", "P", "low, normal (default) or high"},
     {0},
 };
 
@@ -69,11 +71,12 @@ static bool read_layouts(const struct ctl_args *args, struct bench_options *benc
 {
     bool mixed = ctl_has(args, OPT_MIXED);
     int activations = mixed ? 0 : 1, scales = mixed ? 0 : 1, scale_type = mixed ? 0 : 2;
-    int output = mixed ? 0 : 1;
+    int output = mixed ? 0 : 1, priority = 2;
     if (!ctl_word(args, OPT_ACTIVATIONS, ctl_activation_layouts, &activations) ||
         !ctl_word(args, OPT_SCALES, ctl_scale_layouts, &scales) ||
         !ctl_word(args, OPT_SCALE_TYPE, ctl_scale_types, &scale_type) ||
-        !ctl_word(args, OPT_OUTPUT, ctl_output_types, &output))
+        !ctl_word(args, OPT_OUTPUT, ctl_output_types, &output) ||
+        !ctl_word(args, OPT_PRIORITY, ctl_priorities, &priority))
         return false;
     bench->activation_layout = (enum einsum_client_activation_layout)activations;
     bench->scale_layout = (enum einsum_client_scale_layout)scales;
@@ -82,6 +85,7 @@ static bool read_layouts(const struct ctl_args *args, struct bench_options *benc
     bench->digest_only = ctl_has(args, OPT_DIGEST);
     bench->attention = ctl_has(args, OPT_ATTENTION);
     bench->kernel = ctl_value(args, OPT_KERNEL);
+    bench->priority = (enum einsum_client_priority)priority;
     return true;
 }
 

@@ -13,7 +13,7 @@
 
 #include "../kernels/attention.h"
 
-enum { RETRY_MS_MIN = 1, RETRY_MS_MAX = 1000 };
+enum { RETRY_MS_MIN = 1, RETRY_MS_MAX = 1000, BUFFERS_BEYOND_LANES_TO_KEEP_ONE = 3 };
 
 // What one job needs of a batch.
 struct room {
@@ -76,6 +76,31 @@ static enum status room_fits_empty_batch(const struct room *room, bool attention
     return STATUS_OK;
 }
 
+// --- who goes first
+
+static bool stands_before(enum job_priority priority, uint64_t share_end,
+                          enum job_priority other_priority, uint64_t other_share_end)
+{
+    return priority != other_priority ? priority > other_priority : share_end < other_share_end;
+}
+
+static bool job_stands_before(const struct job *job, const struct job *other)
+{
+    return stands_before(job->priority, job->share_end, other->priority, other->share_end);
+}
+
+// A connection's jobs lie one behind the other on a scale of tokens, each as long as it is, from
+// where the scale is now; who ends first stands first.
+static void job_stand_locked(struct batcher *batcher, struct job *job)
+{
+    if (job->priority == JOB_PRIORITY_UNSET)
+        job->priority = JOB_PRIORITY_NORMAL;
+    uint64_t *end = &batcher->share_ends[job->connection % CONNECTIONS_TOLD_APART];
+    job->share_start = *end > batcher->share_now ? *end : batcher->share_now;
+    job->share_end = job->share_start + job->operand.tokens;
+    *end = job->share_end;
+}
+
 static bool room_left_locked(const struct batcher *batcher, const struct batch *batch,
                              const struct room *room)
 {
@@ -101,6 +126,8 @@ static struct batch *batch_open_locked(struct batcher *batcher)
     batch->next = NULL;
     batch->input_used = batch->output_used = 0;
     batch->tokens = batch->filling = batch->held = batch->jobs_n = 0;
+    batch->priority = JOB_PRIORITY_LOW;
+    batch->share_end = UINT64_MAX;
     *batcher->queue_end = batch;
     batcher->queue_end = &batch->next;
     batcher->queue_batches++;
@@ -135,14 +162,12 @@ static void batch_unlink_locked(struct batcher *batcher, struct batch *batch)
     batcher->queue_batches--;
 }
 
-struct batch *batcher_dequeue_locked(struct batcher *batcher)
+void batcher_dequeue_locked(struct batcher *batcher, struct batch *batch)
 {
-    struct batch *batch = batcher->queue;
     ASSERT(batch->state == BATCH_CLOSED && batch->filling == 0);
     batch_unlink_locked(batcher, batch);
     batch->state = BATCH_RUNNING;
     batch->next = NULL;
-    return batch;
 }
 
 void batch_answering_locked(struct batcher *batcher, struct batch *batch)
@@ -155,11 +180,8 @@ void batch_answering_locked(struct batcher *batcher, struct batch *batch)
 
 // --- when to launch
 
-uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
+static uint64_t batch_launch_at_ns_locked(const struct batcher *batcher, const struct batch *batch)
 {
-    const struct batch *batch = batcher->queue;
-    if (!batch)
-        return UINT64_MAX;
     if (atomic_load_explicit(&batcher->device_lost, memory_order_relaxed))
         return batch->filling ? UINT64_MAX : 0;
     if (batcher->lanes_free == 0)
@@ -170,6 +192,33 @@ uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
         return UINT64_MAX;
     uint64_t delay_ns = (uint64_t)batcher->options.max_queue_delay_us * 1000;
     return delay_ns ? batch->first_commit_ns + delay_ns : 0;
+}
+
+uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
+{
+    uint64_t at_ns = UINT64_MAX;
+    for (const struct batch *batch = batcher->queue; batch; batch = batch->next) {
+        uint64_t this_ns = batch_launch_at_ns_locked(batcher, batch);
+        at_ns = this_ns < at_ns ? this_ns : at_ns;
+    }
+    return at_ns;
+}
+
+struct batch *batcher_ready_locked(struct batcher *batcher, uint64_t now_ns)
+{
+    struct batch *ready = NULL;
+    bool open_is_due = false;
+    for (struct batch *batch = batcher->queue; batch; batch = batch->next) {
+        if (batch_launch_at_ns_locked(batcher, batch) > now_ns)
+            continue;
+        open_is_due = open_is_due || batch->state == BATCH_OPEN;
+        if (!batch->filling && (!ready || stands_before(batch->priority, batch->share_end,
+                                                        ready->priority, ready->share_end)))
+            ready = batch;
+    }
+    if (open_is_due && (!ready || ready == batcher->open))
+        batch_close_locked(batcher, batcher->open);
+    return ready;
 }
 
 bool batcher_must_wake_locked(struct batcher *batcher)
@@ -192,14 +241,31 @@ static uint32_t retry_advice_ms_locked(const struct batcher *batcher)
     return wait_ms < RETRY_MS_MAX ? (uint32_t)wait_ms : RETRY_MS_MAX;
 }
 
-static struct batch *batch_with_room_locked(struct batcher *batcher, const struct room *room)
+// With buffers enough one is kept for whoever stands before all batches that wait for a lane.
+static bool may_open_locked(const struct batcher *batcher, const struct job *job)
 {
-    if (batcher->open) {
-        if (room_left_locked(batcher, batcher->open, room))
-            return batcher->open;
+    const struct batcher_options *options = &batcher->options;
+    bool keeps_one = options->batches >= options->lanes + BUFFERS_BEYOND_LANES_TO_KEEP_ONE;
+    uint32_t free_n = atomic_load_explicit(&batcher->free_n, memory_order_relaxed);
+    if (!keeps_one || free_n != 1)
+        return true;
+    for (const struct batch *batch = batcher->queue; batch; batch = batch->next)
+        if (!stands_before(job->priority, job->share_end, batch->priority, batch->share_end))
+            return false;
+    return true;
+}
+
+// `patient`: it can wait for a better moment.
+static struct batch *batch_with_room_locked(struct batcher *batcher, const struct job *job,
+                                            const struct room *room, bool patient)
+{
+    if (batcher->open && room_left_locked(batcher, batcher->open, room))
+        return batcher->open;
+    bool opens = batcher->free && (!patient || may_open_locked(batcher, job));
+    // A batch that is too full for somebody has no reason to wait for more.
+    if (batcher->open && (opens || batcher->options.max_queue_delay_us > 0))
         batch_close_locked(batcher, batcher->open);
-    }
-    return batch_open_locked(batcher);
+    return opens ? batch_open_locked(batcher) : NULL;
 }
 
 static void set_input(struct job *job, const uint8_t *input, const struct room *room)
@@ -232,6 +298,12 @@ static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, s
     batch->tokens += room->tokens;
     batch->filling++;
     batch->held++;
+    if (stands_before(job->priority, job->share_end, batch->priority, batch->share_end)) {
+        batch->priority = job->priority;
+        batch->share_end = job->share_end;
+    }
+    if (job->share_start > batcher->share_now)
+        batcher->share_now = job->share_start;
     if (batch->tokens == batcher->options.batch_tokens_max ||
         batch->held == batcher->options.batch_requests_max)
         batch_close_locked(batcher, batch);
@@ -275,9 +347,15 @@ static void wait_locked(struct batcher *batcher, struct job *job, const struct r
 {
     job_advance(job, JOB_IDLE, JOB_WAITING);
     job->batch = NULL;
-    job->next_waiting = NULL;
-    *batcher->waiting_end = job;
-    batcher->waiting_end = &job->next_waiting;
+    struct job **at = &batcher->waiting;
+    if (batcher->waiting && !job_stands_before(job, batcher->waiting_last))
+        at = &batcher->waiting_last->next_waiting; // as in most cases
+    while (*at && !job_stands_before(job, *at))
+        at = &(*at)->next_waiting;
+    job->next_waiting = *at;
+    *at = job;
+    if (!job->next_waiting)
+        batcher->waiting_last = job;
     batcher->waiting_bytes += room->input_bytes;
 }
 
@@ -298,8 +376,11 @@ static enum status reserve(struct batcher *batcher, struct job *job, bool *waits
         return error_set(err, STATUS_UNAVAILABLE, "the device is lost");
     }
     bool queue_full = batcher->stats.queued >= batcher->options.queue_requests_max;
-    if (!queue_full && !batcher->waiting) // nobody overtakes those who wait
-        batch = batch_with_room_locked(batcher, &room);
+    if (!queue_full)
+        job_stand_locked(batcher, job);
+    // Nobody overtakes those who wait and stand before him.
+    if (!queue_full && (!batcher->waiting || job_stands_before(job, batcher->waiting)))
+        batch = batch_with_room_locked(batcher, job, &room, waits != NULL);
     enum full full = batch ? FULL_NOT : full_locked(batcher, waits != NULL, &room);
     if (batch)
         batch_reserve_locked(batcher, batch, job, &room);
@@ -344,12 +425,10 @@ static struct job *give_room_locked(struct batcher *batcher)
     while (batcher->waiting) {
         struct job *job = batcher->waiting;
         struct room room = room_for(job);
-        struct batch *batch = batch_with_room_locked(batcher, &room);
+        struct batch *batch = batch_with_room_locked(batcher, job, &room, true);
         if (!batch)
             break;
         batcher->waiting = job->next_waiting;
-        if (!batcher->waiting)
-            batcher->waiting_end = &batcher->waiting;
         batcher->waiting_bytes -= room.input_bytes;
         batch_reserve_locked(batcher, batch, job, &room);
         job_advance(job, JOB_WAITING, JOB_DECODING);
@@ -382,7 +461,6 @@ struct job *batcher_take_waiting(struct batcher *batcher)
     pthread_mutex_lock(&batcher->lock);
     struct job *taken = batcher->waiting;
     batcher->waiting = NULL;
-    batcher->waiting_end = &batcher->waiting;
     batcher->waiting_bytes = 0;
     for (struct job *job = taken; job; job = job->next_waiting) {
         batcher->stats.queued--;
@@ -590,7 +668,6 @@ enum status batcher_create(const struct batcher_options *options, struct batcher
     batcher->options = *options;
     batcher->waker = waker;
     batcher->queue_end = &batcher->queue;
-    batcher->waiting_end = &batcher->waiting;
     batcher->lanes_free = options->lanes;
     pthread_mutex_init(&batcher->lock, NULL);
     pthread_mutex_init(&batcher->turn, NULL);

@@ -12,11 +12,16 @@
 //     RUNNING    until the engine is done; then each job's on_done is called.
 //     ANSWERING  until every job has let go of the output memory.
 //
-// Batches launch in the order in which they were opened.
+// Who goes first, into a batch and with a batch onto a lane, is a matter of priority and then of
+// shares: every connection gets as many tokens as any other that wants them (fair queueing by
+// finish times). So a job of few tokens goes ahead of what waits of a flood of large ones, however
+// many callers send it, and a flood of small ones does not hold up a large one for ever. Jobs of one
+// connection keep their order. A batch stands where its first job stands; those still being filled
+// are passed by.
 //
 // A batch owns one buffer of input and one of output memory, given by the engine at start. Nothing
-// is allocated afterwards: when no buffer is free, jobs wait their turn, first come first served, in
-// a queue of limited length and bytes; past that, reserving fails with RESOURCE_EXHAUSTED and advice
+// is allocated afterwards: when no buffer is free, jobs wait their turn in a queue of limited length
+// and bytes; past that, reserving fails with RESOURCE_EXHAUSTED and advice
 // when to come again.
 #pragma once
 

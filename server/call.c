@@ -43,6 +43,18 @@ uint64_t call_deadline_ns(const struct call *call)
     return call->deadline_ns;
 }
 
+uint32_t call_connection(struct call *call)
+{
+    if (call->connection == 0) {
+        // The listener gives gRPC its sockets by number, and that is what it calls the peers.
+        char *peer = grpc_call_get_peer(call->grpc);
+        unsigned fd = 0;
+        call->connection = sscanf(peer, "fd:%u", &fd) == 1 ? fd + 1 : UINT32_MAX;
+        gpr_free(peer);
+    }
+    return call->connection;
+}
+
 // ---- references and waking
 
 static bool try_hold(struct call *call)

@@ -27,6 +27,9 @@ enum job_state {
     JOB_REPLYING,
 };
 
+// The numbers are the API's. Unset, as of a job that no caller sent: normal.
+enum job_priority { JOB_PRIORITY_UNSET, JOB_PRIORITY_LOW, JOB_PRIORITY_NORMAL, JOB_PRIORITY_HIGH };
+
 struct batch;
 
 struct job {
@@ -42,6 +45,8 @@ struct job {
     bool attention;       // what arrives is attention's output and rotations: kernels/attention.h
     uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
     uint64_t received_ns;
+    enum job_priority priority;
+    uint32_t connection; // whose jobs share with those of others, see batch.h; 0: no connection's
 
     // How it ended; valid in DONE.
     struct error error;
@@ -56,7 +61,8 @@ struct job {
     // waits.
     void (*on_room)(struct job *job);
 
-    // Private to batch.c.
+    // Private to batch.c. Where it stands among others: in tokens of its connection's share.
+    uint64_t share_start, share_end;
     struct job *next_waiting;
     struct batch *batch;
     uint64_t input_bytes, output_bytes;

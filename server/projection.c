@@ -136,6 +136,7 @@ enum status projection_start(struct projection *projection, const struct wire_re
     projection->positions = request->positions;
     projection->job.received_ns = now_ns();
     projection->job.deadline_ns = deadline_ns(projection);
+    projection->job.connection = call_connection(projection->call);
     enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
                                             &projection->job.kernel, err);
     if (status == STATUS_OK)

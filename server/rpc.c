@@ -83,6 +83,7 @@ static void call_reset(struct call *call)
     call->armed = NULL;
     call->grpc = NULL;
     call->state = NULL;
+    call->connection = 0;
     atomic_store_explicit(&call->references, 1, memory_order_relaxed);
     atomic_store_explicit(&call->cancelled, false, memory_order_relaxed);
     atomic_store_explicit(&call->wake_queued, false, memory_order_relaxed);

@@ -55,6 +55,7 @@ struct call {
     const struct method *armed;  // the registered one that this slot waits for; NULL: any other
     grpc_call *grpc; // NULL once the call is over: only then does gRPC let go of what it was lent
     uint64_t deadline_ns;
+    uint32_t connection; // see call_connection; 0: not asked for yet
     void *state;
 
     // References: one of the rpc thread until the call is over, one for each hold, one for being in

@@ -202,18 +202,15 @@ static void account_launch_locked(struct batcher *batcher, struct batch *batch, 
     stats->bucket_batches[batch->launch.bucket]++;
 }
 
-// Takes the first batch of the queue if it may leave now.
+// Takes a batch of the queue that may leave now.
 static struct batch *next_batch(struct batcher *batcher, uint64_t now)
 {
     struct batch *batch = NULL;
     pthread_mutex_lock(&batcher->lock);
-    if (batcher_launch_at_ns_locked(batcher) <= now) {
-        batch = batcher->queue;
-        if (batch->state == BATCH_OPEN)
-            batch_close_locked(batcher, batch);
-        // Reservations that are still being filled hold it back; the last of them wakes us.
-        batch = batch->filling ? NULL : batcher_dequeue_locked(batcher);
-    }
+    if (batcher_launch_at_ns_locked(batcher) <= now)
+        batch = batcher_ready_locked(batcher, now);
+    if (batch)
+        batcher_dequeue_locked(batcher, batch);
     pthread_mutex_unlock(&batcher->lock);
     return batch;
 }

@@ -550,13 +550,31 @@ END_TEST
 START_TEST(launches_in_order_of_opening)
 {
     start(&base);
+    commit(0, 5);
+    wait_submitted(1);
+    struct job *first = reserve(1, 5), *second = reserve(2, 5);
+    batcher_commit(batcher, second);
+    batcher_commit(batcher, first);
+    fake_complete(&engine, 0, STATUS_OK);
+    ck_assert_ptr_eq(wait_submitted(2)->output, first->operand.output);
+    fake_complete(&engine, 1, STATUS_OK);
+    ck_assert_ptr_eq(wait_submitted(3)->output, second->operand.output);
+    fake_complete(&engine, 2, STATUS_OK);
+    for (int i = 0; i < 3; i++)
+        wait_release(i, STATUS_OK);
+}
+END_TEST
+
+START_TEST(a_ready_batch_does_not_wait_for_one_that_is_being_filled)
+{
+    start(&base);
     struct job *first = reserve(0, 5), *second = reserve(1, 5);
     batcher_commit(batcher, second);
-    stays_submitted(0); // the lane is free, but the first batch is still being filled
+    ck_assert_ptr_eq(wait_submitted(1)->output, second->operand.output);
     batcher_commit(batcher, first);
-    ck_assert_ptr_eq(wait_submitted(1)->output, first->operand.output);
+    stays_submitted(1);
     fake_complete(&engine, 0, STATUS_OK);
-    ck_assert_ptr_eq(wait_submitted(2)->output, second->operand.output);
+    ck_assert_ptr_eq(wait_submitted(2)->output, first->operand.output);
     fake_complete(&engine, 1, STATUS_OK);
     wait_release(0, STATUS_OK);
     wait_release(1, STATUS_OK);
@@ -1213,6 +1231,125 @@ START_TEST(nobody_overtakes_those_who_wait)
 }
 END_TEST
 
+// --- who goes first
+
+// Reserves or waits on behalf of a connection; true if it waits.
+static bool ask(int index, uint32_t tokens, uint32_t connection, enum job_priority priority)
+{
+    struct error err = {.text = ""};
+    bool waits;
+    struct job *job = job_init(index, tokens);
+    job->on_room = on_room;
+    job->connection = connection;
+    job->priority = priority;
+    enum status status = batcher_reserve_or_wait(batcher, job, &waits, &err);
+    ck_assert_msg(!status, "job %d: %s", index, err.text);
+    return waits;
+}
+
+static void ask_and_commit(int index, uint32_t tokens, uint32_t connection)
+{
+    ck_assert(!ask(index, tokens, connection, JOB_PRIORITY_UNSET));
+    batcher_commit(batcher, &jobs[index].job);
+}
+
+static void commit_given(int index)
+{
+    ck_assert_int_eq((int)atomic_load(&jobs[index].job.state), JOB_DECODING);
+    batcher_commit(batcher, &jobs[index].job);
+}
+
+// Callers of whole batches, each on a connection of its own with one request at a time, and one of
+// one token: it is in the very next batch, whatever waits.
+START_TEST(few_tokens_go_ahead_of_a_flood)
+{
+    struct batcher_options options = base;
+    options.batches = 4; // so many that one is kept
+    atomic_store(&rooms, 0);
+    start(&options);
+    ask_and_commit(0, 8, 1); // runs
+    wait_submitted(1);
+    ask_and_commit(1, 8, 2); // next in line
+    ask_and_commit(2, 8, 3);
+    ck_assert(ask(3, 8, 4, JOB_PRIORITY_UNSET)); // one buffer is left, and not for this one
+    ck_assert(ask(4, 8, 5, JOB_PRIORITY_UNSET));
+    ask_and_commit(5, 1, 6); // but for this
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    ck_assert_uint_eq(wait_submitted(2)->tokens, 1);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(5, STATUS_OK);
+    for (uint32_t i = 1; i <= 2; i++) { // the flood goes on in order of arrival
+        ck_assert_ptr_eq(wait_submitted(2 + i)->output, jobs[i].job.operand.output);
+        fake_complete(&engine, 1 + i, STATUS_OK);
+        wait_release((int)i, STATUS_OK);
+    }
+    expect_rooms((const int[]){3, 4}, 2);
+    for (uint32_t i = 3; i <= 4; i++) {
+        commit_given((int)i);
+        wait_submitted(2 + i);
+        fake_complete(&engine, 1 + i, STATUS_OK);
+        wait_release((int)i, STATUS_OK);
+    }
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
+// However many requests of one token a connection sends, one of eight waits for eight of them.
+START_TEST(a_flood_of_few_tokens_does_not_hold_up_a_large_one)
+{
+    struct batcher_options options = base;
+    options.batches = 1;
+    options.batch_input_bytes *= 4; // and with it what may wait
+    atomic_store(&rooms, 0);
+    start(&options);
+    ask_and_commit(0, 8, 9);
+    wait_submitted(1);
+    for (int i = 1; i <= 12; i++)
+        ck_assert(ask(i, 1, 1, JOB_PRIORITY_UNSET));
+    ck_assert(ask(13, 8, 2, JOB_PRIORITY_UNSET));
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    expect_rooms((const int[]){1, 2, 3, 4, 5, 6, 7, 8}, 8);
+    for (int i = 1; i <= 8; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    ck_assert_int_eq(atomic_load(&rooms), 9);
+    ck_assert_int_eq(room_order[8], 13);
+    batcher_abandon(batcher, &jobs[13].job);
+    ck_assert_int_eq(atomic_load(&rooms), 13);
+    for (int i = 9; i <= 12; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
+START_TEST(priorities_come_before_shares_and_shares_before_arrival)
+{
+    struct batcher_options options = base;
+    options.batches = 1;
+    options.batch_input_bytes *= 4; // and with it what may wait
+    atomic_store(&rooms, 0);
+    start(&options);
+    ask_and_commit(0, 8, 9);
+    wait_submitted(1);
+    ck_assert(ask(1, 2, 1, JOB_PRIORITY_LOW));
+    ck_assert(ask(2, 8, 2, JOB_PRIORITY_NORMAL));
+    ck_assert(ask(3, 1, 2, JOB_PRIORITY_UNSET)); // behind its connection's other
+    ck_assert(ask(4, 3, 3, JOB_PRIORITY_UNSET));
+    ck_assert(ask(5, 8, 4, JOB_PRIORITY_HIGH));
+    ck_assert(ask(6, 1, 5, JOB_PRIORITY_LOW));
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    const int order[] = {5, 4, 2, 3, 6, 1};
+    for (int i = 0; i < 6; i++) {
+        ck_assert_int_gt(atomic_load(&rooms), i);
+        ck_assert_int_eq(room_order[i], order[i]);
+        batcher_abandon(batcher, &jobs[order[i]].job);
+    }
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
 START_TEST(the_queue_of_those_who_wait_has_limits)
 {
     struct batcher_options options = base;
@@ -1506,6 +1643,8 @@ static bool stress_reserve(struct stress_job *it, bool may_wait, uint64_t *rando
                     .output_type = EINSUM_OUTPUT_BF16},
         .deadline_ns = (dice >> 24) % 8 ? UINT64_MAX : now_ns() + (dice >> 32) % 200000,
         .on_done = stress_on_done,
+        .connection = (uint32_t)(dice >> 36) % 5,
+        .priority = (enum job_priority)((dice >> 44) % 4),
         .on_room = stress_on_room,
     };
     bool waits = false;
@@ -1658,6 +1797,7 @@ int main(void)
     tcase_add_test(rules, jobs_gather_while_the_lane_is_busy);
     tcase_add_loop_test(rules, closes_when_full, 0, ARRAY_LEN(fulls));
     tcase_add_test(rules, launches_in_order_of_opening);
+    tcase_add_test(rules, a_ready_batch_does_not_wait_for_one_that_is_being_filled);
     tcase_add_loop_test(rules, a_closed_batch_waits_for_the_last_that_fills, 0, 2);
     tcase_add_test(rules, lanes_complete_in_any_order);
     tcase_add_test(rules, a_delay_gathers_and_ends);
@@ -1684,6 +1824,9 @@ int main(void)
     tcase_add_test(rules, no_free_buffer_refuses_until_one_is_released);
     tcase_add_test(rules, waiting_jobs_get_room_in_order_of_arrival);
     tcase_add_test(rules, nobody_overtakes_those_who_wait);
+    tcase_add_test(rules, few_tokens_go_ahead_of_a_flood);
+    tcase_add_test(rules, a_flood_of_few_tokens_does_not_hold_up_a_large_one);
+    tcase_add_test(rules, priorities_come_before_shares_and_shares_before_arrival);
     tcase_add_test(rules, the_queue_of_those_who_wait_has_limits);
     tcase_add_test(rules, those_who_wait_hear_of_a_lost_device);
     tcase_add_test(rules, buffers_are_scarce_when_the_last_is_taken);

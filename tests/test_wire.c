@@ -73,6 +73,7 @@ static void assert_agrees(const struct wire_request *request, const uint8_t *fla
     ck_assert_str_eq(request->weight, peer->weight);
     ck_assert_str_eq(request->equation, peer->equation);
     ck_assert_str_eq(request->kernel, peer->kernel);
+    ck_assert_int_eq(request->priority, (int32_t)peer->priority);
     ck_assert_int_eq(request->recipe, (int32_t)peer->recipe);
     ck_assert_int_eq(request->activation_layout, (int32_t)peer->activation_layout);
     ck_assert_int_eq(request->scale_layout, (int32_t)peer->scale_layout);
@@ -93,6 +94,7 @@ static void assert_same_request(const struct wire_request *a, const struct wire_
     ck_assert_int_eq(a->kind, b->kind);
     ck_assert_str_eq(a->equation, b->equation);
     ck_assert_str_eq(a->kernel, b->kernel);
+    ck_assert_int_eq(a->priority, b->priority);
     ck_assert_int_eq(a->recipe, b->recipe);
     ck_assert_int_eq(a->output_type, b->output_type);
     ck_assert_uint_eq(a->tokens, b->tokens);
@@ -117,6 +119,7 @@ static size_t pack_full_request(uint8_t to[MESSAGE_BYTES_MAX])
     request.weight = weight;
     request.equation = equation;
     request.kernel = kernel;
+    request.priority = EINSUM__V1__PRIORITY__PRIORITY_HIGH;
     request.recipe = EINSUM__V1__RECIPE__RECIPE_1_32_32;
     request.activation_layout = EINSUM__V1__ACTIVATION_LAYOUT__ACTIVATION_LAYOUT_GTR;
     request.scale_layout = (Einsum__V1__ScaleLayout)-7; // ten bytes on the wire
@@ -193,7 +196,7 @@ START_TEST(refuses_what_is_cut_short)
         if (peer)
             einsum__v1__einsum_request__free_unpacked(peer, NULL);
     }
-    ck_assert_uint_eq(refused, n - 15); // all but the 15 places between fields
+    ck_assert_uint_eq(refused, n - 16); // all but the 16 places between fields
 }
 END_TEST
 
@@ -433,6 +436,7 @@ static size_t pack_output_project(uint8_t to[MESSAGE_BYTES_MAX])
     request.attention = (ProtobufCBinaryData){sizeof attention, attention};
     request.positions = (ProtobufCBinaryData){sizeof positions, positions};
     request.kernel = kernel;
+    request.priority = EINSUM__V1__PRIORITY__PRIORITY_HIGH;
     ck_assert_uint_le(einsum__v1__output_project_request__get_packed_size(&request),
                       MESSAGE_BYTES_MAX);
     return einsum__v1__output_project_request__pack(&request, to);
@@ -445,6 +449,7 @@ static void assert_output_project_agrees(const struct wire_request *request, con
     ck_assert_uint_eq(request->request_id, peer->request_id);
     ck_assert_str_eq(request->weight, peer->weight);
     ck_assert_str_eq(request->kernel, peer->kernel);
+    ck_assert_int_eq(request->priority, (int32_t)peer->priority);
     ck_assert_int_eq(request->output_type, (int32_t)peer->output_type);
     ck_assert_uint_eq(request->tokens, peer->tokens);
     ck_assert_uint_eq(request->group_begin, peer->group_begin);
@@ -480,7 +485,7 @@ START_TEST(reads_an_output_project_request)
         einsum__v1__output_project_request__free_unpacked(peer, NULL);
         accepted++;
     }
-    ck_assert_uint_eq(accepted, 11); // between the ten fields, and at both ends
+    ck_assert_uint_eq(accepted, 12); // between the ten fields, and at both ends
 }
 END_TEST
 
