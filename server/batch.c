@@ -359,6 +359,102 @@ static void wait_locked(struct batcher *batcher, struct job *job, const struct r
     batcher->waiting_bytes += room->input_bytes;
 }
 
+// Of the jobs that wait, takes out as many of the last as leave room for `job` to wait, if it stands
+// before them: whoever has had most gives way. NULL if that does not suffice.
+static struct job *push_out_locked(struct batcher *batcher, const struct job *job,
+                                   const struct room *room)
+{
+    const struct batcher_options *options = &batcher->options;
+    uint64_t bytes = batcher->waiting_bytes + room->input_bytes;
+    uint64_t bytes_max = options->batches * options->batch_input_bytes;
+    uint64_t needed = bytes > bytes_max ? bytes - bytes_max : 0, behind = 0;
+    struct job **at = &batcher->waiting, *kept_last = NULL;
+    while (*at && !job_stands_before(job, *at)) {
+        kept_last = *at;
+        at = &(*at)->next_waiting;
+    }
+    for (const struct job *other = *at; other; other = other->next_waiting)
+        behind += room_for(other).input_bytes;
+    if (!*at || behind < needed)
+        return NULL;
+    while ((*at)->next_waiting && behind - room_for(*at).input_bytes >= needed) {
+        behind -= room_for(*at).input_bytes;
+        kept_last = *at;
+        at = &(*at)->next_waiting;
+    }
+    struct job *out = *at;
+    *at = NULL;
+    batcher->waiting_last = kept_last;
+    batcher->waiting_bytes -= behind;
+    for (const struct job *other = out; other; other = other->next_waiting)
+        batcher->stats.queued--;
+    return out;
+}
+
+static void answer_pushed_out(struct job *job, uint32_t retry_after_ms)
+{
+    uint64_t now = now_ns();
+    while (job) {
+        struct job *next = job->next_waiting; // the job may be gone once it has been told
+        void (*on_done)(struct job *) = job->on_done;
+        job->queued_ns = job->launched_ns = job->done_ns = now;
+        error_set(&job->error, STATUS_RESOURCE_EXHAUSTED,
+                  "the queue is full, and others have had less");
+        job->error.retry_after_ms = retry_after_ms;
+        job_advance(job, JOB_WAITING, JOB_DONE);
+        on_done(job);
+        job = next;
+    }
+}
+
+// Nobody overtakes those who wait and stand before him.
+static struct batch *find_room_locked(struct batcher *batcher, const struct job *job,
+                                      const struct room *room, bool patient)
+{
+    if (batcher->stats.queued >= batcher->options.queue_requests_max)
+        return NULL;
+    if (batcher->waiting && !job_stands_before(job, batcher->waiting))
+        return NULL;
+    return batch_with_room_locked(batcher, job, room, patient);
+}
+
+struct place {
+    struct batch *batch;    // NULL: the job waits, or is refused
+    enum full full;         // why it is refused
+    struct job *pushed_out; // for it
+    uint32_t retry_after_ms;
+};
+
+static struct place find_place_locked(struct batcher *batcher, struct job *job,
+                                      const struct room *room, bool may_wait)
+{
+    uint64_t *share_end = &batcher->share_ends[job->connection % CONNECTIONS_TOLD_APART];
+    uint64_t share_end_before = *share_end;
+    job_stand_locked(batcher, job);
+    struct place place = {.batch = find_room_locked(batcher, job, room, may_wait)};
+    if (!place.batch)
+        place.full = full_locked(batcher, may_wait, room);
+    if (place.full && may_wait)
+        place.pushed_out = push_out_locked(batcher, job, room);
+    if (place.pushed_out) {
+        place.full = FULL_NOT;
+        place.batch = find_room_locked(batcher, job, room, may_wait);
+    }
+    if (place.full || place.pushed_out)
+        place.retry_after_ms = retry_advice_ms_locked(batcher);
+    if (place.full) {
+        *share_end = share_end_before;
+        return place;
+    }
+    if (place.batch)
+        batch_reserve_locked(batcher, place.batch, job, room);
+    else
+        wait_locked(batcher, job, room);
+    batcher->stats.jobs++;
+    batcher->stats.queued++;
+    return place;
+}
+
 // `waits`: whether the job waits; NULL if it may not.
 static enum status reserve(struct batcher *batcher, struct job *job, bool *waits, struct error *err)
 {
@@ -368,38 +464,23 @@ static enum status reserve(struct batcher *batcher, struct job *job, bool *waits
     if (status)
         return status;
 
-    uint32_t retry_after_ms = 0;
-    struct batch *batch = NULL;
     pthread_mutex_lock(&batcher->lock);
     if (batcher_device_lost(batcher)) {
         pthread_mutex_unlock(&batcher->lock);
         return error_set(err, STATUS_UNAVAILABLE, "the device is lost");
     }
-    bool queue_full = batcher->stats.queued >= batcher->options.queue_requests_max;
-    if (!queue_full)
-        job_stand_locked(batcher, job);
-    // Nobody overtakes those who wait and stand before him.
-    if (!queue_full && (!batcher->waiting || job_stands_before(job, batcher->waiting)))
-        batch = batch_with_room_locked(batcher, job, &room, waits != NULL);
-    enum full full = batch ? FULL_NOT : full_locked(batcher, waits != NULL, &room);
-    if (batch)
-        batch_reserve_locked(batcher, batch, job, &room);
-    else if (full)
-        retry_after_ms = retry_advice_ms_locked(batcher);
-    else
-        wait_locked(batcher, job, &room);
-    batcher->stats.jobs += !full;
-    batcher->stats.queued += !full;
+    struct place place = find_place_locked(batcher, job, &room, waits != NULL);
     bool wake = batcher_must_wake_locked(batcher); // a batch may have been closed
     pthread_mutex_unlock(&batcher->lock);
 
     if (wake)
         batcher_wake(batcher->waker);
-    if (full)
-        return refuse(&batcher->options, full, retry_after_ms, err);
+    answer_pushed_out(place.pushed_out, place.retry_after_ms);
+    if (place.full)
+        return refuse(&batcher->options, place.full, place.retry_after_ms, err);
     if (waits)
-        *waits = !batch; // a job that waits may be another's by now
-    if (batch)
+        *waits = !place.batch; // a job that waits may be another's by now
+    if (place.batch)
         job_advance(job, JOB_IDLE, JOB_DECODING);
     return STATUS_OK;
 }

@@ -21,7 +21,8 @@
 //
 // A batch owns one buffer of input and one of output memory, given by the engine at start. Nothing
 // is allocated afterwards: when no buffer is free, jobs wait their turn in a queue of limited length
-// and bytes; past that, reserving fails with RESOURCE_EXHAUSTED and advice
+// and bytes. Past that, those that stand last give way to who stands before them, and else reserving
+// fails with RESOURCE_EXHAUSTED and advice
 // when to come again.
 #pragma once
 

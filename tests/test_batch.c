@@ -1323,6 +1323,47 @@ START_TEST(a_flood_of_few_tokens_does_not_hold_up_a_large_one)
 }
 END_TEST
 
+// A connection that has filled the queue gives way to others, as many of its last as it takes.
+START_TEST(a_full_queue_is_shared)
+{
+    struct batcher_options options = base;
+    options.batches = 1;
+    options.queue_requests_max = _i ? 100 : 5;
+    options.batch_input_bytes = (_i ? 8 : 100) * (REDUCED_DIM + CACHE_LINE_BYTES);
+    atomic_store(&rooms, 0);
+    start(&options);
+    ask_and_commit(0, 8, 9);
+    wait_submitted(1);
+    int n = _i ? 8 : 5; // one of a token is as large as a token of the limit
+    for (int i = 1; i <= n; i++)
+        ck_assert(ask(i, 1, 1, JOB_PRIORITY_UNSET));
+    struct error err;
+    bool waits;
+    struct job *job = job_init(20, 1);
+    job->on_room = on_room;
+    job->connection = 1;
+    ck_assert_int_eq(batcher_reserve_or_wait(batcher, job, &waits, &err),
+                     STATUS_RESOURCE_EXHAUSTED);
+    ck_assert(ask(21, 1, 2, JOB_PRIORITY_UNSET)); // another's first stands before their second
+    wait_release(n, STATUS_RESOURCE_EXHAUSTED);
+    ck_assert_uint_ge(jobs[n].job.error.retry_after_ms, 1);
+    ck_assert(ask(22, 1, 3, JOB_PRIORITY_HIGH));
+    wait_release(n - 1, STATUS_RESOURCE_EXHAUSTED);
+    for (int i = 1; i < n - 1; i++)
+        ck_assert_int_eq(atomic_load(&jobs[i].done), 0);
+    ck_assert_uint_eq(stats().queued, (uint32_t)n);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    expect_rooms((const int[]){22, 1, 21, 2, 3, 4, 5, 6}, n);
+    for (int i = 1; i < n - 1; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    for (int i = 21; i <= 22; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    ck_assert_uint_eq(stats().jobs, 0);
+    ck_assert_uint_eq(stats().queued, 0);
+}
+END_TEST
+
 START_TEST(priorities_come_before_shares_and_shares_before_arrival)
 {
     struct batcher_options options = base;
@@ -1530,7 +1571,7 @@ enum { STRESS_THREADS = 3, STRESS_JOBS = 6000, STRESS_BURST = 24 };
 struct stress {
     _Atomic bool stop;
     _Atomic uint64_t launched; // jobs seen by the engine
-    _Atomic uint64_t answered, dropped, failed, abandoned, refused, waited;
+    _Atomic uint64_t answered, dropped, failed, abandoned, refused, waited, gave_way;
     _Atomic uint32_t faults; // invariants found broken
     uint64_t seed;
 };
@@ -1652,8 +1693,14 @@ static bool stress_reserve(struct stress_job *it, bool may_wait, uint64_t *rando
                                   : batcher_reserve(batcher, &it->job, &err);
     if (waits)
         atomic_fetch_add(&stress.waited, 1);
-    while (waits && !atomic_load(&it->room))
+    while (waits && !atomic_load(&it->room) && !atomic_load(&it->done))
         sched_yield();
+    if (atomic_load(&it->done)) { // it had to give way
+        fault_unless(it->job.error.status == STATUS_RESOURCE_EXHAUSTED, "gave way to nothing");
+        batcher_release(batcher, &it->job);
+        atomic_fetch_add(&stress.gave_way, 1);
+        return false;
+    }
     if (!status) {
         fault_unless(atomic_load(&it->job.state) == JOB_DECODING, "room without the right to it");
         return true;
@@ -1747,9 +1794,10 @@ static uint64_t stress_seed(void)
 START_TEST(stress_loses_no_job)
 {
     struct batcher_options options = base;
-    options.lanes = _i == 0 ? LANES_MAX : 1 + (uint32_t)_i % LANES_MAX;
-    options.batches = options.lanes + 2;
-    options.queue_requests_max = 20;
+    bool crowded = _i == 3; // so that some have to give way
+    options.lanes = crowded ? 1 : _i == 0 ? LANES_MAX : 1 + (uint32_t)_i % LANES_MAX;
+    options.queue_requests_max = crowded ? 1 : 20;
+    options.batches = crowded ? 1 : options.lanes + 2;
     options.max_queue_delay_us = _i == 1 ? 50 : 0;
     start(&options);
     memset(&stress, 0, sizeof stress);
@@ -1778,8 +1826,12 @@ START_TEST(stress_loses_no_job)
     ck_assert_uint_gt(dropped, 0);
     ck_assert_uint_gt(failed, 0);
     ck_assert_uint_gt(abandoned, 0);
-    ck_assert_uint_lt(end.batches, end.requests);
-    all_buffers_free(&options, 0);
+    ck_assert(crowded || end.batches < end.requests);
+    ck_assert(!crowded || atomic_load(&stress.gave_way) > 0);
+    ck_assert_uint_eq(end.jobs, 0);
+    ck_assert_uint_eq(end.queued, 0);
+    if (!crowded) // else the queue does not take one for each buffer
+        all_buffers_free(&options, 0);
 }
 END_TEST
 
@@ -1826,6 +1878,7 @@ int main(void)
     tcase_add_test(rules, nobody_overtakes_those_who_wait);
     tcase_add_test(rules, few_tokens_go_ahead_of_a_flood);
     tcase_add_test(rules, a_flood_of_few_tokens_does_not_hold_up_a_large_one);
+    tcase_add_loop_test(rules, a_full_queue_is_shared, 0, 2);
     tcase_add_test(rules, priorities_come_before_shares_and_shares_before_arrival);
     tcase_add_test(rules, the_queue_of_those_who_wait_has_limits);
     tcase_add_test(rules, those_who_wait_hear_of_a_lost_device);
@@ -1841,7 +1894,7 @@ int main(void)
     TCase *stressed = tcase_create("stress");
     tcase_set_timeout(stressed, 240);
     tcase_add_checked_fixture(stressed, setup, teardown);
-    tcase_add_loop_test(stressed, stress_loses_no_job, 0, 3);
+    tcase_add_loop_test(stressed, stress_loses_no_job, 0, 4);
     suite_add_tcase(suite, stressed);
 
     srunner_run_all(runner, CK_NORMAL);

@@ -69,7 +69,7 @@ def test_few_tokens_beside_a_flood(site: Site, rng: np.random.Generator) -> None
     queued = statistics.median(reply.batch.queue_ns for reply in replies)
     assert queued > 2 * ran, "the flood did not fill the queue: the test shows nothing"
     assert waited < queued / 2
-    assert waited < 2 * ran
+    assert waited < 3 * ran
     for reply in mine:
         oracle.check(reply.output, "BF16", *expected)
 
@@ -83,7 +83,7 @@ def test_priority_goes_first(site: Site, rng: np.random.Generator) -> None:
             calls = [site.client.einsum(request) for _ in range(SMALL_CALLS)]
             waited[priority] = statistics.median(reply.batch.queue_ns for reply in calls)
     ran = statistics.median(reply.batch.run_ns for reply in replies)
-    assert waited["PRIORITY_HIGH"] < 2 * ran
+    assert waited["PRIORITY_HIGH"] < 3 * ran
     assert waited["PRIORITY_HIGH"] < waited["PRIORITY_UNSPECIFIED"] / 2
 
 
