@@ -47,7 +47,9 @@ class Result:
 
     def print(self) -> int:
         """Returns the exit status."""
-        width = max((len(case) for case in [*(r.case for r in self.rows), *self.skipped]), default=4)
+        width = max(
+            (len(case) for case in [*(r.case for r in self.rows), *self.skipped]), default=4
+        )
         print(f"{self.bench}, in {self.unit}")
         print(f"{'case':{width}}  {'value':>12}  {'bar':>21}")
         for row in self.rows:

@@ -1,4 +1,4 @@
-"""What the daemon adds around gRPC, and what others would: one load generator, one machine, one run.
+"""What the daemon adds around gRPC, and what others would: one generator, one machine, one run.
 
     bare      gRPC C core alone (bare_server.c): copies once, sends as many bytes back. The ceiling
     null      the daemon with the engine that computes nothing
@@ -20,6 +20,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import statistics
 import struct
@@ -42,6 +43,7 @@ LAYERS = 8
 VENV = REPOSITORY / "build/venv/bin/python"
 TRITON_VENV = REPOSITORY / "build/venv-triton"
 CONNECTIONS = 1000
+FLOOD_TOKENS, FLOOD_CALLERS = 4096, 4
 TOKEN_BYTES = 8 * 4096 + 8 * 32  # E4M3 and UE8M0 scales
 MIB = 1 << 20
 
@@ -54,12 +56,12 @@ class Plan:
     seconds: float  # of each measurement
     warmup: float
     open_loop: float
-    flood: float
+    flood_calls: int
     python_seconds: float
 
 
-FULL = Plan(rounds=5, seconds=1.0, warmup=0.3, open_loop=60, flood=30, python_seconds=3)
-QUICK = Plan(rounds=2, seconds=0.4, warmup=0.2, open_loop=5, flood=8, python_seconds=1.5)
+FULL = Plan(rounds=5, seconds=1.0, warmup=0.3, open_loop=60, flood_calls=20, python_seconds=3)
+QUICK = Plan(rounds=2, seconds=0.4, warmup=0.2, open_loop=5, flood_calls=4, python_seconds=1.5)
 
 
 # ---- servers
@@ -424,7 +426,9 @@ def connections(site: Site) -> None:
     rate = {key: median(values, "calls_per_s") for key, values in taken.items()}
     for server in ("bare", "null"):
         for n in counts:
-            site.result.note(f"calls/s, 32 in flight over {n} connections, {server}", rate[server, n])
+            site.result.note(
+                f"calls/s, 32 in flight over {n} connections, {server}", rate[server, n]
+            )
     of = {server: rate[server, CONNECTIONS] / rate[server, 1] for server in ("bare", "null")}
     site.result.note(f"1 -> {CONNECTIONS} connections, calls/s of that, bare", of["bare"])
     site.result.at_least(f"1 -> {CONNECTIONS} connections, calls/s of that, null", of["null"], 0.85)
@@ -472,28 +476,29 @@ def flood(site: Site) -> None:
     site.daemon("flood", engine="auto", request_tokens_max=4096, **site.arguments.flood_config)
     address = site.addresses["flood"]["unix"]
 
-    def start(tokens: int, concurrency: int, seconds: float) -> subprocess.Popen:
+    def start(tokens: int, concurrency: int, *options: Any) -> subprocess.Popen:
         return subprocess.Popen(
             [EINSUMCTL, "--endpoint", address, "--json", "--timeout", "600000", "bench",
              "--weight", "layers.0.attn.wo_a", "--tokens", str(tokens),
              "--concurrency", str(concurrency), "--connections", str(concurrency),
-             "--warmup", "0.5", "--duration", str(seconds)],
+             "--warmup", "0", "--duration", "600", *map(str, options)],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    seconds = site.plan.flood
-    alone = json.loads(start(1, 1, 1).communicate()[0])
-    flood = start(4096, 4, seconds)
-    time.sleep(seconds / 4)
-    small = json.loads(start(1, 1, seconds / 2).communicate()[0])
+    alone = json.loads(start(1, 1, "--requests", 500).communicate()[0])
+    flood = start(FLOOD_TOKENS, FLOOD_CALLERS)
+    # It sends two requests to check numbers, and is a flood once its callers have one each.
+    wanted = (3 + FLOOD_CALLERS) * FLOOD_TOKENS
+    while ctl("--endpoint", address, "info")["counters"]["batch_tokens"] < wanted:
+        time.sleep(0.5)
+    small = json.loads(start(1, 1, "--requests", site.plan.flood_calls).communicate()[0])
+    flood.send_signal(signal.SIGINT)
     large = json.loads(flood.communicate()[0])
-    # Requests of the flood fill a batch each, so what they say of theirs is what a batch takes.
-    info = ctl("--endpoint", address, "info")["counters"]
-    batch_ms = info["busy_ns"] / max(1, info["batches"] - alone["server"]["batches"]) / 1e6
-    batch_ms = max(batch_ms, large["batch"]["run_ns_mean"] / 1e6)
+    batch_ms = large["batch"]["run_ns_mean"] / 1e6
     site.result.note("1 token alone, p99 ms", alone["latency_ns"]["p99"] / 1e6)
-    site.result.note("flood, requests/s of 4096 tokens", large["calls_per_s"])
-    site.result.note("flood, ms of a batch", batch_ms)
+    site.result.note(f"flood, requests/s of {FLOOD_TOKENS} tokens", large["calls_per_s"])
+    site.result.note("flood, p50 ms", large["latency_ns"]["p50"] / 1e6)
+    site.result.note("flood, ms from launch to end of a batch", batch_ms)
     site.result.note("1 token beside the flood, calls", small["calls"])
     site.result.note("1 token beside the flood, p50 ms", small["latency_ns"]["p50"] / 1e6)
     site.result.at_most(
@@ -554,7 +559,11 @@ def einsum_frame(tokens: int) -> bytes:
 
 
 def h2load(
-    address: str, frame: Path, seconds: float, concurrency: int, path: str = "einsum.v1.Einsum/Einsum"
+    address: str,
+    frame: Path,
+    seconds: float,
+    concurrency: int,
+    path: str = "einsum.v1.Einsum/Einsum",
 ) -> dict[str, Any]:
     command = [
         "h2load", "-D", str(max(1, round(seconds))), "--warm-up-time", "1", "-c", "1", "-t", "1",
@@ -604,9 +613,7 @@ def triton(site: Site) -> None:
     python = Path(os.environ.get("EINSUMD_TRITON_PYTHON", TRITON_VENV / "bin/python"))
     if site.arguments.install_triton and not python.exists():
         subprocess.run(["/usr/bin/python3", "-m", "venv", TRITON_VENV], check=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "nvidia-pytriton"], check=True
-        )
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "nvidia-pytriton"], check=True)
     if not python.exists():
         site.result.skip("Triton", "nvidia-pytriton is not installed; see --install-triton")
         return

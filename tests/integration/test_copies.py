@@ -67,8 +67,6 @@ def test_the_counter_sees_a_second_copy(tmp_path: Path, rng: np.random.Generator
 def test_numbers_hold_under_the_counter(tmp_path: Path, rng: np.random.Generator) -> None:
     """Else what it counts would not be what the daemon does."""
     copies = Copies(tmp_path)
-    with serving(
-        tmp_path, small_weights(1), 256, extra_environment=copies.environment
-    ) as site:
+    with serving(tmp_path, small_weights(1), 256, extra_environment=copies.environment) as site:
         request, expected = site.good_case(rng, tokens=5)
         oracle.check(site.client.einsum(request).output, "BF16", *expected)
