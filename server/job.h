@@ -4,7 +4,7 @@
 //
 //     state      owner        leaves by
 //     IDLE       rpc thread   batcher_reserve finds room, or lets it wait for some
-//     WAITING    batcher      a buffer comes free, or the device is lost
+//     WAITING    batcher      a buffer comes free, it gives way, or the device is lost
 //     DECODING   rpc thread   the batch's memory is filled, or batcher_abandon
 //     QUEUED     scheduler    its batch is launched, or it is dropped: expired, cancelled
 //     RUNNING    scheduler    the engine is done
@@ -53,8 +53,9 @@ struct job {
     uint64_t queued_ns, launched_ns, done_ns;
     uint32_t batch_tokens, batch_bucket, batch_requests; // tokens, padded tokens; 0 if dropped
 
-    // Told once, by whoever has the scheduler's turn, after DONE. Must not block. The new owner waits for it:
-    // seeing the state change is not enough.
+    // Told once, after DONE, by whoever has the scheduler's turn, or reserves for another to whom this
+    // one gives way. Must not block, reserve or commit. The new owner waits for it: seeing the state
+    // change is not enough.
     void (*on_done)(struct job *job);
 
     // Told on any thread that a job which waited is DECODING now. Must not block. NULL if it never

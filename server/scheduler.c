@@ -6,7 +6,7 @@
 //
 // Launching comes before answering so that the device does not wait for replies.
 //
-// The thread sleeps on one word, the waker, and so cannot miss a wake: every turn begins by clearing the
+// The thread sleeps on one word, the waker, and so cannot miss a wake: its turns begin by clearing the
 // word, every waker sets it after its change, and sleeping is refused while it is set. With a
 // polled engine it watches the word and the lanes for a while before it sleeps, so that neither a
 // short batch nor the one that follows it costs a wake-up; then it naps while lanes are busy.

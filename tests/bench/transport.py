@@ -306,7 +306,11 @@ def busy(site: Site) -> None:
         busy_ns = after["counters"]["busy_ns"] - before["counters"]["busy_ns"]
         shares.append(busy_ns / (after["uptime_ns"] - before["uptime_ns"]))
     site.result.note("tokens/s, 64 tokens, 16 in flight, real", statistics.median(rates))
-    site.result.at_least("engine busy, 64 tokens, 16 in flight", statistics.median(shares), 0.95)
+    label = "engine busy, 64 tokens, 16 in flight"
+    if after["engine"] == "cpu":
+        site.result.at_least(label, statistics.median(shares), 0.95)
+    else:  # a GPU is quicker than any socket
+        site.result.note(f"{label}, {after['engine']}", statistics.median(shares))
 
 
 def python_with(*modules: str) -> Path | None:
