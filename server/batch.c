@@ -128,6 +128,7 @@ static struct batch *batch_open_locked(struct batcher *batcher)
     batch->tokens = batch->filling = batch->held = batch->jobs_n = 0;
     batch->priority = JOB_PRIORITY_LOW;
     batch->share_end = UINT64_MAX;
+    batch->share_start_last = 0;
     *batcher->queue_end = batch;
     batcher->queue_end = &batch->next;
     batcher->queue_batches++;
@@ -168,6 +169,8 @@ void batcher_dequeue_locked(struct batcher *batcher, struct batch *batch)
     batch_unlink_locked(batcher, batch);
     batch->state = BATCH_RUNNING;
     batch->next = NULL;
+    if (batch->share_start_last > batcher->share_now)
+        batcher->share_now = batch->share_start_last;
 }
 
 void batch_answering_locked(struct batcher *batcher, struct batch *batch)
@@ -302,8 +305,8 @@ static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, s
         batch->priority = job->priority;
         batch->share_end = job->share_end;
     }
-    if (job->share_start > batcher->share_now)
-        batcher->share_now = job->share_start;
+    if (job->share_start > batch->share_start_last)
+        batch->share_start_last = job->share_start;
     if (batch->tokens == batcher->options.batch_tokens_max ||
         batch->held == batcher->options.batch_requests_max)
         batch_close_locked(batcher, batch);

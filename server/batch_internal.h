@@ -35,6 +35,7 @@ struct batch {
     uint64_t first_commit_ns;   // of jobs[0]
     enum job_priority priority; // of the job that stands first in it
     uint64_t share_end;         // of the same
+    uint64_t share_start_last;  // of all its jobs
 
     uint64_t launched_ns;
     struct engine_segment *segments; // of the jobs left at launch, in order of weight
@@ -62,7 +63,7 @@ struct batcher {
     uint32_t queue_batches;                      // length of `queue`
     struct job *waiting, *waiting_last;          // for room, by standing
     uint64_t waiting_bytes;                      // that they will need of input
-    uint64_t share_now;                          // where the last job that got room started
+    uint64_t share_now;                          // where the last job that was launched started
     uint64_t share_ends[CONNECTIONS_TOLD_APART]; // of each connection's last job
     uint32_t lanes_free;
     bool stopping;

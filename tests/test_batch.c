@@ -1295,6 +1295,34 @@ START_TEST(few_tokens_go_ahead_of_a_flood)
 }
 END_TEST
 
+// A caller who comes again lies behind those that have not been served yet, and so moves nobody.
+START_TEST(few_tokens_go_ahead_of_who_has_waited_a_round)
+{
+    struct batcher_options options = base;
+    options.batches = 6;
+    start(&options);
+    for (int i = 0; i < 3; i++)
+        ask_and_commit(i, 8, 1 + (uint32_t)i);
+    wait_submitted(1);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    wait_submitted(2);
+    ask_and_commit(3, 8, 1); // again
+    ask_and_commit(4, 1, 9);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(1, STATUS_OK);
+    ck_assert_uint_eq(wait_submitted(3)->tokens, 1);
+    fake_complete(&engine, 2, STATUS_OK);
+    wait_release(4, STATUS_OK);
+    for (uint32_t i = 2; i <= 3; i++) {
+        ck_assert_ptr_eq(wait_submitted(2 + i)->output, jobs[i].job.operand.output);
+        fake_complete(&engine, 1 + i, STATUS_OK);
+        wait_release((int)i, STATUS_OK);
+    }
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
 // However many requests of one token a connection sends, one of eight waits for eight of them.
 START_TEST(a_flood_of_few_tokens_does_not_hold_up_a_large_one)
 {
@@ -1877,6 +1905,7 @@ int main(void)
     tcase_add_test(rules, waiting_jobs_get_room_in_order_of_arrival);
     tcase_add_test(rules, nobody_overtakes_those_who_wait);
     tcase_add_test(rules, few_tokens_go_ahead_of_a_flood);
+    tcase_add_test(rules, few_tokens_go_ahead_of_who_has_waited_a_round);
     tcase_add_test(rules, a_flood_of_few_tokens_does_not_hold_up_a_large_one);
     tcase_add_loop_test(rules, a_full_queue_is_shared, 0, 2);
     tcase_add_test(rules, priorities_come_before_shares_and_shares_before_arrival);
