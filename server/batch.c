@@ -183,11 +183,21 @@ void batch_answering_locked(struct batcher *batcher, struct batch *batch)
 
 // --- when to launch
 
+// A second batch in a serial engine's lanes spares it the pause between two, which of so many tokens
+// takes no share worth having.
+enum { SERIAL_TOKENS_MAX = 256 };
+
+static bool lanes_taken_locked(const struct batcher *batcher)
+{
+    return batcher->lanes_free == 0 ||
+           (batcher->options.ops->serial && batcher->running_tokens >= SERIAL_TOKENS_MAX);
+}
+
 static uint64_t batch_launch_at_ns_locked(const struct batcher *batcher, const struct batch *batch)
 {
     if (atomic_load_explicit(&batcher->device_lost, memory_order_relaxed))
         return batch->filling ? UINT64_MAX : 0;
-    if (batcher->lanes_free == 0)
+    if (lanes_taken_locked(batcher))
         return UINT64_MAX;
     if (batch->state == BATCH_CLOSED)
         return batch->filling ? UINT64_MAX : 0;

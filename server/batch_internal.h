@@ -66,6 +66,7 @@ struct batcher {
     uint64_t share_now;                          // where the last job that was launched started
     uint64_t share_ends[CONNECTIONS_TOLD_APART]; // of each connection's last job
     uint32_t lanes_free;
+    uint32_t running_tokens; // of the batches in the other lanes
     bool stopping;
     // When the scheduler will look by itself: 0 while it is awake, UINT64_MAX while it sleeps until
     // woken. Who changes something that lets a batch launch earlier wakes it, and nobody else does.

@@ -92,6 +92,9 @@ struct engine_ops {
     uint32_t lanes_default; // batches in flight that keep the device busy
     // Nobody calls wake: the scheduler polls busy lanes in a loop, which saves a wake-up.
     bool polled;
+    // Lanes run one after the other: what is submitted behind a long batch only waits, and can no
+    // longer be overtaken.
+    bool serial;
     bool (*usable)(void); // whether this machine has such a device; NULL: always
     NODISCARD enum status (*open)(const struct engine_options *options, struct engine **engine,
                                   struct error *err);

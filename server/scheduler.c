@@ -194,6 +194,7 @@ static void account_launch_locked(struct batcher *batcher, struct batch *batch, 
     }
     if (batcher->lanes_free-- == batcher->options.lanes)
         batcher->busy_since_ns = batch->launched_ns;
+    batcher->running_tokens += batch->launch.tokens;
     stats->batches++;
     stats->requests += keep;
     stats->tokens += batch->launch.tokens;
@@ -252,6 +253,7 @@ static void account_phases_locked(struct batcher_stats *stats, const struct engi
 
 static void account_done_locked(struct batcher *batcher, struct batch *batch, uint64_t now)
 {
+    batcher->running_tokens -= batch->launch.tokens;
     if (++batcher->lanes_free == batcher->options.lanes)
         batcher->stats.busy_ns += now - batcher->busy_since_ns;
     if (batch->result.status) {

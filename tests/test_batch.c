@@ -1323,6 +1323,51 @@ START_TEST(few_tokens_go_ahead_of_who_has_waited_a_round)
 }
 END_TEST
 
+static const struct engine_ops serial_ops = {
+    .name = "fake, serial",
+    .serial = true,
+    .memory_alloc = fake_memory_alloc,
+    .memory_free = fake_memory_free,
+    .submit = fake_submit,
+    .poll = fake_poll,
+};
+
+// Behind a short batch another is submitted at once; behind a long one none, so that few tokens can
+// still go ahead.
+START_TEST(nothing_lines_up_behind_a_long_batch_of_a_serial_engine)
+{
+    static const uint32_t large[] = {8, 256};
+    struct batcher_options options = base;
+    options.ops = &serial_ops;
+    options.lanes = 2;
+    options.batches = 6;
+    options.batch_tokens_max = 256;
+    options.buckets = large;
+    options.buckets_n = ARRAY_LEN(large);
+    options.batch_input_bytes *= 32;
+    options.batch_output_bytes *= 32;
+    start(&options);
+    ask_and_commit(0, 8, 1);
+    wait_submitted(1);
+    ask_and_commit(1, 256, 2);
+    wait_submitted(2);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    ask_and_commit(2, 256, 3);
+    stays_submitted(2); // though a lane is free
+    ask_and_commit(3, 1, 4);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(1, STATUS_OK);
+    wait_submitted(4); // behind one token the next may line up
+    ck_assert_uint_eq(engine.log[2]->tokens, 1);
+    for (uint32_t i = 2; i < 4; i++)
+        fake_complete(&engine, i, STATUS_OK);
+    wait_release(2, STATUS_OK);
+    wait_release(3, STATUS_OK);
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
 // However many requests of one token a connection sends, one of eight waits for eight of them.
 START_TEST(a_flood_of_few_tokens_does_not_hold_up_a_large_one)
 {
@@ -1906,6 +1951,7 @@ int main(void)
     tcase_add_test(rules, nobody_overtakes_those_who_wait);
     tcase_add_test(rules, few_tokens_go_ahead_of_a_flood);
     tcase_add_test(rules, few_tokens_go_ahead_of_who_has_waited_a_round);
+    tcase_add_test(rules, nothing_lines_up_behind_a_long_batch_of_a_serial_engine);
     tcase_add_test(rules, a_flood_of_few_tokens_does_not_hold_up_a_large_one);
     tcase_add_loop_test(rules, a_full_queue_is_shared, 0, 2);
     tcase_add_test(rules, priorities_come_before_shares_and_shares_before_arrival);
