@@ -5,6 +5,7 @@
 #include <grpc/support/alloc.h>
 #include <grpc/support/time.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "log.h"
@@ -48,8 +49,8 @@ uint32_t call_connection(struct call *call)
     if (call->connection == 0) {
         // The listener gives gRPC its sockets by number, and that is what it calls the peers.
         char *peer = grpc_call_get_peer(call->grpc);
-        unsigned fd = 0;
-        call->connection = sscanf(peer, "fd:%u", &fd) == 1 ? fd + 1 : UINT32_MAX;
+        bool named = strncmp(peer, "fd:", 3) == 0;
+        call->connection = named ? (uint32_t)strtoul(peer + 3, NULL, 10) + 1 : UINT32_MAX;
         gpr_free(peer);
     }
     return call->connection;

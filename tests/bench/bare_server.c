@@ -460,7 +460,8 @@ static int listen_tcp(const char *text)
     const char *colon = strrchr(text, ':');
     struct sockaddr_in address = {.sin_family = AF_INET,
                                   .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
-                                  .sin_port = htons((uint16_t)atoi(colon ? colon + 1 : text))};
+                                  .sin_port =
+                                      htons((uint16_t)strtoul(colon ? colon + 1 : text, NULL, 10))};
     socklen_t bytes = sizeof address;
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), on = 1;
     if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) ||
@@ -567,9 +568,9 @@ int main(int argc, char **argv)
         if (option == 'l' && listens_n < LISTEN_MAX)
             listens[listens_n++] = optarg;
         else if (option == 't')
-            threads_n = (uint32_t)atoi(optarg);
+            threads_n = (uint32_t)strtoul(optarg, NULL, 10);
         else if (option == 'w')
-            weights_n = (uint32_t)atoi(optarg);
+            weights_n = (uint32_t)strtoul(optarg, NULL, 10);
         else
             exit(2);
     }
