@@ -21,7 +21,7 @@ struct buffer {
 
 // What host and device tell each other about a lane's batch. Pinned; a line for each writer.
 struct mailbox {
-    struct cuda_order order;
+    struct cuda_order orders[CUDA_ORDERS];
     struct cuda_report report;
 };
 
@@ -33,10 +33,9 @@ struct lane {
     cudaEvent_t done;
     cudaEvent_t marks[MARKS_N];
     cudaGraphExec_t *graphs; // by bucket, then by the set of kernels; NULL where none can be needed
-    struct mailbox *mailbox, *mailbox_device;
+    struct mailbox *mailbox;
     struct cuda_table *table; // pinned
-    void *table_mapped;       // the same, as the device calls it
-    struct cuda_table *table_device;
+    struct cuda_ends ends;    // mailbox and table, as the device calls them, and its own table
     void *workspace;
     struct cuda_segment *segments; // batch_segments_max
     uint32_t *sorted;              // scratch of cuda_table_build

@@ -58,24 +58,29 @@ static cudaError_t lane_open_device(const struct engine *engine, struct lane *la
         table_bytes = table > table_bytes ? table : table_bytes;
         workspace_bytes = workspace > workspace_bytes ? workspace : workspace_bytes;
     }
-    table_bytes = align_up(table_bytes, 16); // as it is fetched
+    table_bytes = align_up(table_bytes, CUDA_FETCH_BYTES);
+    void *mailbox = NULL, *table_host = NULL;
     cudaError_t error = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
     if (error == cudaSuccess)
         error = lane_open_events(lane);
     if (error == cudaSuccess)
-        error = pinned_alloc(sizeof *lane->mailbox, (void **)&lane->mailbox,
-                             (void **)&lane->mailbox_device);
+        error = pinned_alloc(sizeof *lane->mailbox, (void **)&lane->mailbox, &mailbox);
     if (error == cudaSuccess)
-        error = pinned_alloc(table_bytes, (void **)&lane->table, &lane->table_mapped);
+        error = pinned_alloc(table_bytes, (void **)&lane->table, &table_host);
     if (error == cudaSuccess)
-        error = cudaMalloc((void **)&lane->table_device, table_bytes);
+        error = cudaMalloc((void **)&lane->ends.table, table_bytes);
     if (error == cudaSuccess)
         error = cudaMalloc(&lane->workspace, workspace_bytes);
     if (error == cudaSuccess)
         error = cudaMemsetAsync(lane->workspace, 0, workspace_bytes, lane->stream);
     if (error == cudaSuccess)
         error = cudaStreamSynchronize(lane->stream);
-    return error;
+    if (error != cudaSuccess)
+        return error;
+    lane->ends.orders = ((const struct mailbox *)mailbox)->orders;
+    lane->ends.report = &((struct mailbox *)mailbox)->report;
+    lane->ends.table_host = table_host;
+    return cudaSuccess;
 }
 
 enum status engine_cuda_lane_open(const struct engine *engine, struct lane *lane, struct error *err)
@@ -97,7 +102,7 @@ void engine_cuda_lane_close(const struct engine *engine, struct lane *lane)
     free(lane->graphs);
     free(lane->segments);
     free(lane->sorted);
-    cudaFree(lane->table_device);
+    cudaFree(lane->ends.table);
     cudaFree(lane->workspace);
     cudaFreeHost(lane->table);
     cudaFreeHost(lane->mailbox);
@@ -119,14 +124,12 @@ static cudaGraphExec_t *graph_of(const struct lane *lane, uint32_t bucket, uint3
 static cudaError_t launch_all(const struct cuda_bucket *bucket, const struct lane *lane,
                               uint32_t launches)
 {
-    const struct cuda_order *order = &lane->mailbox_device->order;
-    struct cuda_report *report = &lane->mailbox_device->report;
-    cudaError_t error = cuda_fetch_launch(order, report, lane->stream);
+    cudaError_t error = cuda_fetch_launch(&lane->ends, lane->stream);
     if (error == cudaSuccess)
-        error = cuda_launch(bucket, launches | CUDA_LAUNCH_WRITTEN, lane->table_device,
+        error = cuda_launch(bucket, launches | CUDA_LAUNCH_WRITTEN, lane->ends.table,
                             lane->workspace, lane->stream);
     if (error == cudaSuccess)
-        error = cuda_report_launch(order, report, lane->stream);
+        error = cuda_report_launch(&lane->ends, lane->stream);
     return error;
 }
 
@@ -208,18 +211,18 @@ static void place_segments(const struct engine *engine, struct lane *lane,
     }
 }
 
-static void write_order(struct lane *lane, const struct buffer *input, uint64_t input_bytes)
+static void write_orders(struct lane *lane, const struct buffer *input, uint64_t input_bytes)
 {
-    struct cuda_order *order = &lane->mailbox->order;
-    *order = (struct cuda_order){
-        .table_from = (uintptr_t)lane->table_mapped,
-        .table_to = (uintptr_t)lane->table_device,
-        .table_bytes = cuda_table_used(lane->table),
+    struct cuda_order *orders = lane->mailbox->orders;
+    const struct cuda_order order = {
         .input_from = (uintptr_t)input->mapped,
         .input_to = (uintptr_t)input->device,
-        .input_bytes = input_bytes,
-        .sequence = order->sequence + 1,
+        .table_bytes = align_up(cuda_table_used(lane->table), CUDA_FETCH_BYTES),
+        .input_bytes = align_up(input_bytes, 16),
+        .sequence = orders[0].sequence + 1,
     };
+    for (uint32_t i = 0; i < CUDA_ORDERS; i++)
+        orders[i] = order;
 }
 
 static cudaError_t mark(const struct lane *lane, enum mark which)
@@ -264,7 +267,7 @@ static cudaError_t enqueue(struct engine *engine, struct lane *lane,
     place_segments(engine, lane, batch, input, output);
     cuda_table_build(&engine->buckets[batch->bucket], lane->segments, batch->segments_n,
                      lane->sorted, lane->table);
-    write_order(lane, input, lane->small ? batch->input_bytes : 0);
+    write_orders(lane, input, lane->small ? batch->input_bytes : 0);
     cudaGraphExec_t graph = *graph_of(lane, batch->bucket, cuda_table_launches(lane->table));
     ASSERT(graph);
     error = cudaGraphLaunch(graph, lane->stream);
@@ -293,7 +296,8 @@ void engine_cuda_submit(struct engine *engine, uint32_t index, const struct engi
 static bool reported(const struct lane *lane)
 {
     const struct mailbox *mailbox = lane->mailbox;
-    return __atomic_load_n(&mailbox->report.sequence, __ATOMIC_ACQUIRE) == mailbox->order.sequence;
+    return __atomic_load_n(&mailbox->report.sequence, __ATOMIC_ACQUIRE) ==
+           mailbox->orders[0].sequence;
 }
 
 static cudaError_t lane_state(struct lane *lane)

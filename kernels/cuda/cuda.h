@@ -150,13 +150,19 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
 
 // ---- the ends of a batch's graph (fetch.cu)
 
+// One order for each thread block that fetches, all alike: a word of host memory that several blocks
+// ask for goes to one after the other, a microsecond each.
+enum {
+    CUDA_ORDERS = 32,
+    CUDA_FETCH_BYTES = 512, // by a warp at once
+};
+
 // What the host asks of one launch. Pinned; written before the launch, left alone until the report.
 struct cuda_order {
-    uint64_t table_from, table_to;     // device addresses, the first of host memory; aligned to 16
-    uint64_t input_from, input_to;     // likewise
-    uint64_t table_bytes, input_bytes; // rounded up to 16 by who reads; 0: nothing to fetch
+    uint64_t input_from, input_to;     // device addresses, the first of host memory; aligned to 16
+    uint64_t table_bytes, input_bytes; // multiples of CUDA_FETCH_BYTES; of 16
     uint64_t sequence;                 // to be reported, different from the last one
-    uint64_t padding;
+    uint64_t padding[3];
 };
 
 // What the device says of it. Pinned, a cache line of its own. Times are the device's, in ns.
@@ -166,13 +172,19 @@ struct cuda_report {
     uint64_t padding[4];
 };
 
-// First in a graph: copies what the order names. Before CUDA_LAUNCH_WRITTEN.
-cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct cuda_report *report,
-                              cudaStream_t stream);
+// Both ends' arguments, device addresses. All but `table` are of host memory.
+struct cuda_ends {
+    const struct cuda_order *orders;     // CUDA_ORDERS of them
+    const struct cuda_table *table_host; // aligned to 16, as `table` is
+    struct cuda_table *table;
+    struct cuda_report *report;
+};
+
+// First in a graph: copies the table, and what the order names. Before CUDA_LAUNCH_WRITTEN.
+cudaError_t cuda_fetch_launch(const struct cuda_ends *ends, cudaStream_t stream);
 
 // Last in a graph: waits for all ahead and reports.
-cudaError_t cuda_report_launch(const struct cuda_order *order, struct cuda_report *report,
-                               cudaStream_t stream);
+cudaError_t cuda_report_launch(const struct cuda_ends *ends, cudaStream_t stream);
 
 #ifdef __cplusplus
 }
