@@ -25,6 +25,10 @@ enum {
     // once but are slower than a copy engine, which takes some 4 us to start and to be waited for:
     // 8 tokens of V4-Flash still gain.
     SMALL_BYTES_MAX = 320 << 10,
+    // Of a weight, what is warmed: every other piece, up to 16 MiB of them. More is not there in time,
+    // and stands in the way of the rest.
+    WARM_STEP_PIECES = 2,
+    WARM_PIECES_MAX = (16 << 20) / CUDA_WARM_BYTES,
     // How often a stream is asked whether the device still lives, while a report does not come.
     STREAM_CHECK_NS = 100000,
 };
@@ -211,16 +215,42 @@ static void place_segments(const struct engine *engine, struct lane *lane,
     }
 }
 
-static void write_orders(struct lane *lane, const struct buffer *input, uint64_t input_bytes)
+// A small batch that is alone on the device finds a part of its weights in the cache: they are on their
+// way while its input is, evenly from all of the first segment's, which is the only one more often than
+// not. Beside other batches the memory has enough to do.
+static void warm(const struct engine *engine, const struct lane *lane, struct cuda_order *order)
+{
+    for (uint32_t i = 0; i < engine->lanes_n; i++)
+        if (engine->lanes[i].submitted && &engine->lanes[i] != lane)
+            return;
+    const struct cuda_segment *segment = &lane->segments[0];
+    const struct einsum_weight_format *format = &segment->weight->format;
+    uint64_t group_bytes = (uint64_t)format->output_dim * format->reduced_dim *
+                           einsum_weight_element_bytes(format->weight_type);
+    uint64_t pieces = segment->operand.groups * group_bytes / CUDA_WARM_BYTES;
+    uint64_t step = (pieces + WARM_PIECES_MAX - 1) / WARM_PIECES_MAX;
+    if (step < WARM_STEP_PIECES)
+        step = WARM_STEP_PIECES;
+    order->warm_from =
+        (uintptr_t)(segment->weight->elements + segment->operand.group_begin * group_bytes);
+    order->warm_pieces = (uint32_t)(pieces / step);
+    order->warm_step_bytes = (uint32_t)(step * CUDA_WARM_BYTES);
+}
+
+static void write_orders(const struct engine *engine, struct lane *lane, const struct buffer *input,
+                         uint64_t input_bytes)
 {
     struct cuda_order *orders = lane->mailbox->orders;
-    const struct cuda_order order = {
+    struct cuda_order order = {
         .input_from = (uintptr_t)input->mapped,
         .input_to = (uintptr_t)input->device,
         .table_bytes = align_up(cuda_table_used(lane->table), CUDA_FETCH_BYTES),
-        .input_bytes = align_up(input_bytes, 16),
         .sequence = orders[0].sequence + 1,
     };
+    if (lane->small) {
+        order.input_bytes = align_up(input_bytes, 16);
+        warm(engine, lane, &order);
+    }
     for (uint32_t i = 0; i < CUDA_ORDERS; i++)
         orders[i] = order;
 }
@@ -267,7 +297,7 @@ static cudaError_t enqueue(struct engine *engine, struct lane *lane,
     place_segments(engine, lane, batch, input, output);
     cuda_table_build(&engine->buckets[batch->bucket], lane->segments, batch->segments_n,
                      lane->sorted, lane->table);
-    write_orders(lane, input, lane->small ? batch->input_bytes : 0);
+    write_orders(engine, lane, input, batch->input_bytes);
     cudaGraphExec_t graph = *graph_of(lane, batch->bucket, cuda_table_launches(lane->table));
     ASSERT(graph);
     error = cudaGraphLaunch(graph, lane->stream);

@@ -218,7 +218,7 @@ static void compute_run(const struct cuda_table *table, const struct cuda_run *r
 
 // ---- kernels
 
-static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER + 1], bytes_fetched;
+static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER + 1], bytes_fetched, bytes_warmed;
 
 uint64_t fake_cuda_rows(enum cuda_kernel kernel)
 {
@@ -228,6 +228,11 @@ uint64_t fake_cuda_rows(enum cuda_kernel kernel)
 uint64_t fake_cuda_fetched_bytes(void)
 {
     return atomic_load(&bytes_fetched);
+}
+
+uint64_t fake_cuda_warmed_bytes(void)
+{
+    return atomic_load(&bytes_warmed);
 }
 
 static void compute_runs(enum cuda_kernel kernel, const struct cuda_table *table, uint32_t begin,
@@ -331,6 +336,12 @@ static void run_fetch(const void *bytes)
     struct cuda_report *report = fake_cuda_at((uintptr_t)it->report, sizeof *report);
     for (uint32_t i = 1; i < CUDA_ORDERS; i++) // each is a block's own
         ASSERT(memcmp(&orders[i], &orders[0], sizeof *orders) == 0);
+    if (orders->warm_pieces > 0) {
+        uint64_t before = (uint64_t)(orders->warm_pieces - 1) * orders->warm_step_bytes;
+        fake_cuda_at(orders->warm_from, before + CUDA_WARM_BYTES);
+        ASSERT(orders->warm_from % 16 == 0 && orders->warm_step_bytes % 16 == 0);
+        atomic_fetch_add(&bytes_warmed, (uint64_t)orders->warm_pieces * CUDA_WARM_BYTES);
+    }
     report->begun_ns = fake_cuda_now_ns();
     fetch((uintptr_t)it->table_host, (uintptr_t)it->table, orders->table_bytes, CUDA_FETCH_BYTES);
     fetch(orders->input_from, orders->input_to, orders->input_bytes, 16);

@@ -155,6 +155,7 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
 enum {
     CUDA_ORDERS = 32,
     CUDA_FETCH_BYTES = 512, // by a warp at once
+    CUDA_WARM_BYTES = 4096,
 };
 
 // What the host asks of one launch. Pinned; written before the launch, left alone until the report.
@@ -162,7 +163,11 @@ struct cuda_order {
     uint64_t input_from, input_to;     // device addresses, the first of host memory; aligned to 16
     uint64_t table_bytes, input_bytes; // multiples of CUDA_FETCH_BYTES; of 16
     uint64_t sequence;                 // to be reported, different from the last one
-    uint64_t padding[3];
+    // Weights that the kernels will read: `warm_pieces` of CUDA_WARM_BYTES, each so many bytes behind
+    // the one before, brought to the cache meanwhile. Aligned to 16.
+    uint64_t warm_from;
+    uint32_t warm_pieces, warm_step_bytes;
+    uint64_t padding;
 };
 
 // What the device says of it. Pinned, a cache line of its own. Times are the device's, in ns.
@@ -181,6 +186,7 @@ struct cuda_ends {
 };
 
 // First in a graph: copies the table, and what the order names. Before CUDA_LAUNCH_WRITTEN.
+// Warming it only begins; nothing waits for it, and where the device cannot, nothing is warmed.
 cudaError_t cuda_fetch_launch(const struct cuda_ends *ends, cudaStream_t stream);
 
 // Last in a graph: waits for all ahead and reports.

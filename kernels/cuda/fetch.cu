@@ -36,6 +36,14 @@ __device__ inline uint4 load_host(const uint4 *from)
     return __ldcv(from);
 }
 
+// From the device's memory into its L2.
+__device__ inline void bring_to_cache(const uint8_t *from, uint32_t bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 __global__ void __launch_bounds__(THREADS) fetch_kernel(const cuda_ends ends)
 {
     __shared__ cuda_order order;
@@ -70,6 +78,13 @@ __global__ void __launch_bounds__(THREADS) fetch_kernel(const cuda_ends ends)
                 *(at < table_n ? table_to + at : input_to + (at - table_n)) = held[i];
         }
     }
+
+    // The last threads first, since they have the least to fetch.
+    for (uint32_t i = (THREADS - 1 - threadIdx.x) * BLOCKS + blockIdx.x; i < order.warm_pieces;
+         i += BLOCKS * THREADS)
+        bring_to_cache((const uint8_t *)order.warm_from + (uint64_t)i * order.warm_step_bytes,
+                       CUDA_WARM_BYTES);
+
     // All blocks have about the same to do: the first stands for them.
     if (blockIdx.x == 0) {
         __syncthreads();
