@@ -13,6 +13,7 @@
 // The graph is the same. A small batch's fetch brings its input too, and its kernels write the
 // outputs where the caller reads them, so that one launch is all that the host does and all that it
 // waits for is a word in its own memory. A large one's copies are worth the copy engines' start-up.
+// tests/gpu/bus.cu measures these ways and others.
 //
 // Threads: submit and poll on the scheduler's.
 #include "engine_cuda_internal.h"
@@ -22,11 +23,11 @@
 
 enum {
     // The largest input, and output, of a small batch. Kernels that reach over the bus start at
-    // once but are slower than a copy engine, which takes some 4 us to start and to be waited for:
-    // 8 tokens of V4-Flash still gain.
-    SMALL_BYTES_MAX = 320 << 10,
-    // Of a weight, what is warmed: every other piece, up to 16 MiB of them. More is not there in time,
-    // and stands in the way of the rest.
+    // once but are slower than a copy engine, which takes some 10 us to start and to be waited for:
+    // 16 tokens of V4-Flash gain a third, 32 nothing for sure.
+    SMALL_BYTES_MAX = 640 << 10,
+    // Of a weight, what is warmed: every other piece, up to 16 MiB of them. More is not there in
+    // time, and stands in the way of the rest.
     WARM_STEP_PIECES = 2,
     WARM_PIECES_MAX = (16 << 20) / CUDA_WARM_BYTES,
     // How often a stream is asked whether the device still lives, while a report does not come.
@@ -215,9 +216,9 @@ static void place_segments(const struct engine *engine, struct lane *lane,
     }
 }
 
-// A small batch that is alone on the device finds a part of its weights in the cache: they are on their
-// way while its input is, evenly from all of the first segment's, which is the only one more often than
-// not. Beside other batches the memory has enough to do.
+// A small batch that is alone on the device finds a part of its weights in the cache: they are on
+// their way while its input is, evenly from all of the first segment's weight, which is the only one
+// more often than not. Beside other batches the memory has enough to do.
 static void warm(const struct engine *engine, const struct lane *lane, struct cuda_order *order)
 {
     for (uint32_t i = 0; i < engine->lanes_n; i++)

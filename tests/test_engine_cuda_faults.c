@@ -31,7 +31,7 @@ enum {
 static const uint32_t buckets[] = {8, 64, TOKENS_MAX};
 
 static const struct einsum_weight_format formats[] = {
-    {2, 32, 2048, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
+    {2, 32, 4096, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
     {1, 32, 4096, EINSUM_WEIGHT_BF16, EINSUM_SCALE_NONE, 1, 128},
     {1, 1536, 16384, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 128, 128}, // three stagings
     {1, 4096, 128, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128, 128},  // more out than in
@@ -768,7 +768,7 @@ START_TEST(inputs_are_brought_once)
         int format;
         uint32_t tokens;
         bool by_graph;
-    } cases[] = {{0, FEW, true}, {0, MANY, false}, {3, 3, true}, {3, 40, false}};
+    } cases[] = {{0, FEW, true}, {0, MANY, false}, {3, 3, true}, {3, 60, false}};
     open_lanes();
     for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
         struct source source = source_of(&formats[cases[i].format]);
@@ -791,8 +791,8 @@ START_TEST(inputs_are_brought_once)
 }
 END_TEST
 
-// A part of the weights is brought to the cache for a small batch that has the device to itself, and
-// for no other.
+// A part of the weights is brought to the cache for a small batch that has the device to itself,
+// and for no other.
 START_TEST(a_small_batch_alone_warms_its_weight)
 {
     open_lanes();

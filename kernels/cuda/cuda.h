@@ -150,8 +150,8 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
 
 // ---- the ends of a batch's graph (fetch.cu)
 
-// One order for each thread block that fetches, all alike: a word of host memory that several blocks
-// ask for goes to one after the other, a microsecond each.
+// One order for each thread block that fetches, all alike: a word of host memory that several
+// blocks ask for goes to one after the other, a microsecond each.
 enum {
     CUDA_ORDERS = 32,
     CUDA_FETCH_BYTES = 512, // by a warp at once
@@ -163,8 +163,8 @@ struct cuda_order {
     uint64_t input_from, input_to;     // device addresses, the first of host memory; aligned to 16
     uint64_t table_bytes, input_bytes; // multiples of CUDA_FETCH_BYTES; of 16
     uint64_t sequence;                 // to be reported, different from the last one
-    // Weights that the kernels will read: `warm_pieces` of CUDA_WARM_BYTES, each so many bytes behind
-    // the one before, brought to the cache meanwhile. Aligned to 16.
+    // Weights that the kernels will read: `warm_pieces` of CUDA_WARM_BYTES, each so many bytes
+    // behind the one before, brought to the cache meanwhile. Aligned to 16.
     uint64_t warm_from;
     uint32_t warm_pieces, warm_step_bytes;
     uint64_t padding;

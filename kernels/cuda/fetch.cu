@@ -6,9 +6,9 @@
 //                        |                         ^                  ^
 //     graph    [fetch]---'--> table, input -> [kernels] -> [report] --'
 //
-// A block waits two round trips over the bus, one for its order and one for its share of all that the
-// order names, as long as the bytes fit into the loads in flight. No two warps read from one sector
-// (32 bytes): those that do are served in turn, a round trip each.
+// A block waits two round trips over the bus, one for its order and one for its share of all that
+// the order names, as long as the bytes fit into the loads in flight. No two warps read from one
+// sector (32 bytes): those that do are served in turn, a round trip each.
 #include "launch.h"
 
 #include "copy.cuh"
