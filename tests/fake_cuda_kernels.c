@@ -218,7 +218,7 @@ static void compute_run(const struct cuda_table *table, const struct cuda_run *r
 
 // ---- kernels
 
-static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER + 1], bytes_fetched;
+static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER + 1], bytes_fetched, bytes_warmed;
 
 uint64_t fake_cuda_rows(enum cuda_kernel kernel)
 {
@@ -228,6 +228,11 @@ uint64_t fake_cuda_rows(enum cuda_kernel kernel)
 uint64_t fake_cuda_fetched_bytes(void)
 {
     return atomic_load(&bytes_fetched);
+}
+
+uint64_t fake_cuda_warmed_bytes(void)
+{
+    return atomic_load(&bytes_warmed);
 }
 
 static void compute_runs(enum cuda_kernel kernel, const struct cuda_table *table, uint32_t begin,
@@ -315,35 +320,38 @@ static void run_attention(const void *bytes)
 
 // ---- the ends of a graph
 
-struct ends_arguments {
-    const struct cuda_order *order;
-    struct cuda_report *report;
-};
-
-static void fetch(uint64_t from, uint64_t to, uint64_t bytes)
+static void fetch(uint64_t from, uint64_t to, uint64_t bytes, uint64_t multiple)
 {
-    ASSERT(from % 16 == 0 && to % 16 == 0);
-    uint64_t whole = align_up(bytes, 16);
+    ASSERT(from % 16 == 0 && to % 16 == 0 && bytes % multiple == 0);
     if (bytes > 0)
-        memcpy(fake_cuda_at(to, whole), fake_cuda_at(from, whole), whole);
-    atomic_fetch_add(&bytes_fetched, whole);
+        memcpy(fake_cuda_at(to, bytes), fake_cuda_at(from, bytes), bytes);
+    atomic_fetch_add(&bytes_fetched, bytes);
 }
 
 static void run_fetch(const void *bytes)
 {
-    const struct ends_arguments *it = bytes;
-    const struct cuda_order *order = fake_cuda_at((uintptr_t)it->order, sizeof *order);
+    const struct cuda_ends *it = bytes;
+    const struct cuda_order *orders =
+        fake_cuda_at((uintptr_t)it->orders, CUDA_ORDERS * sizeof *orders);
     struct cuda_report *report = fake_cuda_at((uintptr_t)it->report, sizeof *report);
+    for (uint32_t i = 1; i < CUDA_ORDERS; i++) // each is a block's own
+        ASSERT(memcmp(&orders[i], &orders[0], sizeof *orders) == 0);
+    if (orders->warm_pieces > 0) {
+        uint64_t before = (uint64_t)(orders->warm_pieces - 1) * orders->warm_step_bytes;
+        fake_cuda_at(orders->warm_from, before + CUDA_WARM_BYTES);
+        ASSERT(orders->warm_from % 16 == 0 && orders->warm_step_bytes % 16 == 0);
+        atomic_fetch_add(&bytes_warmed, (uint64_t)orders->warm_pieces * CUDA_WARM_BYTES);
+    }
     report->begun_ns = fake_cuda_now_ns();
-    fetch(order->table_from, order->table_to, order->table_bytes);
-    fetch(order->input_from, order->input_to, order->input_bytes);
+    fetch((uintptr_t)it->table_host, (uintptr_t)it->table, orders->table_bytes, CUDA_FETCH_BYTES);
+    fetch(orders->input_from, orders->input_to, orders->input_bytes, 16);
     report->fetched_ns = fake_cuda_now_ns();
 }
 
 static void run_report(const void *bytes)
 {
-    const struct ends_arguments *it = bytes;
-    const struct cuda_order *order = fake_cuda_at((uintptr_t)it->order, sizeof *order);
+    const struct cuda_ends *it = bytes;
+    const struct cuda_order *order = fake_cuda_at((uintptr_t)it->orders, sizeof *order);
     struct cuda_report *report = fake_cuda_at((uintptr_t)it->report, sizeof *report);
     report->computed_ns = fake_cuda_now_ns();
     ASSERT(order->sequence != report->sequence);
@@ -444,18 +452,14 @@ cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket, const struct cu
                   cuda_hopper_partial_bytes(bucket), stream);
 }
 
-cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct cuda_report *report,
-                              cudaStream_t stream)
+cudaError_t cuda_fetch_launch(const struct cuda_ends *ends, cudaStream_t stream)
 {
-    const struct ends_arguments arguments = {.order = order, .report = report};
-    return fake_cuda_launch(__func__, stream, run_fetch, &arguments, sizeof arguments);
+    return fake_cuda_launch(__func__, stream, run_fetch, ends, sizeof *ends);
 }
 
-cudaError_t cuda_report_launch(const struct cuda_order *order, struct cuda_report *report,
-                               cudaStream_t stream)
+cudaError_t cuda_report_launch(const struct cuda_ends *ends, cudaStream_t stream)
 {
-    const struct ends_arguments arguments = {.order = order, .report = report};
-    return fake_cuda_launch(__func__, stream, run_report, &arguments, sizeof arguments);
+    return fake_cuda_launch(__func__, stream, run_report, ends, sizeof *ends);
 }
 
 // launch.c's own launches are the real kernels' alone.

@@ -31,7 +31,7 @@ enum {
 static const uint32_t buckets[] = {8, 64, TOKENS_MAX};
 
 static const struct einsum_weight_format formats[] = {
-    {2, 32, 2048, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
+    {2, 32, 4096, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
     {1, 32, 4096, EINSUM_WEIGHT_BF16, EINSUM_SCALE_NONE, 1, 128},
     {1, 1536, 16384, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 128, 128}, // three stagings
     {1, 4096, 128, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128, 128},  // more out than in
@@ -768,7 +768,7 @@ START_TEST(inputs_are_brought_once)
         int format;
         uint32_t tokens;
         bool by_graph;
-    } cases[] = {{0, FEW, true}, {0, MANY, false}, {3, 3, true}, {3, 40, false}};
+    } cases[] = {{0, FEW, true}, {0, MANY, false}, {3, 3, true}, {3, 60, false}};
     open_lanes();
     for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
         struct source source = source_of(&formats[cases[i].format]);
@@ -787,6 +787,37 @@ START_TEST(inputs_are_brought_once)
         ops->weight_free(engine, weight);
         source_free(&source);
     }
+    close_lanes();
+}
+END_TEST
+
+// A part of the weights is brought to the cache for a small batch that has the device to itself,
+// and for no other.
+START_TEST(a_small_batch_alone_warms_its_weight)
+{
+    open_lanes();
+    struct source source = source_of(&formats[0]);
+    struct engine_weight *weight = load(&source);
+    uint64_t half = einsum_weight_bytes(&formats[0]) / 2;
+    struct ask asks[LANES];
+    uint64_t before = fake_cuda_warmed_bytes();
+    fake_cuda_hold(true);
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        ask_fill(&asks[lane], lane, &source, weight, FEW, 0);
+        ops->submit(engine, lane, &asks[lane].batch);
+    }
+    fake_cuda_hold(false);
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        ck_assert_int_eq(finish(lane).status, STATUS_OK);
+        ask_check(&asks[lane]);
+    }
+    ck_assert_uint_eq(fake_cuda_warmed_bytes() - before, half); // of the first
+    ck_assert_int_eq(run(&source, weight, MANY).status, STATUS_OK);
+    ck_assert_uint_eq(fake_cuda_warmed_bytes() - before, half);
+    ck_assert_int_eq(run(&source, weight, FEW).status, STATUS_OK);
+    ck_assert_uint_eq(fake_cuda_warmed_bytes() - before, 2 * half);
+    ops->weight_free(engine, weight);
+    source_free(&source);
     close_lanes();
 }
 END_TEST
@@ -948,6 +979,7 @@ int main(void)
     tcase_add_test(batches, nothing_is_answered_before_its_time);
     tcase_add_test(batches, small_and_large_batches_take_turns);
     tcase_add_test(batches, inputs_are_brought_once);
+    tcase_add_test(batches, a_small_batch_alone_warms_its_weight);
     tcase_add_test(batches, a_kernel_asked_for_computes);
     tcase_add_test(batches, kernels_that_the_device_lacks_are_refused);
     tcase_add_test(batches, later_requests_are_told_that_the_device_is_lost);

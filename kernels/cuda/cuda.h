@@ -150,12 +150,23 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
 
 // ---- the ends of a batch's graph (fetch.cu)
 
+// One order for each thread block that fetches, all alike: a word of host memory that several
+// blocks ask for goes to one after the other, a microsecond each.
+enum {
+    CUDA_ORDERS = 32,
+    CUDA_FETCH_BYTES = 512, // by a warp at once
+    CUDA_WARM_BYTES = 4096,
+};
+
 // What the host asks of one launch. Pinned; written before the launch, left alone until the report.
 struct cuda_order {
-    uint64_t table_from, table_to;     // device addresses, the first of host memory; aligned to 16
-    uint64_t input_from, input_to;     // likewise
-    uint64_t table_bytes, input_bytes; // rounded up to 16 by who reads; 0: nothing to fetch
+    uint64_t input_from, input_to;     // device addresses, the first of host memory; aligned to 16
+    uint64_t table_bytes, input_bytes; // multiples of CUDA_FETCH_BYTES; of 16
     uint64_t sequence;                 // to be reported, different from the last one
+    // Weights that the kernels will read: `warm_pieces` of CUDA_WARM_BYTES, each so many bytes
+    // behind the one before, brought to the cache meanwhile. Aligned to 16.
+    uint64_t warm_from;
+    uint32_t warm_pieces, warm_step_bytes;
     uint64_t padding;
 };
 
@@ -166,13 +177,20 @@ struct cuda_report {
     uint64_t padding[4];
 };
 
-// First in a graph: copies what the order names. Before CUDA_LAUNCH_WRITTEN.
-cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct cuda_report *report,
-                              cudaStream_t stream);
+// Both ends' arguments, device addresses. All but `table` are of host memory.
+struct cuda_ends {
+    const struct cuda_order *orders;     // CUDA_ORDERS of them
+    const struct cuda_table *table_host; // aligned to 16, as `table` is
+    struct cuda_table *table;
+    struct cuda_report *report;
+};
+
+// First in a graph: copies the table, and what the order names. Before CUDA_LAUNCH_WRITTEN.
+// Warming it only begins; nothing waits for it, and where the device cannot, nothing is warmed.
+cudaError_t cuda_fetch_launch(const struct cuda_ends *ends, cudaStream_t stream);
 
 // Last in a graph: waits for all ahead and reports.
-cudaError_t cuda_report_launch(const struct cuda_order *order, struct cuda_report *report,
-                               cudaStream_t stream);
+cudaError_t cuda_report_launch(const struct cuda_ends *ends, cudaStream_t stream);
 
 #ifdef __cplusplus
 }
