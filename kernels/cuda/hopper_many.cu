@@ -1,18 +1,20 @@
-// Hopper's other kernel: many tokens of a weight in blocks of 128 x 128, where the tensor cores are what is
-// short. 256 tokens (or 128) by 128 outputs to a tile, both operands from shared memory.
+// The arm for SM 9.0 where tokens are many and the tensor cores are what is short: weights in blocks of
+// 128 x 128, tiles of 256 tokens (or 128) by 128 outputs, both operands from shared memory.
 //
 //     copies     1 warp     activations by the request's map, the weight's tile as it lies in memory
-//     scales     3 warps    of A times those of W, as floats; four steps at a time, well ahead
+//     scales     3 warps    those of A times those of W, as floats
 //        |  ring of stages, K = 128 each:  A: boxes of 64 tokens, swizzled   W: 128 rows, swizzled
-//     consumers  2 groups of 4 warps, each every other box: 64 tokens of all of the tile's outputs
+//     consumers  2 groups of 4 warps, each every other box, with all of the tile's outputs
 //
-// Two blocks, a cluster, compute neighbouring tiles of the same tokens: each brings half of the
-// activations for both, so that L2 gives 32 KiB for 64 KiB read. A stage is free when both have done with
-// it. A consumer scales the sums of K = 128 of one box while the tensor core works for the other group.
+// Two thread blocks, a cluster, compute neighbouring tiles of the same tokens: each brings half of the
+// activations for both, so that L2 is read for 64 KiB and not 96. A stage is free when both are done with
+// it. A group scales its sums of K = 128 of one box while the tensor cores work for the other group.
 //
-// Tokens of several short requests in one tile come row by row, by all producers.
+// A tile whose tokens come from several requests is copied row by row, by all producers. Producers run
+// ahead across tiles, and note for the consumers what they need to store one.
 //
-// Scales that are not narrow become NaN here and such outputs are computed in FP64, as in hopper.cu.
+// Scales that are not narrow become NaN here: an output that is NaN is looked at again, and computed in
+// FP64 if it should not be.
 #include "launch.h"
 
 #include <cuda.h>
@@ -31,17 +33,19 @@ namespace
 enum {
     PRODUCERS = 128, // threads
     GROUP = 128,     // of a group of consumers
-    CONSUMERS = 2 * GROUP,
+    GROUPS = 2,
+    CONSUMERS = GROUPS * GROUP,
     THREADS = PRODUCERS + CONSUMERS,
     PRODUCER_REGISTERS = 88,
     CONSUMER_REGISTERS = 208,
     CLUSTER = 2,
     STAGES = 4,
-    NOTES = STAGES + 1, // tiles of one stage each: the ring's, and the one that is being stored
+    NOTES = STAGES + 1, // tiles of one stage each, and the one that is being stored
     TOKENS = CUDA_MANY_TOKENS,
     OUTPUTS = CUDA_MANY_ROWS,
     BOX = CUDA_MANY_BOX,
     BOX_BYTES = BOX * CUDA_K_BLOCK,
+    BOXES = TOKENS / BOX / GROUPS,            // of a group
     READERS = PRODUCERS - 32,                 // of scales
     SLOTS = (TOKENS + READERS - 1) / READERS, // tokens of one
     BARRIER_PRODUCERS = 1,
@@ -55,7 +59,7 @@ struct tile {
     uint32_t token_begin, tokens;
     uint32_t units; // steps along R
     uint32_t map;   // of the only segment; 0: activations come row by row
-    bool idle;      // the cluster's other block has outputs, this one has none
+    bool idle;      // only the cluster's other block has outputs
 };
 
 // What the consumers are told of a tile, so that they wait for no memory.
@@ -65,7 +69,7 @@ struct note {
     uint64_t output_at;           // of the tile's first output, in elements
     uint32_t run, g, d_tile;
     uint32_t tokens; // that have outputs here
-    bool both;       // each group has two boxes
+    uint32_t boxes;  // of the tile
     uint32_t units;
     bool mapped, fp32, wide; // wide: some of the weight's rows are
 };
@@ -75,8 +79,9 @@ struct many_smem {
         uint8_t a[TOKENS * CUDA_K_BLOCK];
         uint8_t w[CUDA_MANY_TILE_BYTES];
     } stages[STAGES];
-    float scales[STAGES][TOKENS];       // of A times W
-    const uint8_t *activations[TOKENS]; // of the producers' tile, where copied row by row
+    uint8_t staging[CONSUMERS / 32][16 * 128]; // of outputs
+    float scales[STAGES][TOKENS];              // of A times W
+    const uint8_t *activations[TOKENS];        // of the producers' tile, where copied row by row
     note notes[NOTES];
     uint64_t full[STAGES], empty[STAGES];
 };
@@ -172,7 +177,7 @@ __device__ __forceinline__ note note_of(const walk &walk, const tile &t)
         .g = t.g,
         .d_tile = t.d_tile,
         .tokens = t.idle ? 0 : t.tokens,
-        .both = t.tokens > 2 * BOX,
+        .boxes = (t.tokens + BOX - 1) / BOX,
         .units = t.units,
         .mapped = t.map != 0,
         .fp32 = (rows[0].flags & CUDA_ROW_OUTPUT_FP32) != 0,
@@ -204,12 +209,11 @@ struct copier {
         constexpr uint16_t ALL = (1 << CLUSTER) - 1;
         uint32_t full = shared_address(&smem.full[stage]);
         barrier_expect(full, CUDA_MANY_TILE_BYTES + boxes * BOX_BYTES);
-        uint32_t to = shared_address(smem.stages[stage].a) + rank * BOX_BYTES;
-#pragma unroll
-        for (uint32_t i = 0; i < TOKENS / BOX / CLUSTER; i++)
-            if (rank + i * CLUSTER < boxes)
-                copy_box(to + i * CLUSTER * BOX_BYTES, map, unit * CUDA_K_BLOCK,
-                         first_token + (rank + i * CLUSTER) * BOX, g, full, ALL);
+        uint32_t to = shared_address(smem.stages[stage].a);
+        // By turns, since an odd number of boxes is no two halves.
+        for (uint32_t box = (rank + unit) % CLUSTER; box < boxes; box += CLUSTER)
+            copy_box(to + box * BOX_BYTES, map, unit * CUDA_K_BLOCK, first_token + box * BOX, g,
+                     full, ALL);
         copy_bulk(shared_address(smem.stages[stage].w),
                   from_w + (uint64_t)unit * CUDA_MANY_TILE_BYTES, CUDA_MANY_TILE_BYTES, full);
     }
@@ -368,17 +372,18 @@ __device__ __forceinline__ void produce_scales(many_smem &smem, const cuda_table
 __device__ __forceinline__ void release_stage(many_smem &smem, uint32_t stage, uint32_t rank)
 {
     uint32_t empty = shared_address(&smem.empty[stage]), lane = threadIdx.x % 32;
-    if (lane == 0)
+    __syncwarp();
+    if (lane == rank)
         barrier_arrive(empty);
-    else if (lane == 1)
-        barrier_arrive_at(empty, rank ^ 1);
+    else if (lane < CLUSTER)
+        barrier_arrive_at(empty, lane);
 }
 
-// The boxes of a group: `group` and, with BOXES 2, `group` + 2.
-template <int BOXES>
-__device__ __forceinline__ void consume_tile(float (&acc)[2][64], many_smem &smem, uint32_t units,
-                                             bool mapped, uint32_t group, uint32_t rank,
-                                             uint32_t &count)
+// N boxes of a group: its own, and those GROUPS further.
+template <int N>
+__device__ __forceinline__ void consume_tile(float (&acc)[BOXES][64], many_smem &smem,
+                                             uint32_t units, bool mapped, uint32_t group,
+                                             uint32_t rank, uint32_t &count)
 {
     uint32_t row = threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll 1
@@ -391,22 +396,22 @@ __device__ __forceinline__ void consume_tile(float (&acc)[2][64], many_smem &sme
         uint64_t a =
             activations_descriptor(shared_address(smem.stages[stage].a) + group * BOX_BYTES);
         const float *scales = smem.scales[stage] + group * BOX + row;
-        float factors[BOXES][2];
+        float factors[N][2];
 #pragma unroll
-        for (int box = 0; box < BOXES; box++) {
-            factors[box][0] = scales[box * 2 * BOX];
-            factors[box][1] = scales[box * 2 * BOX + 8];
+        for (int box = 0; box < N; box++) {
+            factors[box][0] = scales[box * GROUPS * BOX];
+            factors[box][1] = scales[box * GROUPS * BOX + 8];
         }
         float sum[64];
 #pragma unroll
-        for (int box = 0; box < BOXES; box++) {
+        for (int box = 0; box < N; box++) {
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 4; step++)
-                wgmma(sum, a + box * (2 * BOX_BYTES / 16) + 2 * step, w + 2 * step, step != 0);
+                wgmma(sum, a + box * (GROUPS * BOX_BYTES / 16) + 2 * step, w + 2 * step, step != 0);
             wgmma_commit();
             wgmma_wait<0>();
-            if (box == BOXES - 1)
+            if (box == N - 1)
                 release_stage(smem, stage, rank);
 #pragma unroll
             for (int i = 0; i < 64; i += 4) {
@@ -426,54 +431,73 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high)
     return pair;
 }
 
-// One of the two rows of 8 tokens x 32 outputs that a warp holds in v[4]: lanes of a row trade until each has
-// eight neighbours.
-__device__ __forceinline__ uint4 gather_row(uint32_t (&v)[4])
-{
-    constexpr uint32_t ALL = 0xFFFFFFFF;
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-    // v[j] of lane t: outputs 8j + 2t and the next. After: of lane t, all of j = t.
-    uint32_t a = __shfl_xor_sync(ALL, odd ? v[0] : v[1], 1);
-    uint32_t b = __shfl_xor_sync(ALL, odd ? v[2] : v[3], 1);
-    uint2 low = odd ? make_uint2(a, v[1]) : make_uint2(v[0], a);   // j = t % 2, lanes t & ~1, t | 1
-    uint2 upper = odd ? make_uint2(b, v[3]) : make_uint2(v[2], b); // j = 2 + t % 2
-    uint32_t c = __shfl_xor_sync(ALL, high ? low.x : upper.x, 2);
-    uint32_t d = __shfl_xor_sync(ALL, high ? low.y : upper.y, 2);
-    return high ? make_uint4(c, d, upper.x, upper.y) : make_uint4(low.x, low.y, c, d);
-}
-
 // The first of a thread's two tokens in a box; the other is 8 further.
 __device__ __forceinline__ uint32_t token_of(uint32_t box)
 {
     return box * BOX + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
-__device__ __forceinline__ void store_box(const float (&acc)[64], const note &n, uint32_t box)
+// Where a token's outputs of the tile begin, and of which type.
+__device__ __forceinline__ uint64_t output_of(const note &n, uint32_t token, bool &fp32)
+{
+    fp32 = n.fp32;
+    uint64_t output = n.output + token * n.output_step;
+    if (!n.mapped) {
+        output = n.rows[token].output;
+        fp32 = n.rows[token].flags & CUDA_ROW_OUTPUT_FP32;
+    }
+    return output + n.output_at * (fp32 ? 4 : 2);
+}
+
+// A warp's 16 tokens of a box, by way of shared memory: 64 outputs of each at a time, 128 bytes to a
+// token, 16-byte pieces swizzled by token. Returns whether there are tokens for store_box_fp32.
+__device__ __forceinline__ bool store_box(const float (&acc)[64], uint8_t *staging, const note &n,
+                                          uint32_t box)
+{
+    uint32_t lane = threadIdx.x % 32, first = box * BOX + threadIdx.x % GROUP / 32 * 16;
+    uint64_t outputs[4]; // of every fourth token; 0: not here
+    bool any_fp32 = false;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t token = first + 4 * i + lane / 8;
+        bool fp32 = false;
+        outputs[i] = token < n.tokens ? output_of(n, token, fp32) : 0;
+        outputs[i] = fp32 ? 0 : outputs[i];
+        any_fp32 |= fp32;
+    }
+    uint32_t to = shared_address(staging) + (lane / 8 % 2 * 8 + lane % 8) * 128;
+    uint32_t from = shared_address(staging) + lane / 8 * 128;
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) { // 16 outputs of 16 tokens
+            const float *v = acc + 32 * part + 8 * i;
+            store_matrices(to + ((2 * i + lane / 16) ^ lane % 8) * 16, bf16_pair(v[0], v[1]),
+                           bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7]));
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint4 eight = load_shared(from + i * 512 + (lane % 8 ^ (4 * i + lane / 8) % 8) * 16);
+            if (outputs[i] != 0)
+                ((uint4 *)outputs[i])[8 * part + lane % 8] = eight;
+        }
+    }
+    return __any_sync(0xFFFFFFFF, any_fp32);
+}
+
+__device__ __forceinline__ void store_box_fp32(const float (&acc)[64], const note &n, uint32_t box)
 {
     uint32_t token = token_of(box), t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++, token += 8) {
-        bool valid = token < n.tokens, fp32 = n.fp32;
-        uint64_t output = n.output + token * n.output_step;
-        if (valid && !n.mapped) {
-            output = n.rows[token].output;
-            fp32 = n.rows[token].flags & CUDA_ROW_OUTPUT_FP32;
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float *v = acc + 16 * i + 2 * half;
-            uint32_t pairs[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                pairs[j] = bf16_pair(v[4 * j], v[4 * j + 1]);
-            uint4 eight = gather_row(pairs);
-            if (valid && !fp32)
-                *((uint4 *)output + (n.output_at + 32 * i + 8 * t) / 8) = eight;
-        }
-        if (valid && fp32)
+        bool fp32 = false;
+        uint64_t output = token < n.tokens ? output_of(n, token, fp32) : 0;
+        if (fp32)
 #pragma unroll
             for (int j = 0; j < 16; j++)
-                *((float2 *)output + (n.output_at + 8 * j + 2 * t) / 2) =
+                ((float2 *)output)[4 * j + t] =
                     make_float2(acc[4 * j + 2 * half], acc[4 * j + 1 + 2 * half]);
     }
 }
@@ -516,42 +540,48 @@ __device__ __forceinline__ void consume(many_smem &smem, const cuda_table *table
 {
     uint32_t group = __shfl_sync(0xFFFFFFFF, threadIdx.x / GROUP - 1, 0), rank = cluster_rank();
     uint32_t tiles = table->many_tiles, count = 0;
+    uint8_t *staging = smem.staging[threadIdx.x / 32 - PRODUCERS / 32];
     bool waits = true;
     for (uint32_t tile = blockIdx.x / CLUSTER, n = 0; tile < tiles; tile += gridDim.x / CLUSTER) {
         barrier_wait(shared_address(&smem.full[count % STAGES]), count / STAGES % 2);
         const note &note = smem.notes[n];
         n = n + 1 == NOTES ? 0 : n + 1;
-        float acc[2][64] = {};
-        bool both = note.both;
-        if (both)
-            consume_tile<2>(acc, smem, note.units, note.mapped, group, rank, count);
+        // A group without a box multiplies whatever lies there, for no token.
+        uint32_t boxes = note.boxes > GROUPS + group ? 2 : 1;
+        float acc[BOXES][64] = {};
+        if (boxes == BOXES)
+            consume_tile<BOXES>(acc, smem, note.units, note.mapped, group, rank, count);
         else
             consume_tile<1>(acc, smem, note.units, note.mapped, group, rank, count);
         if (waits) { // nothing has been written yet
             waits = false;
             wait_for_kernel_ahead();
         }
-        store_box(acc[0], note, group);
-        bool suspect = note.wide || box_is_suspect(acc[0], note.tokens, group);
-        if (both) {
-            store_box(acc[1], note, group + 2);
-            suspect |= box_is_suspect(acc[1], note.tokens, group + 2);
-        }
-        if (sync_some_or(BARRIER_GROUP + group, GROUP, suspect)) {
-            store_wide(table->runs[note.run], note, group);
-            store_wide(table->runs[note.run], note, group + 2);
-        }
+        bool suspect = note.wide;
+#pragma unroll
+        for (uint32_t i = 0; i < BOXES; i++)
+            if (i < boxes) {
+                uint32_t box = group + GROUPS * i;
+                if (store_box(acc[i], staging, note, box))
+                    store_box_fp32(acc[i], note, box);
+                suspect |= box_is_suspect(acc[i], note.tokens, box);
+            }
+        if (sync_some_or(BARRIER_GROUP + group, GROUP, suspect))
+            for (uint32_t i = 0; i < boxes; i++)
+                store_wide(table->runs[note.run], note, group + GROUPS * i);
     }
     if (waits) // who waits for this kernel counts on the one ahead too
         wait_for_kernel_ahead();
 }
 
 __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
-    many_kernel(const cuda_table *__restrict__ table)
+    many_kernel(const cuda_table *__restrict__ table, uint32_t table_lines)
 {
     extern __shared__ __align__(1024) uint8_t shared_memory[];
     auto &smem = *(many_smem *)shared_memory;
     let_next_kernel_start();
+    if (threadIdx.x < table_lines)
+        prefetch((const uint8_t *)table + threadIdx.x * 128);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(shared_address(&smem.full[i]), PRODUCERS / 32);
@@ -570,6 +600,7 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
         take_registers<CONSUMER_REGISTERS>();
         consume(smem, table);
     }
+    __syncwarp();
     cluster_sync(); // the other block may still write here
 }
 
@@ -645,7 +676,10 @@ extern "C" cudaError_t cuda_hopper_many_launch(const struct cuda_bucket *bucket,
                                                const struct cuda_table *table, bool overlaps,
                                                cudaStream_t stream)
 {
-    void *arguments[] = {&table};
+    // Of small tables all, on their way before the first is read.
+    uint64_t there = cuda_table_bytes(bucket, 1) / 128;
+    uint32_t table_lines = (uint32_t)(there < THREADS ? there : THREADS);
+    void *arguments[] = {&table, &table_lines};
     return cuda_launch_kernel(KERNEL, bucket->many_blocks, THREADS, sizeof(many_smem), arguments,
                               overlaps, stream);
 }
