@@ -95,13 +95,22 @@ static enum status load_scales(struct engine *engine, const struct engine_weight
     return error == cudaSuccess ? STATUS_OK : engine_cuda_failed(error, "loading scales", err);
 }
 
+// Whether weights lie twice, the second time for many tokens.
+static bool has_many(const struct engine *engine)
+{
+    for (uint32_t i = 0; i < engine->buckets_n; i++)
+        if (cuda_bucket_has_many(&engine->buckets[i]))
+            return true;
+    return false;
+}
+
 static enum status load_locked(struct engine *engine, const struct engine_weight_source *source,
                                struct engine_weight *weight, struct error *err)
 {
     const struct einsum_weight_format *format = &source->format;
     cudaGetLastError(); // what this thread met before must not pass for a launch's of this load
-    cudaError_t error =
-        cuda_weight_init(&weight->cuda, format, weight->cuda.memory, engine->load_stream);
+    cudaError_t error = cuda_weight_init(&weight->cuda, format, has_many(engine),
+                                         weight->cuda.memory, engine->load_stream);
     if (error != cudaSuccess)
         return engine_cuda_failed(error, "loading a weight", err);
     uint64_t row_bytes =
@@ -134,7 +143,7 @@ enum status engine_cuda_weight_load(struct engine *engine,
     struct engine_weight *weight = calloc(1, sizeof *weight);
     if (!weight)
         return engine_cuda_out_of_memory(err, "a weight");
-    weight->bytes = cuda_weight_bytes(&source->format);
+    weight->bytes = cuda_weight_bytes(&source->format, has_many(engine));
     enum status status = STATUS_OK;
     cudaError_t error = cudaSetDevice(engine->device);
     if (error == cudaSuccess)

@@ -19,9 +19,17 @@ enum { PARTIAL_BYTES = 48 };
 
 // ---- weights
 
-uint64_t cuda_weight_bytes(const struct einsum_weight_format *format)
+// The second form has no contents here, but a place: runs point to it and nothing else may.
+static uint64_t tiles_bytes(const struct einsum_weight_format *format, bool many)
 {
-    return align_up(einsum_weight_bytes(format), 256) +
+    return many && einsum_hopper_takes(format) && format->block_d == 128
+               ? einsum_weight_bytes(format)
+               : 0;
+}
+
+uint64_t cuda_weight_bytes(const struct einsum_weight_format *format, bool many)
+{
+    return align_up(einsum_weight_bytes(format), 256) + tiles_bytes(format, many) +
            align_up(einsum_weight_scale_bytes(format) + 1, 256);
 }
 
@@ -48,12 +56,15 @@ static cudaError_t launch_copy(const char *name, const struct copy_arguments *ar
 }
 
 cudaError_t cuda_weight_init(struct cuda_weight *weight, const struct einsum_weight_format *format,
-                             void *memory, cudaStream_t stream)
+                             bool many, void *memory, cudaStream_t stream)
 {
+    uint64_t tiles = tiles_bytes(format, many);
     *weight = (struct cuda_weight){.format = *format, .memory = memory};
     weight->elements = memory;
-    weight->scales = weight->elements + align_up(einsum_weight_bytes(format), 256);
-    return cudaMemsetAsync(memory, 0xEE, cuda_weight_bytes(format), stream);
+    uint8_t *behind = weight->elements + align_up(einsum_weight_bytes(format), 256);
+    weight->tiles = tiles > 0 ? behind : NULL;
+    weight->scales = behind + tiles;
+    return cudaMemsetAsync(memory, 0xEE, cuda_weight_bytes(format, many), stream);
 }
 
 cudaError_t cuda_relayout(const struct cuda_weight *weight, const void *staging, uint64_t row_begin,
@@ -218,7 +229,7 @@ static void compute_run(const struct cuda_table *table, const struct cuda_run *r
 
 // ---- kernels
 
-static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER + 1], bytes_fetched, bytes_warmed;
+static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER_MANY + 1], bytes_fetched, bytes_warmed;
 
 uint64_t fake_cuda_rows(enum cuda_kernel kernel)
 {
@@ -258,7 +269,9 @@ static const struct cuda_table *table_of(const struct launch_arguments *argument
     const struct cuda_table *table = fake_cuda_at(address, sizeof *table);
     table = fake_cuda_at(address, cuda_table_used(table));
     // A kernel of another bucket would take too few.
-    for (uint32_t i = 0; i < table->decode_runs + table->prefill_runs + table->hopper_runs; i++) {
+    uint32_t runs =
+        table->decode_runs + table->prefill_runs + table->hopper_runs + table->many_runs;
+    for (uint32_t i = 0; i < runs; i++) {
         const struct cuda_run *run = &table->runs[i];
         ASSERT(run->row_begin + run->rows <= arguments->tokens_max);
         ASSERT(i >= table->decode_runs || run->rows <= arguments->decode_tokens);
@@ -298,11 +311,51 @@ static void run_hopper(const void *bytes)
                  table->hopper_runs);
 }
 
+// A map, as this stand-in makes them: where the rows begin and how far apart they are.
+static bool make_map(struct cuda_map *map, const struct cuda_row *rows, uint32_t tokens,
+                     uint32_t groups, uint32_t reduced_dim)
+{
+    map->tensor[0] = rows[0].activations;
+    map->tensor[1] = tokens > 1 ? rows[1].activations - rows[0].activations : reduced_dim;
+    map->tensor[2] = tokens;
+    map->tensor[3] = groups;
+    return true;
+}
+
+// Every map leads to its row and to all groups of it.
+static void check_map(const struct cuda_table *table, const struct cuda_run *run, uint32_t row)
+{
+    const struct cuda_row *rows =
+        (const struct cuda_row *)((const unsigned char *)table + table->rows_offset);
+    uint32_t at = rows[row].map;
+    if (at == 0)
+        return;
+    const struct cuda_map *map = (const struct cuda_map *)table + at;
+    ASSERT((const void *)(map + 1) <= (const void *)rows);
+    ASSERT(row >= map->row_begin && row - map->row_begin < map->tensor[2]);
+    ASSERT(rows[row].activations == map->tensor[0] + (row - map->row_begin) * map->tensor[1]);
+    ASSERT(map->tensor[3] == run->groups);
+}
+
+static void run_hopper_many(const void *bytes)
+{
+    const struct cuda_table *table = table_of(bytes);
+    uint32_t first = table->decode_runs + table->prefill_runs + table->hopper_runs;
+    for (uint32_t i = first; i < first + table->many_runs; i++) {
+        const struct cuda_run *run = &table->runs[i];
+        ASSERT(run->rows >= CUDA_HOPPER_MANY_TOKENS_MIN && run->tiles > 0);
+        for (uint32_t row = run->row_begin; row < run->row_begin + run->rows; row++)
+            check_map(table, run, row);
+    }
+    compute_runs(CUDA_KERNEL_HOPPER_MANY, table, first, table->many_runs);
+}
+
 static void run_attention(const void *bytes)
 {
     const struct cuda_table *table = table_of(bytes);
-    uint32_t runs = table->decode_runs + table->prefill_runs + table->hopper_runs;
-    const struct cuda_attention *spans = (const struct cuda_attention *)&table->runs[runs];
+    const struct cuda_attention *spans =
+        (const struct cuda_attention *)((const unsigned char *)table + table->rows_offset) -
+        table->attention_spans;
     for (uint32_t i = 0; i < table->attention_spans; i++) {
         const struct cuda_attention *span = &spans[i];
         uint32_t end =
@@ -410,6 +463,14 @@ cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count)
     return cudaSuccess;
 }
 
+cudaError_t cuda_hopper_many_init(struct cuda_bucket *bucket, int sm_count)
+{
+    bucket->many_cluster = 2;
+    bucket->many_blocks = (uint32_t)sm_count / 2 * 2;
+    bucket->many_map = make_map;
+    return cudaSuccess;
+}
+
 uint64_t cuda_decode_partial_bytes(const struct cuda_bucket *bucket)
 {
     return (uint64_t)PARTIAL_BYTES * bucket->decode_tokens;
@@ -450,6 +511,14 @@ cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket, const struct cu
     ASSERT(bucket->hopper_workers > 0);
     return launch(__func__, bucket, run_hopper, overlaps, table, counters, partials,
                   cuda_hopper_partial_bytes(bucket), stream);
+}
+
+cudaError_t cuda_hopper_many_launch(const struct cuda_bucket *bucket,
+                                    const struct cuda_table *table, bool overlaps,
+                                    cudaStream_t stream)
+{
+    ASSERT(bucket->many_blocks > 0);
+    return launch(__func__, bucket, run_hopper_many, overlaps, table, NULL, NULL, 0, stream);
 }
 
 cudaError_t cuda_fetch_launch(const struct cuda_ends *ends, cudaStream_t stream)

@@ -22,7 +22,7 @@ enum {
     TOKENS_MAX = 256,
     FEW = 5,   // tokens: a small batch, which the graph fetches itself
     MANY = 90, // a large one, with copies around the graph
-    INPUT_BYTES = 2 << 20,
+    INPUT_BYTES = 4 << 20,
     OUTPUT_BYTES = 1 << 20,
     HANG_NS = 1000000000,
     FAULTS_MAX = 2000,
@@ -558,7 +558,7 @@ START_TEST(a_weight_that_does_not_fit_is_loaded_later)
         loaded_n += status == STATUS_OK;
     } while (status == STATUS_OK);
     ck_assert_int_eq(status, STATUS_RESOURCE_EXHAUSTED);
-    ck_assert_uint_gt(loaded_n, 5);
+    ck_assert_uint_gt(loaded_n, 3); // each lies twice
     ck_assert_ptr_nonnull(strstr(err.text, "memory for a weight on the device: out of memory"));
     expect_right(&served, weight);
     ck_assert_int_eq(run(&wanted, loaded[loaded_n - 1], 2).status, STATUS_OK);
@@ -853,6 +853,57 @@ START_TEST(a_kernel_asked_for_computes)
 }
 END_TEST
 
+// Only a weight in square blocks lies twice, and only many of its tokens are computed from there,
+// whether they come by a map, row by row or beside others.
+START_TEST(many_tokens_take_the_tiles)
+{
+    static const struct einsum_weight_format square = {
+        2, 256, 512, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128, 128};
+    static const uint32_t tokens[] = {CUDA_HOPPER_MANY_TOKENS_MIN - 1, CUDA_HOPPER_MANY_TOKENS_MIN,
+                                      TOKENS_MAX};
+    open_lanes();
+    struct source sources[] = {source_of(&square), source_of(&formats[0])};
+    for (size_t i = 0; i < ARRAY_LEN(sources); i++) {
+        struct engine_weight *weight = load(&sources[i]);
+        const struct einsum_weight_format *format = &sources[i].base.format;
+        uint64_t twice = 2 * einsum_weight_bytes(format);
+        ck_assert_int_eq(ops->weight_bytes(weight) > twice, i == 0);
+        for (size_t s = 0; s < ARRAY_LEN(tokens); s++) {
+            uint64_t few = fake_cuda_rows(CUDA_KERNEL_HOPPER);
+            uint64_t many = fake_cuda_rows(CUDA_KERNEL_HOPPER_MANY);
+            bool tiles = i == 0 && tokens[s] >= CUDA_HOPPER_MANY_TOKENS_MIN;
+            ck_assert_int_eq(run(&sources[i], weight, tokens[s]).status, STATUS_OK);
+            ck_assert_uint_eq(fake_cuda_rows(CUDA_KERNEL_HOPPER) - few, tiles ? 0 : tokens[s]);
+            ck_assert_uint_eq(fake_cuda_rows(CUDA_KERNEL_HOPPER_MANY) - many,
+                              tiles ? tokens[s] : 0);
+        }
+        ops->weight_free(engine, weight);
+        source_free(&sources[i]);
+    }
+    close_lanes();
+}
+END_TEST
+
+// Where no bucket has room for many tokens, no weight lies twice.
+START_TEST(small_buckets_need_no_tiles)
+{
+    static const uint32_t room[] = {8, 128};
+    fake_cuda_start(&hopper, random_state);
+    const struct engine_options options = {.lanes = 1,
+                                           .batch_segments_max = 1,
+                                           .buckets = room,
+                                           .buckets_n = ARRAY_LEN(room),
+                                           .reduced_dim_max = 16384};
+    ck_assert_msg(ops->open(&options, &engine, &err) == STATUS_OK, "%s", err.text);
+    struct source source = source_of(&formats[3]);
+    struct engine_weight *weight = load(&source);
+    ck_assert_uint_lt(ops->weight_bytes(weight), 2 * einsum_weight_bytes(&formats[3]));
+    ops->weight_free(engine, weight);
+    source_free(&source);
+    close_device();
+}
+END_TEST
+
 START_TEST(kernels_that_the_device_lacks_are_refused)
 {
     struct fake_cuda_device blackwell = hopper;
@@ -981,6 +1032,8 @@ int main(void)
     tcase_add_test(batches, inputs_are_brought_once);
     tcase_add_test(batches, a_small_batch_alone_warms_its_weight);
     tcase_add_test(batches, a_kernel_asked_for_computes);
+    tcase_add_test(batches, many_tokens_take_the_tiles);
+    tcase_add_test(batches, small_buckets_need_no_tiles);
     tcase_add_test(batches, kernels_that_the_device_lacks_are_refused);
     tcase_add_test(batches, later_requests_are_told_that_the_device_is_lost);
 
