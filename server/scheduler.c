@@ -219,10 +219,10 @@ static struct batch *next_batch(struct batcher *batcher, uint64_t now)
 // False if there was nothing to launch.
 static bool launch_next(struct batcher *batcher)
 {
-    uint64_t now = now_ns();
-    struct batch *batch = next_batch(batcher, now);
+    struct batch *batch = next_batch(batcher, now_ns());
     if (!batch)
         return false;
+    uint64_t now = now_ns(); // after the last commit: a job is not launched before it is queued
 
     uint32_t jobs_n = batch->jobs_n;
     uint32_t keep = batch_drop_jobs(batch, now, batcher_device_lost(batcher));
