@@ -79,8 +79,8 @@ static double measure(const model &m, const cuda_bucket &bucket, uint32_t tokens
     cudaGraphExec_t exec;
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     for (uint32_t i = 0; i < launches; i++)
-        CHECK(cuda_launch(&l.bucket, kernels, (cuda_table *)(tables + table_bytes * i), l.workspace,
-                          stream));
+        CHECK(cuda_launch(&l.bucket, kernels, (cuda_table *)(tables + table_bytes * i),
+                          l.workspace_of(i), stream));
     CHECK(cudaStreamEndCapture(stream, &graph));
     CHECK(cudaGraphInstantiate(&exec, graph, 0));
     cudaEvent_t begin, end;
