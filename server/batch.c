@@ -47,11 +47,12 @@ static struct room room_for(const struct job *job)
     uint64_t output = einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
                                           job->weight->format.output_dim);
     uint64_t second_offset = align_up(activation_bytes(job), CACHE_LINE_BYTES);
+    uint64_t input = second_offset + align_up(scale_or_rotation_bytes(job), CACHE_LINE_BYTES);
     return (struct room){
         .tokens = operand->tokens,
         .second_offset = second_offset,
-        .input_bytes = second_offset + align_up(scale_or_rotation_bytes(job), CACHE_LINE_BYTES),
-        .output_bytes = align_up(output, CACHE_LINE_BYTES),
+        .input_bytes = job->input_given ? 0 : input,
+        .output_bytes = job->output_given ? 0 : align_up(output, CACHE_LINE_BYTES),
     };
 }
 
@@ -221,8 +222,12 @@ static void set_input(struct job *job, const uint8_t *input, const struct room *
 static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, struct job *job,
                                  const struct room *room)
 {
-    set_input(job, (const uint8_t *)batch->input + batch->input_used, room);
-    job->operand.output = (uint8_t *)batch->output + batch->output_used;
+    job->input = (const uint8_t *)batch->input + batch->input_used;
+    job->output = (const uint8_t *)batch->output + batch->output_used;
+    if (!job->input_given)
+        set_input(job, job->input, room);
+    if (!job->output_given)
+        job->operand.output = (uint8_t *)batch->output + batch->output_used;
     job->batch = batch;
     job->input_bytes = room->input_bytes;
     job->output_bytes = room->output_bytes;
@@ -414,13 +419,14 @@ void batcher_commit(struct batcher *batcher, struct job *job)
 // Gives back the room of the job if nothing lies behind it. An empty batch has all of its room.
 static void batch_shrink_locked(struct batch *batch, const struct job *job)
 {
-    const uint8_t *input_end = (const uint8_t *)job->operand.activations + job->input_bytes;
     if (batch->held == 0) {
         batch->input_used = batch->output_used = 0;
-    } else if (input_end == (const uint8_t *)batch->input + batch->input_used) {
-        batch->input_used -= job->input_bytes;
-        batch->output_used -= job->output_bytes;
+        return;
     }
+    if (job->input + job->input_bytes == (const uint8_t *)batch->input + batch->input_used)
+        batch->input_used -= job->input_bytes;
+    if (job->output + job->output_bytes == (const uint8_t *)batch->output + batch->output_used)
+        batch->output_used -= job->output_bytes;
 }
 
 void batcher_abandon(struct batcher *batcher, struct job *job)

@@ -38,8 +38,11 @@ struct job {
     // its layouts and scale type, too.
     struct weight *weight; // a reference
     struct einsum_operand operand;
-    uint32_t kernel;      // see struct engine_segment
-    bool attention;       // what arrives is attention's output and rotations: kernels/attention.h
+    uint32_t kernel; // see struct engine_segment
+    bool attention;  // what arrives is attention's output and rotations: kernels/attention.h
+    // operand's pointers to inputs or output are set by then, to memory that the engine has been
+    // told of (memory_register) and that stays until the job is answered: no room is needed there.
+    bool input_given, output_given;
     uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
     uint64_t received_ns;
 
@@ -59,6 +62,7 @@ struct job {
     // Private to batch.c.
     struct job *next_waiting;
     struct batch *batch;
+    const uint8_t *input, *output; // its room in the batch, of so many bytes:
     uint64_t input_bytes, output_bytes;
 };
 
