@@ -314,7 +314,7 @@ static enum status reserve(struct batcher *batcher, struct job *job, bool *waits
         wait_locked(batcher, job, &room);
     batcher->stats.jobs += !full;
     batcher->stats.queued += !full;
-    bool wake = batcher_must_wake_locked(batcher); // a batch may have been closed
+    bool wake = !job->quiet && batcher_must_wake_locked(batcher); // a batch may have been closed
     pthread_mutex_unlock(&batcher->lock);
 
     if (wake)
@@ -400,6 +400,7 @@ struct job *batcher_take_waiting(struct batcher *batcher)
 void batcher_commit(struct batcher *batcher, struct job *job)
 {
     struct batch *batch = job->batch;
+    bool quiet = job->quiet;
     uint64_t queued_ns = now_ns();
     job->queued_ns = queued_ns;
     job_advance(job, JOB_DECODING, JOB_QUEUED);
@@ -409,7 +410,7 @@ void batcher_commit(struct batcher *batcher, struct job *job)
         batch->first_commit_ns = queued_ns;
     batch->jobs[batch->jobs_n++] = job;
     batch->filling--;
-    bool wake = batcher_must_wake_locked(batcher);
+    bool wake = !quiet && batcher_must_wake_locked(batcher);
     pthread_mutex_unlock(&batcher->lock);
 
     if (wake)
@@ -589,6 +590,7 @@ enum status batcher_create(const struct batcher_options *options, struct batcher
     batcher->waiting_end = &batcher->waiting;
     batcher->lanes_free = options->lanes;
     pthread_mutex_init(&batcher->lock, NULL);
+    pthread_mutex_init(&batcher->turn, NULL);
 
     enum status status = buffers_alloc(batcher, err);
     if (status)
@@ -602,6 +604,7 @@ enum status batcher_create(const struct batcher_options *options, struct batcher
 free_buffers:
     buffers_free(batcher);
 free_tables:
+    pthread_mutex_destroy(&batcher->turn);
     pthread_mutex_destroy(&batcher->lock);
     tables_free(batcher);
     return status;
@@ -615,6 +618,7 @@ void batcher_destroy(struct batcher *batcher)
     scheduler_stop(batcher);
     ASSERT(batcher->lanes_free == batcher->options.lanes);
     buffers_free(batcher);
+    pthread_mutex_destroy(&batcher->turn);
     pthread_mutex_destroy(&batcher->lock);
     tables_free(batcher);
 }

@@ -66,6 +66,10 @@ NODISCARD enum status batcher_reserve(struct batcher *batcher, struct job *job, 
 NODISCARD enum status batcher_reserve_or_wait(struct batcher *batcher, struct job *job, bool *waits,
                                               struct error *err);
 void batcher_commit(struct batcher *batcher, struct job *job);
+// Any thread. While the scheduler's thread sleeps, does its work here: launches what may leave and
+// answers what is done by then, which saves two wake-ups where the engine is quick. Wakes it if
+// anything is left for it. Owed after jobs that are `quiet`. Not from on_done or on_room.
+void batcher_turn(struct batcher *batcher);
 void batcher_abandon(struct batcher *batcher, struct job *job); // the job is IDLE again
 
 // Any thread, after on_done: the output memory is needed no more. The job is IDLE again.

@@ -16,8 +16,8 @@
 
 enum batch_state { BATCH_FREE, BATCH_OPEN, BATCH_CLOSED, BATCH_RUNNING, BATCH_ANSWERING };
 
-// Guarded by batcher.lock, except that a batch which is RUNNING or later belongs to the scheduler
-// thread, all but `state` and `held`.
+// Guarded by batcher.lock, except that a batch which is RUNNING or later belongs to whoever has the
+// scheduler's turn, all but `state` and `held`.
 struct batch {
     enum batch_state state;
     struct batch *next; // in `free`, in `queue`, or among those that the scheduler is answering
@@ -43,8 +43,9 @@ struct batcher {
     struct batch *batches;           // options.batches of them
     struct job **jobs;               // batch.jobs point in here
     struct engine_segment *segments; // and batch.segments here
-    struct batch **lanes;            // the batch that runs on each; scheduler thread only
-    uint64_t active_last_ns;         // a launch or a batch's end; likewise
+    pthread_mutex_t turn;            // held by whoever schedules; guards the next two
+    struct batch **lanes;            // the batch that runs on each
+    uint64_t active_last_ns;         // a launch or a batch's end
     pthread_t scheduler;
     _Atomic bool device_lost; // set under the lock
     _Atomic uint32_t free_n;  // length of `free`; set under the lock
@@ -61,8 +62,10 @@ struct batcher {
     // When the scheduler will look by itself: 0 while it is awake, UINT64_MAX while it sleeps until
     // woken. Who changes something that lets a batch launch earlier wakes it, and nobody else does.
     uint64_t scheduler_wakes_at_ns;
-    uint64_t run_ns_average; // of a batch, the last ones weighing most
-    uint64_t busy_since_ns;  // valid while a lane is busy
+    bool scheduler_sleeps;              // or is about to, or has just been woken
+    uint64_t scheduler_sleeps_until_ns; // valid while it does
+    uint64_t run_ns_average;            // of a batch, the last ones weighing most
+    uint64_t busy_since_ns;             // valid while a lane is busy
     struct batcher_stats stats;
 };
 

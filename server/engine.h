@@ -119,7 +119,7 @@ struct engine_ops {
                                              struct error *err);
     void (*memory_unregister)(struct engine *engine, void *memory, uint64_t bytes);
 
-    // Scheduler thread only. `batch` and all that it points to stay put until poll says done.
+    // In the scheduler's turn: one thread at a time, of a polled engine always the same. `batch` and all that it points to stay put until poll says done.
     void (*submit)(struct engine *engine, uint32_t lane, const struct engine_batch *batch);
     bool (*poll)(struct engine *engine, uint32_t lane,
                  struct engine_result *result); // true once per submit

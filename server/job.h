@@ -43,6 +43,8 @@ struct job {
     // operand's pointers to inputs or output are set by then, to memory that the engine has been
     // told of (memory_register) and that stays until the job is answered: no room is needed there.
     bool input_given, output_given;
+    // Reserving and committing wake nobody: the owner calls batcher_turn soon after, once for all.
+    bool quiet;
     uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
     uint64_t received_ns;
 
@@ -51,7 +53,7 @@ struct job {
     uint64_t queued_ns, launched_ns, done_ns;
     uint32_t batch_tokens, batch_bucket, batch_requests; // tokens, padded tokens; 0 if dropped
 
-    // Told once, on the scheduler thread, after DONE. Must not block. The new owner waits for it:
+    // Told once, by whoever has the scheduler's turn, after DONE. Must not block. The new owner waits for it:
     // seeing the state change is not enough.
     void (*on_done)(struct job *job);
 

@@ -111,6 +111,24 @@ static const struct engine_ops fake_ops = {
     .poll = fake_poll,
 };
 
+// Done as soon as it is submitted, as the null engine.
+static void quick_submit(struct engine *engine, uint32_t lane, const struct engine_batch *batch)
+{
+    fake_submit(engine, lane, batch);
+    pthread_mutex_lock(&engine->lock);
+    engine->lanes[lane].done = true;
+    pthread_mutex_unlock(&engine->lock);
+    batcher_wake(&engine->waker);
+}
+
+static const struct engine_ops quick_ops = {
+    .name = "fake, quick",
+    .memory_alloc = fake_memory_alloc,
+    .memory_free = fake_memory_free,
+    .submit = quick_submit,
+    .poll = fake_poll,
+};
+
 // The lane on which a batch runs; -1: none.
 static int fake_lane_of(struct engine *engine, const struct engine_batch *batch)
 {
@@ -137,6 +155,7 @@ static void fake_complete(struct engine *engine, uint32_t submission, enum statu
 struct test_job {
     struct job job; // first, so that on_done finds the rest
     _Atomic int done;
+    pthread_t told_on; // which thread called on_done
 };
 
 static struct engine engine;
@@ -166,6 +185,7 @@ static void sleep_ms(uint32_t ms)
 
 static void on_done(struct job *job)
 {
+    ((struct test_job *)job)->told_on = pthread_self();
     atomic_fetch_add(&((struct test_job *)job)->done, 1);
 }
 
@@ -236,6 +256,17 @@ static struct job *commit(int index, uint32_t tokens)
     struct job *job = reserve(index, tokens);
     batcher_commit(batcher, job);
     return job;
+}
+
+// Launched in this thread's turn, if the scheduler sleeps.
+static void commit_by_turn(int index, uint32_t tokens)
+{
+    struct error err;
+    struct job *job = job_init(index, tokens);
+    job->quiet = true;
+    ck_assert_int_eq(batcher_reserve(batcher, job, &err), STATUS_OK);
+    batcher_commit(batcher, job);
+    batcher_turn(batcher);
 }
 
 static enum status reserve_fails(int index, uint32_t tokens, struct error *err)
@@ -847,6 +878,66 @@ START_TEST(abandoned_room_comes_back_if_it_was_the_last)
 }
 END_TEST
 
+// What a job brings along takes no room, and stays where it is.
+START_TEST(given_memory_is_used_where_it_is)
+{
+    start(&base);
+    static uint8_t input[8 * REDUCED_DIM], scales[8], output[8 * OUTPUT_BYTES];
+    struct job *first = reserve(0, 1), *given[3];
+    const uint8_t *room = (const uint8_t *)first->operand.activations + first->input_bytes;
+    const uint8_t *output_room = (const uint8_t *)first->operand.output + first->output_bytes;
+    for (int i = 0; i < 3; i++) {
+        struct error err;
+        given[i] = job_init(1 + i, 2);
+        given[i]->input_given = i != 1;
+        given[i]->output_given = i != 0;
+        given[i]->operand.activations = input;
+        given[i]->operand.scales = scales;
+        given[i]->operand.output = output;
+        ck_assert_int_eq(batcher_reserve(batcher, given[i], &err), STATUS_OK);
+    }
+    ck_assert_ptr_eq(given[0]->operand.activations, input);
+    ck_assert_ptr_eq(given[0]->operand.output, output_room);
+    ck_assert_ptr_eq(given[1]->operand.activations, room);
+    ck_assert_ptr_eq(given[1]->operand.output, output);
+    ck_assert_ptr_eq(given[2]->operand.scales, scales);
+    ck_assert_ptr_eq(given[2]->operand.output, output);
+    batcher_abandon(batcher, given[2]);
+    batcher_abandon(batcher, given[1]); // each gives back what it took
+    struct job *last = reserve(4, 1);
+    ck_assert_ptr_eq(last->operand.activations, room);
+    batcher_commit(batcher, first);
+    batcher_commit(batcher, given[0]);
+    batcher_commit(batcher, last);
+    const struct engine_batch *batch = wait_submitted(1);
+    ck_assert_uint_eq(batch->segments_n, 3);
+    ck_assert_uint_eq(batch->tokens, 4);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    wait_release(1, STATUS_OK);
+    wait_release(4, STATUS_OK);
+    all_buffers_free(&base, 10);
+}
+END_TEST
+
+// Launching and answering by who commits, while the scheduler's thread sleeps.
+START_TEST(a_turn_does_the_schedulers_work)
+{
+    struct batcher_options options = base;
+    options.ops = &quick_ops;
+    start(&options);
+    uint32_t here = 0;
+    for (int round = 0; round < 1000; round++) {
+        commit_by_turn(0, 1);
+        here += atomic_load(&jobs[0].done) == 1 && pthread_equal(jobs[0].told_on, pthread_self());
+        wait_release(0, STATUS_OK);
+    }
+    ck_assert_uint_gt(here, 0); // all but those that met the thread awake
+    ck_assert_uint_eq(stats().requests, 1000);
+    all_buffers_free(&options, 10);
+}
+END_TEST
+
 START_TEST(an_open_batch_abandoned_whole_starts_afresh)
 {
     start(&base);
@@ -1216,7 +1307,8 @@ START_TEST(destroy_aborts_on_a_live_job)
 END_TEST
 
 // One job at a time, so that no second wake makes up for a lost one, at delays that sweep over the
-// moment in which the scheduler falls asleep.
+// moment in which the scheduler falls asleep. Launched by the scheduler's thread, by this one's turn,
+// or by either.
 START_TEST(no_wake_is_lost)
 {
     enum { ROUNDS = 20000, DELAY_NS_MAX = 8000 };
@@ -1225,7 +1317,10 @@ START_TEST(no_wake_is_lost)
         uint64_t until = now_ns() + round * 7 % DELAY_NS_MAX;
         while (now_ns() < until)
             ;
-        commit(0, 1);
+        if (_i == 1 || (_i == 2 && round % 3))
+            commit_by_turn(0, 1);
+        else
+            commit(0, 1);
         uint64_t give_up_ns = now_ns() + PATIENCE_MS * 1000000ull;
         while (submitted() != round + 1 && now_ns() < give_up_ns)
             sched_yield();
@@ -1259,6 +1354,7 @@ static struct stress stress;
 
 struct stress_job {
     struct job job;
+    uint8_t own_input[6 * REDUCED_DIM], own_scales[6], own_output[6 * OUTPUT_BYTES];
     uint8_t number;
     _Atomic int done, room;
 };
@@ -1365,7 +1461,16 @@ static bool stress_reserve(struct stress_job *it, bool may_wait, uint64_t *rando
         .deadline_ns = (dice >> 24) % 8 ? UINT64_MAX : now_ns() + (dice >> 32) % 200000,
         .on_done = stress_on_done,
         .on_room = stress_on_room,
+        .input_given = (dice >> 40) % 4 == 0,
+        .output_given = (dice >> 42) % 4 == 0,
+        .quiet = (dice >> 44) % 2 == 0,
     };
+    if (it->job.input_given) {
+        it->job.operand.activations = it->own_input;
+        it->job.operand.scales = it->own_scales;
+    }
+    if (it->job.output_given)
+        it->job.operand.output = it->own_output;
     bool waits = false;
     enum status status = may_wait ? batcher_reserve_or_wait(batcher, &it->job, &waits, &err)
                                   : batcher_reserve(batcher, &it->job, &err);
@@ -1394,12 +1499,16 @@ static bool stress_fill(struct stress_job *it, uint64_t *random)
     uint64_t dice = random_next(random);
     if (dice % 16 == 0) {
         batcher_abandon(batcher, &it->job);
+        batcher_turn(batcher);
         atomic_fetch_add(&stress.abandoned, 1);
         return false;
     }
-    batcher_commit(batcher, &it->job);
     if (dice % 16 == 1)
         atomic_store(&it->job.cancelled, true);
+    bool turn = it->job.quiet;
+    batcher_commit(batcher, &it->job);
+    if (turn)
+        batcher_turn(batcher);
     return true;
 }
 
@@ -1525,6 +1634,8 @@ int main(void)
     tcase_add_test(rules, late_and_cancelled_jobs_are_dropped_before_launch);
     tcase_add_test(rules, a_batch_of_dropped_jobs_is_not_launched);
     tcase_add_test(rules, abandoned_room_comes_back_if_it_was_the_last);
+    tcase_add_test(rules, given_memory_is_used_where_it_is);
+    tcase_add_test(rules, a_turn_does_the_schedulers_work);
     tcase_add_test(rules, an_open_batch_abandoned_whole_starts_afresh);
     tcase_add_test(rules, an_engines_error_reaches_every_job_of_the_batch);
     tcase_add_loop_test(rules, a_lost_device_answers_everything, 0, 2);
@@ -1538,7 +1649,7 @@ int main(void)
     tcase_add_test(rules, a_buffer_is_held_by_its_slowest_job);
     tcase_add_test(rules, what_fits_no_batch_is_invalid);
     tcase_add_loop_test(rules, create_fails_without_leaking, 1, 7);
-    tcase_add_test(rules, no_wake_is_lost);
+    tcase_add_loop_test(rules, no_wake_is_lost, 0, 3);
     if (srunner_fork_status(runner) == CK_FORK) // an abort ends the process
         tcase_add_test_raise_signal(rules, destroy_aborts_on_a_live_job, SIGABRT);
     suite_add_tcase(suite, rules);
