@@ -183,6 +183,10 @@ static const struct key config_keys[] = {
          "of one region; larger ones are RESOURCE_EXHAUSTED")},
     {U64(shared_bytes_max, 4096, 1ull << 40, "1073741824", "bytes",
          "of all regions together; past these, RESOURCE_EXHAUSTED")},
+    {U32(ring_entries_max, 1, 4096, "1024", "requests",
+         "that one ring may have in flight, a power of two; one thread serves all rings")},
+    {U32(ring_spin_us, 0, 10000, "50", "microseconds",
+         "that it looks for more before it sleeps, while requests come that fast; 0: none")},
 
     {SECTION("the engine"),
      CHOICE(engine, engines, "\"auto\"",

@@ -327,6 +327,22 @@ static void on_calls_drained(void *argument)
     uv_async_send(&daemon->drained);
 }
 
+NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *err)
+{
+    struct service_context *context = &daemon->context;
+    const struct rings_options options = {
+        .context = context,
+        .entries_max = daemon->config->ring_entries_max,
+        .spin_us = daemon->config->ring_spin_us,
+        .on_broken = sharing_on_broken,
+        .on_broken_context = context->sharing,
+    };
+    enum status status = rings_create(&options, &context->rings, err);
+    if (status == STATUS_OK)
+        status = sharing_start(context->sharing, context->regions, context->rings, err);
+    return status;
+}
+
 NODISCARD static enum status start_serving(struct daemon *daemon, struct error *err)
 {
     static const struct method *const methods[] = {
@@ -358,7 +374,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         return status;
     health_set(context->health, HEALTH_SERVING);
     if (context->sharing)
-        status = sharing_start(context->sharing, context->regions, err);
+        status = start_sharing(daemon, err);
     if (status == STATUS_OK)
         status = listener_start(context->listener, add_rpc_connection, daemon->rpc, err);
     return status;
@@ -390,8 +406,10 @@ static void on_lame_duck_over(uv_timer_t *timer)
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, lame_duck);
     daemon->drain_started = true;
     listener_stop(daemon->context.listener);
-    if (daemon->context.sharing)
+    if (daemon->context.sharing) {
         sharing_stop(daemon->context.sharing);
+        rings_drain(daemon->context.rings);
+    }
     control_stop(daemon->context.control);
     rpc_drain(daemon->rpc);
     uv_timer_start(&daemon->grace, on_grace_over, daemon->config->drain_grace_ms, 0);
@@ -505,8 +523,12 @@ static void stop(struct daemon *daemon)
     }
     if (context->listener)
         listener_drop_connections(context->listener);
+    if (context->rings)
+        rings_wait_idle(context->rings, daemon->config->drain_grace_ms);
     if (context->sharing)
         sharing_drop_connections(context->sharing);
+    if (context->rings)
+        rings_destroy(context->rings);
     destroy_loop(daemon);
     if (context->listener)
         listener_destroy(context->listener);

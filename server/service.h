@@ -12,6 +12,7 @@ struct config;
 struct control;
 struct health;
 struct listener;
+struct rings;
 struct sharing;
 struct weights;
 
@@ -36,7 +37,8 @@ struct service_context {
     struct control *control; // runs what may block: loads, self-tests
     struct health *health;
     struct listener *listener;
-    struct regions *regions; // NULL, as the next: no memory is shared
+    struct regions *regions; // NULL, as the next two: no memory is shared
+    struct rings *rings;
     struct sharing *sharing;
     uint64_t message_bytes_max; // received
     uint64_t started_ns;

@@ -54,6 +54,7 @@ static Einsum__V1__Counters read_counters(struct service_context *context,
     message.copied_out_bytes =
         atomic_load_explicit(&context->copies.out_bytes, memory_order_relaxed);
     message.shared_requests = atomic_load_explicit(&counters->shared, memory_order_relaxed);
+    message.ring_requests = context->rings ? rings_stats(context->rings).requests : 0;
     return message;
 }
 
@@ -124,6 +125,8 @@ static Einsum__V1__SharedMemory read_shared_memory(const struct service_context 
     message.connections_refused = sharing.connections_refused;
     message.regions = regions.regions;
     message.regions_bytes = regions.bytes;
+    message.rings = rings_stats(context->rings).rings;
+    message.ring_entries_max = config->ring_entries_max;
     return message;
 }
 

@@ -35,6 +35,7 @@ struct connection {
     bool too_many_fds;
 
     struct region *regions[SHARING_CONNECTION_REGIONS_MAX]; // by number; NULL: free
+    struct ring *ring;                                      // NULL: none yet
 
     uv_work_t work;
     bool working, closed;
@@ -47,8 +48,9 @@ struct sharing {
     struct sharing_options options;
     struct listener *listener;
     struct regions *regions;
+    struct rings *rings;
     struct connection *connections;
-    uv_async_t unused;
+    uv_async_t unused, broken;
     uv_work_t collect;
     bool collecting, collect_again, started;
 };
@@ -80,6 +82,8 @@ static void end_connection(struct connection *connection)
         return;
     connection->closing = true;
     struct sharing *sharing = connection->sharing;
+    if (connection->ring)
+        ring_close(connection->ring);
     for (uint32_t i = 0; i < sharing->options.connection_regions_max; i++)
         if (connection->regions[i])
             regions_remove(sharing->regions, connection->regions[i]);
@@ -95,24 +99,49 @@ static void end_connection(struct connection *connection)
 
 // ---- replies
 
-static void reply(struct connection *connection, uint32_t number,
-                  const uint8_t name[REGION_NAME_BYTES], const struct error *err)
+// What goes with a reply that is no error.
+struct answer {
+    uint32_t number;
+    const uint8_t *name; // of a region; NULL: none
+    int fd;              // -1: none; stays ours
+};
+static const struct answer nothing = {.fd = -1};
+
+// MSG_DONTWAIT: who does not read its replies is cut off.
+static bool send_reply(int socket, const struct einsum_shared_reply *reply, int fd)
+{
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fd)] = {0};
+    struct iovec piece = {(void *)(uintptr_t)reply, sizeof *reply};
+    struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
+    if (fd >= 0) {
+        message.msg_control = control;
+        message.msg_controllen = sizeof control;
+        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(sizeof fd);
+        memcpy(CMSG_DATA(header), &fd, sizeof fd);
+    }
+    return sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof *reply;
+}
+
+static void reply(struct connection *connection, const struct answer *answer,
+                  const struct error *err)
 {
     struct einsum_shared_reply reply = {
         .magic = EINSUM_SHARED_MAGIC,
         .op = connection->request.op,
         .status = err ? err->status : STATUS_OK,
-        .number = number,
+        .number = answer->number,
     };
-    if (name)
-        memcpy(reply.name, name, sizeof reply.name);
+    if (answer->name)
+        memcpy(reply.name, answer->name, sizeof reply.name);
     if (err) {
         snprintf(reply.field, sizeof reply.field, "%.*s", (int)sizeof reply.field - 1, err->field);
         snprintf(reply.text, sizeof reply.text, "%.*s", (int)sizeof reply.text - 1, err->text);
     }
-    ssize_t sent = send(connection->fd, &reply, sizeof reply, MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (sent != (ssize_t)sizeof reply)
-        end_connection(connection); // it is gone, or does not read
+    if (!send_reply(connection->fd, &reply, answer->fd))
+        end_connection(connection);
 }
 
 // ---- requests
@@ -149,13 +178,15 @@ static void on_region_added(uv_work_t *work, int unused)
     struct region *region = connection->added;
     connection->added = NULL;
     if (!region) {
-        reply(connection, 0, NULL, &connection->error);
+        reply(connection, &nothing, &connection->error);
     } else {
-        uint32_t number = 0;
-        while (connection->regions[number])
-            number++;
-        connection->regions[number] = region;
-        reply(connection, number, region->name, NULL);
+        struct answer answer = {.name = region->name, .fd = -1};
+        while (connection->regions[answer.number])
+            answer.number++;
+        connection->regions[answer.number] = region;
+        if (connection->ring)
+            ring_set_region(connection->ring, answer.number, region);
+        reply(connection, &answer, NULL);
     }
     read_on(connection);
 }
@@ -179,20 +210,70 @@ NODISCARD static enum status start_region(struct connection *connection, struct 
     return STATUS_OK;
 }
 
-NODISCARD static enum status forget_region(struct connection *connection, struct error *err)
+// The region that the request names.
+NODISCARD static enum status find_region(struct connection *connection, struct region **region,
+                                         struct error *err)
 {
     uint32_t number = connection->request.region;
-    if (number >= SHARING_CONNECTION_REGIONS_MAX || !connection->regions[number])
+    *region = number < SHARING_CONNECTION_REGIONS_MAX ? connection->regions[number] : NULL;
+    if (!*region)
         return error_field(err, STATUS_NOT_FOUND, "region",
                            "this connection has no region of number %" PRIu32, number);
-    regions_remove(connection->sharing->regions, connection->regions[number]);
-    connection->regions[number] = NULL;
     return STATUS_OK;
 }
 
-// A whole request has come. On failure `*fatal` tells that there is no use in going on.
-NODISCARD static enum status carry_out(struct connection *connection, bool *fatal,
+NODISCARD static enum status forget_region(struct connection *connection, struct error *err)
+{
+    struct region *region;
+    enum status status = find_region(connection, &region, err);
+    if (status != STATUS_OK)
+        return status;
+    if (connection->ring)
+        ring_set_region(connection->ring, connection->request.region, NULL);
+    connection->regions[connection->request.region] = NULL;
+    regions_remove(connection->sharing->regions, region);
+    return STATUS_OK;
+}
+
+NODISCARD static enum status make_ring(struct connection *connection, struct answer *answer,
                                        struct error *err)
+{
+    struct sharing *sharing = connection->sharing;
+    if (!sharing->rings)
+        return error_set(err, STATUS_UNIMPLEMENTED, "this server has no rings");
+    if (connection->ring)
+        return error_set(err, STATUS_ALREADY_EXISTS, "this connection has a ring");
+    struct region *region;
+    enum status status = find_region(connection, &region, err);
+    if (status == STATUS_OK)
+        status = ring_open(sharing->rings, region, connection->request.offset,
+                           connection->request.entries, &connection->ring, &answer->fd, err);
+    if (status != STATUS_OK)
+        return status;
+    for (uint32_t i = 0; i < SHARING_CONNECTION_REGIONS_MAX; i++)
+        if (connection->regions[i])
+            ring_set_region(connection->ring, i, connection->regions[i]);
+    return STATUS_OK;
+}
+
+NODISCARD static enum status number_name(struct connection *connection, struct answer *answer,
+                                         struct error *err)
+{
+    const struct einsum_shared_request *request = &connection->request;
+    if (!memchr(request->text, '\0', sizeof request->text))
+        return error_field(err, STATUS_INVALID_ARGUMENT, "text", "%d bytes without an end",
+                           EINSUM_SHARED_TEXT_BYTES);
+    if (!connection->ring)
+        return error_set(err, STATUS_FAILED_PRECONDITION,
+                         "this connection has no ring, which numbers are for");
+    if (request->op == EINSUM_SHARED_WEIGHT)
+        return ring_add_weight(connection->ring, request->text, &answer->number, err);
+    return rings_find_kernel(connection->sharing->rings, request->text, &answer->number, err);
+}
+
+// A whole request has come. On failure `*fatal` tells that there is no use in going on.
+NODISCARD static enum status carry_out(struct connection *connection, struct answer *answer,
+                                       bool *fatal, struct error *err)
 {
     const struct einsum_shared_request *request = &connection->request;
     *fatal = true;
@@ -207,6 +288,11 @@ NODISCARD static enum status carry_out(struct connection *connection, bool *fata
         return start_region(connection, err);
     case EINSUM_SHARED_FORGET:
         return forget_region(connection, err);
+    case EINSUM_SHARED_RING:
+        return make_ring(connection, answer, err);
+    case EINSUM_SHARED_WEIGHT:
+    case EINSUM_SHARED_KERNEL:
+        return number_name(connection, answer, err);
     default:
         return error_field(err, STATUS_UNIMPLEMENTED, "op", "%" PRIu32 " is not supported",
                            request->op);
@@ -217,13 +303,14 @@ static void on_request(struct connection *connection)
 {
     struct error err;
     bool fatal;
-    enum status status = carry_out(connection, &fatal, &err);
+    struct answer answer = nothing;
+    enum status status = carry_out(connection, &answer, &fatal, &err);
     if (connection->working)
         return;
     if (connection->received_fd >= 0)
         close(connection->received_fd);
     connection->received_fd = -1;
-    reply(connection, 0, NULL, status == STATUS_OK ? NULL : &err);
+    reply(connection, &answer, status == STATUS_OK ? NULL : &err);
     if (status != STATUS_OK && fatal)
         end_connection(connection);
     else
@@ -325,6 +412,26 @@ static void on_unused(uv_async_t *handle)
     uv_queue_work(sharing->options.loop, &sharing->collect, collect, on_collected);
 }
 
+// Callers that break the ring's rules lose their connection.
+static void on_broken(uv_async_t *handle)
+{
+    struct sharing *sharing = CONTAINER_OF(handle, struct sharing, broken);
+    for (struct connection *connection = sharing->connections, *next; connection;
+         connection = next) {
+        next = connection->next;
+        if (!connection->ring || !ring_broken(connection->ring))
+            continue;
+        LOG(WARN, "ring broken by its caller, connection closed");
+        end_connection(connection);
+    }
+}
+
+void sharing_on_broken(void *context)
+{
+    struct sharing *sharing = context;
+    uv_async_send(&sharing->broken);
+}
+
 void sharing_on_unused(void *context)
 {
     struct sharing *sharing = context;
@@ -353,13 +460,16 @@ enum status sharing_create(const struct sharing_options *options, struct sharing
         return status;
     }
     uv_async_init(options->loop, &sharing->unused, on_unused);
+    uv_async_init(options->loop, &sharing->broken, on_broken);
     *out = sharing;
     return STATUS_OK;
 }
 
-enum status sharing_start(struct sharing *sharing, struct regions *regions, struct error *err)
+enum status sharing_start(struct sharing *sharing, struct regions *regions, struct rings *rings,
+                          struct error *err)
 {
     sharing->regions = regions;
+    sharing->rings = rings;
     return listener_start(sharing->listener, take_connection, sharing, err);
 }
 

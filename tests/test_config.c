@@ -98,6 +98,7 @@ static const char everything[] =
     "26, \"shared_memory_listen\": \"unix:/run/s.sock\", \"shared_connections_max\": 28,"
     " \"shared_connection_regions_max\": 16, \"shared_regions_max\": 29,"
     " \"shared_region_bytes_max\": 8192, \"shared_bytes_max\": 16384,"
+    " \"ring_entries_max\": 128, \"ring_spin_us\": 30,"
     " \"engine\": \"null\", \"kernel\": \"avx2\","
     " \"compute_threads\": 6, \"lanes\": 7, \"phase_sample\": 27,"
     " \"request_tokens_max\": 8, \"batch_tokens_max\": 24,"
@@ -135,6 +136,8 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->shared_regions_max, 29);
     ck_assert_uint_eq(config->shared_region_bytes_max, 8192);
     ck_assert_uint_eq(config->shared_bytes_max, 16384);
+    ck_assert_uint_eq(config->ring_entries_max, 128);
+    ck_assert_uint_eq(config->ring_spin_us, 30);
     ck_assert_str_eq(config->engine, "null");
     ck_assert_str_eq(config->kernel, "avx2");
     ck_assert_uint_eq(config->compute_threads, 6);
@@ -309,6 +312,8 @@ static const struct {
     {"shared_regions_max", 1, 65536},
     {"shared_region_bytes_max", 4096, 1ull << 40},
     {"shared_bytes_max", 4096, 1ull << 40},
+    {"ring_entries_max", 1, 4096},
+    {"ring_spin_us", 0, 10000},
 };
 
 START_TEST(integers_take_their_range_and_nothing_else)

@@ -180,7 +180,8 @@ START_TEST(files_of_other_kinds_are_refused)
     ck_assert_int_eq(fcntl(read_only, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SEAL), 0);
     refuse(regions, read_only, BYTES, STATUS_FAILED_PRECONDITION, "cannot be mapped to write");
     close(read_only);
-    snprintf(path, sizeof path, "/proc/self/fd/%d", read_only = memory_file(BYTES, SEALS));
+    read_only = memory_file(BYTES, SEALS);
+    snprintf(path, sizeof path, "/proc/self/fd/%d", read_only);
     int opened_to_read = open(path, O_RDONLY);
     ck_assert_int_ge(opened_to_read, 0);
     refuse(regions, opened_to_read, BYTES, STATUS_FAILED_PRECONDITION, "cannot be mapped to write");
@@ -352,7 +353,7 @@ static void start_site(void)
         .context = site.sharing,
     };
     ck_assert_int_eq(regions_create(&regions, &site.regions, &err), STATUS_OK);
-    ck_assert_int_eq(sharing_start(site.sharing, site.regions, &err), STATUS_OK);
+    ck_assert_int_eq(sharing_start(site.sharing, site.regions, NULL, &err), STATUS_OK);
     ck_assert_int_eq(pthread_create(&site.thread, NULL, run_loop, NULL), 0);
 }
 
