@@ -4,11 +4,13 @@ gone with their connection; and every way in which a request for them can be wro
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -20,8 +22,8 @@ from grpc import StatusCode
 import oracle
 from client import field_violations
 from conftest import Site, serving
-from daemon import ENGINE, wait_until
-from shared_memory import Connection, Refused, Region, memory_file, share
+from daemon import EINSUMCTL, ENGINE, run, wait_until
+from shared_memory import Connection, Refused, Region, Ring, memory_file, share
 from test_numbers import FORMATS, LAYOUTS, make_weights, recipes_for
 from test_output_project import PROJECTED, Projection
 from test_output_project import start as start_output_project
@@ -51,7 +53,9 @@ def connect(site: Site) -> Connection:
 @pytest.fixture
 def region(site: Site) -> Iterator[Region]:
     with connect(site) as connection:
-        yield connection.register(32 << 20)
+        region = connection.register(32 << 20)
+        region.connection = connection
+        yield region
 
 
 def output_bytes(reply: Any) -> int:
@@ -184,6 +188,273 @@ def test_over_sockets_each_byte_is_copied_once(site: Site, rng: np.random.Genera
     sent = len(request.activations) + len(request.activation_scales)
     assert after.copied_in_bytes - before.copied_in_bytes == sent
     assert after.copied_out_bytes == before.copied_out_bytes
+
+
+# --- the ring --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ring(region: Region, site: Site) -> Iterator[Ring]:
+    ring = region.connection.ring(region)
+    yield ring
+    ring.close()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ring_every_layout_and_type(
+    site: Site, rng: np.random.Generator, ring: Ring, name: str
+) -> None:
+    weight, region, begin = site.weights[name], ring.region, ring.region.used
+    for recipe, layout in itertools.product(recipes_for(weight)[:1], LAYOUTS):
+        activation_layout, scale_layout, scale_type, output_type = layout
+        tokens = int(rng.integers(1, 10))
+        activations = oracle.random_activations(rng, weight, tokens, scale_type, "bits")
+        request = site.request(
+            name, activations, activation_layout=activation_layout, scale_layout=scale_layout,
+            output_type=output_type, recipe=recipe, request_id=int(rng.integers(1 << 62)),
+        )  # fmt: skip
+        size = tokens * weight.groups * weight.output_dim * (4 if output_type == "FP32" else 2)
+        region.used = begin
+        at = share(request, region, size)
+        completion = ring.project(request)
+        assert completion.status == 0, completion.text
+        shape = (completion.tokens, completion.groups, completion.output_dim)
+        assert shape == (tokens, weight.groups, weight.output_dim)
+        oracle.check(region.get(at, size), output_type, *site.expected(activations, weight))
+
+
+def test_ring_random(site: Site, rng: np.random.Generator, ring: Ring) -> None:
+    """Many in flight, of all weights, in slices, for any kernel; completed in any order."""
+    before, expected, region = site.client.counters(), {}, ring.region
+    for request_id in range(ring.entries - 1):
+        name = str(rng.choice(list(FORMATS)))
+        weight, begin, end = site.weights[name], 0, 0
+        if rng.random() < 0.4:
+            begin = int(rng.integers(0, weight.groups))
+            end = int(rng.integers(begin + 1, weight.groups + 1))
+        held = weight.slice(begin, end) if end else weight
+        activations = oracle.random_activations(rng, held, int(rng.integers(1, 30)), "FP32")
+        kernel = str(rng.choice(["", *site.client.kernels()]))
+        request = site.request(
+            name, activations, recipe=str(rng.choice(recipes_for(weight))), kernel=kernel,
+            request_id=request_id, group_begin=begin, group_end=end,
+        )  # fmt: skip
+        exact, error = site.expected(activations, held, kernel)
+        at = share(request, region, exact.size * 2)
+        ring.submit(request)
+        expected[request_id] = at, exact, error
+    while expected:
+        completion = ring.next()
+        assert completion.status == 0, completion.text
+        at, exact, error = expected.pop(completion.id)
+        oracle.check(region.get(at, exact.size * 2), "BF16", exact, error)
+    after = site.client.counters()
+    sent = ring.entries - 1
+    assert after.ring_requests - before.ring_requests == sent
+    assert after.answered - before.answered == after.requests - before.requests == sent
+    if DIRECT:
+        assert after.copied_in_bytes == before.copied_in_bytes
+        assert after.copied_out_bytes == before.copied_out_bytes
+
+
+def test_ring_output_project(tmp_path: Path, rng: np.random.Generator) -> None:
+    listen = f"unix:{tmp_path}/shared.sock"
+    with start_output_project(tmp_path, shared_memory_listen=listen) as site, connect(site) as c:
+        region = c.register(16 << 20)
+        ring = c.ring(region)
+        for name, output_type in itertools.product(PROJECTED, ("BF16", "FP32")):
+            projection = Projection(rng, name, int(rng.integers(1, 90)), output_type)
+            request = projection.request(site.client)
+            exact, error = projection.expected()
+            size = exact.size * (4 if output_type == "FP32" else 2)
+            at = share(request, region, size)
+            completion = ring.project(request)
+            assert completion.status == 0, completion.text
+            oracle.check(region.get(at, size), output_type, exact, error)
+            bad = np.full(projection.tokens, 1 << 40, np.int64).tobytes()
+            offset = request.shared.scales_offset
+            region.memory[offset : offset + len(bad)] = bad
+            completion = ring.project(request)
+            assert (completion.status, completion.field) == (3, "positions")
+        ring.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": 0},
+        {"recipe": 3},
+        {"scale_layout": 9},
+        {"tokens": 1 << 20},
+        {"tokens": 4},
+        {"group_end": 99},
+        {"shared.activations_offset": 1},
+        {"shared.output_offset": 2**64 - 64},
+        {"shared.output_bytes": 1},
+        {"shared.scales_bytes": 0},
+    ],
+)
+def test_ring_errors_are_those_of_an_rpc(
+    site: Site, rng: np.random.Generator, ring: Ring, changes: dict[str, int]
+) -> None:
+    request, _ = site.good_case(rng)
+    share(request, ring.region, 1 << 16)
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        setattr(request.shared if path else request, last, value)
+    with pytest.raises(grpc.RpcError) as caught:
+        site.client.einsum(request)
+    completion = ring.project(request)
+    assert completion.status == caught.value.code().value[0]
+    assert completion.text == caught.value.details()
+    assert [completion.field] == field_violations(caught.value) or not completion.field
+
+
+def test_ring_follows_its_weights(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Unloaded it is not found; replaced, the new one is used."""
+    with start(tmp_path) as site, connect(site) as connection:
+        region = connection.register()
+        ring = connection.ring(region)
+        name = next(iter(site.weights))
+        request, expected = site.good_case(rng)
+        at = share(request, region, expected[0].size * 2)
+        assert ring.project(request).status == 0
+        site.client.call("UnloadWeights", names=[name])
+        completion = ring.project(request)
+        assert (completion.status, completion.field) == (5, "weight")
+        with pytest.raises(Refused):
+            ring.number(4, "layers.77.attn.wo_a")
+        site.client.load(site.root / "model", output_dim=256, replace=True)
+        region.memory[at : at + expected[0].size * 2] = bytes(expected[0].size * 2)
+        assert ring.project(request).status == 0
+        oracle.check(region.get(at, expected[0].size * 2), "BF16", *expected)
+        ring.close()
+
+
+def test_ring_breakers_lose_their_connection(
+    site: Site, rng: np.random.Generator, ring: Ring
+) -> None:
+    with connect(site) as other:
+        region = other.register(4 << 20)
+        broken = other.ring(region)
+        broken.words["submit_tail"].value = 1 << 20
+        os.eventfd_write(broken.doorbell, 1)
+        wait_until(lambda: broken.words["closed"].value == 1)
+        with pytest.raises(OSError):
+            other.ask(2)
+        broken.close()
+    request, expected = site.good_case(rng)
+    at = share(request, ring.region, expected[0].size * 2)
+    assert ring.project(request).status == 0
+    oracle.check(ring.region.get(at, expected[0].size * 2), "BF16", *expected)
+
+
+RING_CALLER = """
+import sys
+sys.path[:0] = [{here!r}]
+from shared_memory import Connection, SUBMISSION
+import os
+connection = Connection({path!r})
+region = connection.register(8 << 20)
+ring = connection.ring(region)
+weight = ring.number(4, {weight!r})
+entry = SUBMISSION.pack(0, 0, weight, 0, *{layouts!r}, 1, {tokens}, 0, 0, region.number, 0,
+                        *{places!r})
+print("ready", flush=True)
+while True:
+    for i in range(ring.entries):
+        at = ring.submissions + i * SUBMISSION.size
+        region.memory[at : at + SUBMISSION.size] = entry
+    ring.submitted += ring.entries
+    ring.words["submit_tail"].value = ring.submitted & 0xFFFFFFFF
+    os.eventfd_write(ring.doorbell, 1)
+    for _ in range(ring.entries):
+        ring.next()
+"""
+
+
+def test_ring_callers_killed_in_mid_call(site: Site, rng: np.random.Generator) -> None:
+    request, _ = site.good_case(rng, tokens=64)
+    stand_in = Region(8 << 20)
+    stand_in.name, stand_in.used = bytes(16), 1 << 20
+    share(request, stand_in, 64 * 8 * 256 * 2)
+    shared = request.shared
+    script = RING_CALLER.format(
+        here=str(Path(__file__).parent), path=path_of(site), weight=request.weight, tokens=64,
+        layouts=(request.recipe, request.activation_layout, request.scale_layout,
+                 request.scale_type),
+        places=(shared.activations_offset, shared.activations_bytes, shared.scales_offset,
+                shared.scales_bytes, shared.output_offset, shared.output_bytes),
+    )  # fmt: skip
+    stand_in.close()
+    for delay in (0.0, 0.01, 0.05, 0.2):
+        caller = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+        )
+        assert caller.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        caller.kill()
+        caller.wait()
+        wait_until(lambda: site.client.call("ServerInfo").shared_memory.regions == 0)
+        site.check_serves(rng)
+
+
+# --- the C client ---------------------------------------------------------------------------------
+
+
+def bench(site: Site, *arguments: Any) -> dict:
+    done = run(EINSUMCTL, "--endpoint", site.daemon.address, "--json", "bench", "--duration", 0.5,
+               "--warmup", 0, *arguments)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("transport", ["shm", "ring", "auto"])
+def test_client_numbers(site: Site, transport: str) -> None:
+    """einsumctl's own tensors lie elsewhere: they are copied there and back."""
+    done = run(
+        EINSUMCTL, "--endpoint", site.daemon.address, "--json", "check", "--transport", transport,
+        "--checkpoint", site.root / "model", "--tokens", "1,7,40", "--repeat", 2, timeout=300,
+    )  # fmt: skip
+    verdict = json.loads(done.stdout)
+    assert verdict["passed"] is True, done.stdout
+    assert verdict["cases"] == 3 * len(site.weights)
+
+
+def test_client_takes_the_best(site: Site, small: Site) -> None:
+    for transport, taken in (("auto", "ring"), ("ring", "ring"), ("shm", "shm"), ("grpc", "tcp")):
+        before = site.client.counters()
+        result = bench(site, "--transport", transport, "--mixed", "--tokens", "1,3")
+        assert result["transport"] == taken
+        assert result["errors"] == {}
+        after = site.client.counters()
+        shared = after.shared_requests - before.shared_requests
+        by_ring = after.ring_requests - before.ring_requests
+        assert (shared >= result["calls"]) == (transport != "grpc")
+        assert (by_ring >= result["calls"]) == (taken == "ring")
+        if DIRECT and transport != "grpc":
+            assert after.copied_in_bytes == before.copied_in_bytes
+            assert after.copied_out_bytes == before.copied_out_bytes
+    # Where none is offered, whoever does not insist goes by gRPC.
+    assert bench(small, "--transport", "auto")["transport"] == "tcp"
+    for transport in ("shm", "ring"):
+        done = run(EINSUMCTL, "--endpoint", small.daemon.address, "bench", "--transport", transport)
+        assert done.returncode != 0
+        assert "shares no memory" in done.stderr
+
+
+def test_client_has_more_in_flight_than_entries(tmp_path: Path) -> None:
+    with start(tmp_path, ring_entries_max=4) as site:
+        result = bench(site, "--transport", "ring", "--concurrency", 64)
+        assert (result["transport"], result["errors"]) == ("ring", {})
+        assert result["calls"] > 64
+
+
+def test_client_copies_what_does_not_fit(tmp_path: Path) -> None:
+    """With little memory shared, what does not fit there goes by gRPC."""
+    with start(tmp_path, shared_region_bytes_max=1 << 20) as site:
+        result = bench(site, "--transport", "auto", "--concurrency", 32, "--tokens", "1,60")
+        assert result["errors"] == {}
 
 
 # --- wrong requests -------------------------------------------------------------------------------
