@@ -579,7 +579,7 @@ enum einsum_client_status einsum_client_shared_create(struct einsum_client *clie
     shared->entries = ENTRIES;
     shared->ring_wanted = options->transport != EINSUM_CLIENT_TRANSPORT_SHARED;
     shared->file = shared->socket = shared->doorbell = -1;
-    shared->spin.ns = shared->spin.most_ns = options->spin_us * 1000ull;
+    einsum_spin_init(&shared->spin, options->spin_us);
     shared->random = client->random ^ 0x9e3779b97f4a7c15u;
     shared->pending_end = &shared->pending;
     shared->ready_end = &shared->ready;

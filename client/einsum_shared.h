@@ -162,20 +162,31 @@ static inline uint64_t einsum_ring_bytes(uint64_t entries)
 // waits for comes soon enough; where it does not come in time, the next one is shorter, so that
 // neither an idle ring nor one whose requests run long keeps a core busy.
 //
-// After the first moment others may have the core meanwhile: it may be the other side that needs it.
+// After the first moment others may have the core between two looks: it may be the other side that
+// needs it. Where that is what brings the work, the moment gets shorter; now and then it is tried
+// anew, since threads move.
 struct einsum_spin {
-    uint64_t ns;      // that the next wait looks for
-    uint64_t most_ns; // its limit
+    uint64_t ns;       // that the next wait looks for
+    uint64_t most_ns;  // its limit
+    uint64_t alone_ns; // of that, without letting others have the core
+    uint32_t waits;
 };
 
-enum { EINSUM_SPIN_ALONE_NS = 2000, EINSUM_SPIN_NS_MIN = 4000 };
+enum { EINSUM_SPIN_ALONE_NS = 2000, EINSUM_SPIN_NS_MIN = 4000, EINSUM_SPIN_ANEW = 64 };
+
+static inline void einsum_spin_init(struct einsum_spin *spin, uint32_t most_us)
+{
+    spin->ns = spin->most_ns = most_us * 1000ull;
+    spin->alone_ns = EINSUM_SPIN_ALONE_NS;
+    spin->waits = 0;
+}
 
 // Between two looks; false: it is time to sleep. `waited_ns`: since the wait began.
 static inline bool einsum_spin_on(const struct einsum_spin *spin, uint64_t waited_ns)
 {
     if (waited_ns >= spin->ns)
         return false;
-    if (waited_ns >= EINSUM_SPIN_ALONE_NS) {
+    if (waited_ns >= spin->alone_ns) {
         sched_yield();
         return true;
     }
@@ -189,6 +200,9 @@ static inline bool einsum_spin_on(const struct einsum_spin *spin, uint64_t waite
 // After a wait, asleep or not, of so long in all.
 static inline void einsum_spin_adapt(struct einsum_spin *spin, uint64_t waited_ns)
 {
+    bool anew = ++spin->waits % EINSUM_SPIN_ANEW == 0;
+    spin->alone_ns =
+        waited_ns <= spin->alone_ns || anew ? EINSUM_SPIN_ALONE_NS : spin->alone_ns / 2;
     if (waited_ns <= spin->ns)
         return;
     if (waited_ns > spin->most_ns)

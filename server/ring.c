@@ -725,7 +725,7 @@ enum status rings_create(const struct rings_options *options, struct rings **out
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the rings");
     rings->options = *options;
     rings->context = options->context;
-    rings->spin.ns = rings->spin.most_ns = options->spin_us * 1000ull;
+    einsum_spin_init(&rings->spin, options->spin_us);
     struct engine_info info;
     options->context->engine_ops->describe(options->context->engine, &info);
     rings->kernels_n = info.kernels_n;
