@@ -2,13 +2,13 @@
 //
 //     ring thread      submit_tail -> entry -> request -> check, reserve, fill, commit -> turn
 //                                                |  no room: waits          ^
-//                                                '------ on_room -----------' by way of with_room
+//                                                '------ on_room -----------' by way of `handed`
 //     whoever has the  on_done -> completion -> complete_tail -> caller woken if it sleeps
-//     scheduler's turn
+//     scheduler's turn     '----> the ring thread, by way of `handed`, if an output must be copied
 //
 //     rings.lock       the list of rings and their tables; the ring thread holds it for each pass
 //     ring.lock        the ring's completions and the pool of requests; a leaf
-//     with_room_lock   the list of requests that were given room; a leaf
+//     handed_lock      the list of requests that were handed over; a leaf
 //
 // A ring lives until it is closed and its last request has been answered, and its region with it.
 #include "ring.h"
@@ -48,7 +48,7 @@ struct request {
     struct ring *ring; // a reference
     uint64_t id;
     bool in_use;          // by ring.lock
-    struct request *next; // in ring.free or rings.with_room
+    struct request *next; // in ring.free or rings.handed
 };
 
 struct weight_name {
@@ -94,9 +94,9 @@ struct rings {
     pthread_mutex_t lock;
     struct ring *list;
 
-    pthread_mutex_t with_room_lock;
-    struct request *with_room; // newest first
-    _Atomic bool any_with_room;
+    pthread_mutex_t handed_lock;
+    struct request *handed; // newest first
+    _Atomic bool any_handed;
 
     // Ring thread alone.
     struct wire_request wire; // the one at hand
@@ -220,27 +220,38 @@ static void complete(struct request *request, const struct error *err)
     post(request, &completion);
 }
 
+static void complete_done(struct request *request)
+{
+    struct error err = request->job.error; // the job is let go of before it is read
+    complete(request, &err);
+}
+
+// Hands a request to the ring thread, for what would keep others waiting.
+static void hand_over(struct request *request)
+{
+    struct rings *rings = request->ring->rings;
+    pthread_mutex_lock(&rings->handed_lock);
+    request->next = rings->handed;
+    rings->handed = request;
+    atomic_store_explicit(&rings->any_handed, true, memory_order_release);
+    pthread_mutex_unlock(&rings->handed_lock);
+    wake_thread(rings);
+}
+
 static void on_done(struct job *job)
 {
     struct request *request = CONTAINER_OF(job, struct request, job);
-    if (job->error.status == STATUS_OK)
-        placement_finish(&request->placement, job, &request->ring->rings->context->copies);
-    struct error err = job->error; // the job is let go of before it is read
-    complete(request, &err);
+    if (job->error.status == STATUS_OK && !job->output_given)
+        hand_over(request); // there is an output to be copied
+    else
+        complete_done(request);
 }
 
 // ---- submission
 
 static void on_room(struct job *job)
 {
-    struct request *request = CONTAINER_OF(job, struct request, job);
-    struct rings *rings = request->ring->rings;
-    pthread_mutex_lock(&rings->with_room_lock);
-    request->next = rings->with_room;
-    rings->with_room = request;
-    atomic_store_explicit(&rings->any_with_room, true, memory_order_release);
-    pthread_mutex_unlock(&rings->with_room_lock);
-    wake_thread(rings);
+    hand_over(CONTAINER_OF(job, struct request, job));
 }
 
 // What the submission says, as the wire would have said it. Text is set by check_numbers.
@@ -439,16 +450,43 @@ static uint32_t take_from(struct ring *ring)
     return n;
 }
 
-// Those that had to wait for room. Oldest first.
-static uint32_t continue_with_room(struct rings *rings)
+static bool has_room(const struct request *request)
 {
-    if (!atomic_load_explicit(&rings->any_with_room, memory_order_acquire))
+    return atomic_load_explicit(&request->job.state, memory_order_acquire) == JOB_DECODING;
+}
+
+// A request that was handed over: it was given room, or is done and its output to be copied.
+static void go_on(struct request *request)
+{
+    struct service_context *context = request->ring->rings->context;
+    struct job *job = &request->job;
+    struct error err;
+    enum status status = STATUS_OK;
+    if (!has_room(request)) {
+        placement_finish(&request->placement, job, &context->copies);
+        complete_done(request);
+        return;
+    }
+    if (atomic_load_explicit(&job->cancelled, memory_order_relaxed)) {
+        batcher_abandon(context->batcher, job);
+        status = error_set(&err, STATUS_CANCELLED, "cancelled before launch");
+    } else {
+        status = fill_and_commit(request, &err);
+    }
+    if (status != STATUS_OK)
+        complete(request, &err);
+}
+
+// All that were handed over, oldest first.
+static uint32_t go_on_with_handed(struct rings *rings)
+{
+    if (!atomic_load_explicit(&rings->any_handed, memory_order_acquire))
         return 0;
-    pthread_mutex_lock(&rings->with_room_lock);
-    struct request *newest = rings->with_room, *oldest = NULL;
-    rings->with_room = NULL;
-    atomic_store_explicit(&rings->any_with_room, false, memory_order_relaxed);
-    pthread_mutex_unlock(&rings->with_room_lock);
+    pthread_mutex_lock(&rings->handed_lock);
+    struct request *newest = rings->handed, *oldest = NULL;
+    rings->handed = NULL;
+    atomic_store_explicit(&rings->any_handed, false, memory_order_relaxed);
+    pthread_mutex_unlock(&rings->handed_lock);
     while (newest) {
         struct request *next = newest->next;
         newest->next = oldest;
@@ -458,16 +496,7 @@ static uint32_t continue_with_room(struct rings *rings)
     uint32_t n = 0;
     for (struct request *request = oldest, *next; request; request = next, n++) {
         next = request->next;
-        struct error err;
-        enum status status = STATUS_OK;
-        if (atomic_load_explicit(&request->job.cancelled, memory_order_relaxed)) {
-            batcher_abandon(rings->context->batcher, &request->job);
-            status = error_set(&err, STATUS_CANCELLED, "cancelled before launch");
-        } else {
-            status = fill_and_commit(request, &err);
-        }
-        if (status != STATUS_OK)
-            complete(request, &err);
+        go_on(request);
     }
     return n;
 }
@@ -485,7 +514,7 @@ static void lock_thread(struct rings *rings)
 static uint32_t pass(struct rings *rings)
 {
     lock_thread(rings);
-    uint32_t n = continue_with_room(rings);
+    uint32_t n = go_on_with_handed(rings);
     for (struct ring *ring = rings->list; ring; ring = ring->next)
         n += take_from(ring);
     pthread_mutex_unlock(&rings->lock);
@@ -504,7 +533,7 @@ static bool announce_sleep(struct rings *rings, uint32_t sleeps)
     for (struct ring *ring = rings->list; ring && sleeps; ring = ring->next)
         idle = idle && available(ring) == 0;
     pthread_mutex_unlock(&rings->lock);
-    return idle && !atomic_load_explicit(&rings->any_with_room, memory_order_acquire);
+    return idle && !atomic_load_explicit(&rings->any_handed, memory_order_acquire);
 }
 
 static void sleep_until_rung(struct rings *rings)
@@ -737,7 +766,7 @@ enum status rings_create(const struct rings_options *options, struct rings **out
                      ? errno
                      : 0;
     pthread_mutex_init(&rings->lock, NULL);
-    pthread_mutex_init(&rings->with_room_lock, NULL);
+    pthread_mutex_init(&rings->handed_lock, NULL);
     if (!failed) {
         // Signals are main's.
         sigset_t all, before;
@@ -776,7 +805,7 @@ void rings_destroy(struct rings *rings)
     pthread_join(rings->thread, NULL);
     ASSERT(!rings->list);
     close_fds(rings);
-    pthread_mutex_destroy(&rings->with_room_lock);
+    pthread_mutex_destroy(&rings->handed_lock);
     pthread_mutex_destroy(&rings->lock);
     free(rings);
 }
