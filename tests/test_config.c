@@ -117,6 +117,18 @@ static const char everything[] =
     " \"load_threads\": 21, \"drain_grace_ms\": 22, \"lame_duck_ms\": 23,"
     " \"self_test_at_start\": false, \"log_level\": \"debug\", \"log_format\": \"json\"}";
 
+static void ck_shared(const struct config *config)
+{
+    ck_assert_str_eq(config->shared_memory_listen, "unix:/run/s.sock");
+    ck_assert_uint_eq(config->shared_connections_max, 28);
+    ck_assert_uint_eq(config->shared_connection_regions_max, 16);
+    ck_assert_uint_eq(config->shared_regions_max, 29);
+    ck_assert_uint_eq(config->shared_region_bytes_max, 8192);
+    ck_assert_uint_eq(config->shared_bytes_max, 16384);
+    ck_assert_uint_eq(config->ring_entries_max, 128);
+    ck_assert_uint_eq(config->ring_spin_us, 30);
+}
+
 static void ck_everything(const struct config *config)
 {
     ck_assert_uint_eq(config->listen_n, 3);
@@ -130,14 +142,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->rpc_threads, 5);
     ck_assert_uint_eq(config->calls_max, 25);
     ck_assert_uint_eq(config->transport_bytes_max, 26);
-    ck_assert_str_eq(config->shared_memory_listen, "unix:/run/s.sock");
-    ck_assert_uint_eq(config->shared_connections_max, 28);
-    ck_assert_uint_eq(config->shared_connection_regions_max, 16);
-    ck_assert_uint_eq(config->shared_regions_max, 29);
-    ck_assert_uint_eq(config->shared_region_bytes_max, 8192);
-    ck_assert_uint_eq(config->shared_bytes_max, 16384);
-    ck_assert_uint_eq(config->ring_entries_max, 128);
-    ck_assert_uint_eq(config->ring_spin_us, 30);
+    ck_shared(config);
     ck_assert_str_eq(config->engine, "null");
     ck_assert_str_eq(config->kernel, "avx2");
     ck_assert_uint_eq(config->compute_threads, 6);
