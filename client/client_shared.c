@@ -23,7 +23,6 @@ enum {
     PAGE_BYTES = 4096,
     REPLY_TIMEOUT_S = 10,
     LOOK_NS = 10 * 1000 * 1000,
-    INFO_DEADLINE_MS = 5000,
 };
 
 // The daemon's longest deadline by default: a request that it may still be working on when its

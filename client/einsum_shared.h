@@ -10,8 +10,9 @@
 //                               F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL); answered by its number
 //                               on this connection and its name, which requests over gRPC carry
 //     FORGET                    of a region, by number
-//     RING                      makes a ring in a region, at an offset; one for each connection.
-//                               Answered with a descriptor: the doorbell, an eventfd
+//     RING                      makes a ring in a region, at an offset, with a header of zeros; one
+//                               for each connection. Answered with a descriptor: the doorbell, an
+//                               eventfd
 //     WEIGHT, KERNEL            a name becomes a number for the ring's submissions. A weight's
 //                               stays good when the weight is replaced; while none of its name is
 //                               resident, requests for it are NOT_FOUND
@@ -28,7 +29,8 @@
 // An entry's index is its count modulo `entries`. Who produces writes the entry, then its tail
 // (release); who consumes reads the tail (acquire), then the entry. At most `entries` requests may
 // be submitted and not yet read as completions; the daemon leaves what goes beyond where it is.
-// Completions come in any order.
+// Completions come in any order. What is under way is given up by closing the connection; an engine
+// at work may write to outputs until it is done.
 //
 // Sleeping. The daemon sets daemon_sleeps, looks at submit_tail once more, and sleeps: a caller
 // that finds it set after moving the tail writes an 8-byte 1 to the doorbell. A caller that waits

@@ -281,7 +281,8 @@ NODISCARD static enum status carry_out(struct connection *connection, struct ans
         return error_field(err, STATUS_INVALID_ARGUMENT, "magic", "expected 0x%x, got 0x%x",
                            EINSUM_SHARED_MAGIC, request->magic);
     if (connection->too_many_fds)
-        return error_field(err, STATUS_INVALID_ARGUMENT, "fd", "more than one came");
+        return error_field(err, STATUS_INVALID_ARGUMENT, "fd",
+                           "more than one came, or there is no room for another");
     *fatal = false;
     switch (request->op) {
     case EINSUM_SHARED_REGION:

@@ -22,7 +22,7 @@ from grpc import StatusCode
 import oracle
 from client import field_violations
 from conftest import Site, serving
-from daemon import EINSUMCTL, ENGINE, run, wait_until
+from daemon import EINSUMCTL, ENGINE, Daemon, run, wait_until
 from shared_memory import Connection, Refused, Region, Ring, memory_file, share
 from test_numbers import FORMATS, LAYOUTS, make_weights, recipes_for
 from test_output_project import PROJECTED, Projection
@@ -248,7 +248,9 @@ def test_ring_random(site: Site, rng: np.random.Generator, ring: Ring) -> None:
         assert completion.status == 0, completion.text
         at, exact, error = expected.pop(completion.id)
         oracle.check(region.get(at, exact.size * 2), "BF16", exact, error)
-    after = site.client.counters()
+    info = site.client.call("ServerInfo")
+    assert (info.shared_memory.rings, info.shared_memory.regions) == (1, 1)
+    after = info.counters
     sent = ring.entries - 1
     assert after.ring_requests - before.ring_requests == sent
     assert after.answered - before.answered == after.requests - before.requests == sent
@@ -663,4 +665,10 @@ def test_the_socket_is_ours_alone(tmp_path: Path) -> None:
         path = tmp_path / "shared.sock"
         assert path.stat().st_mode & 0o777 == 0o600
         assert (tmp_path / "shared.sock.lock").exists()
+        second = Daemon(
+            tmp_path / "second", wait=False, shared_memory_listen=f"unix:{tmp_path}/shared.sock"
+        )
+        assert second.wait_exit() != 0
+        assert "shared_memory_listen" in second.log
+        assert "in use by another process" in second.log
     assert not path.exists()
