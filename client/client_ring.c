@@ -475,6 +475,7 @@ static bool prepare(struct einsum_client *client, const struct einsum_client_req
     submission->scale_layout = (uint32_t)request->scale_layout;
     submission->scale_type = (uint32_t)request->scale_type;
     submission->output_type = (uint32_t)request->output_type;
+    submission->priority = (uint32_t)request->priority;
     submission->tokens = request->tokens;
     submission->group_begin = request->group_begin;
     submission->group_end = request->group_end;

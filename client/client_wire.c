@@ -65,7 +65,8 @@ static uint8_t *put_scalars(uint8_t *to, const struct einsum_client_request *req
     to = put_number(to, 10, request->group_begin);
     to = put_number(to, 11, request->group_end);
     to = put_number(to, 12, request->digest_only);
-    return put_string(to, 15, request->kernel ? request->kernel : "");
+    to = put_string(to, 15, request->kernel ? request->kernel : "");
+    return put_number(to, 17, (uint32_t)request->priority);
 }
 
 static uint8_t *put_output_project_scalars(uint8_t *to, const struct einsum_client_request *request,
@@ -78,7 +79,8 @@ static uint8_t *put_output_project_scalars(uint8_t *to, const struct einsum_clie
     to = put_number(to, 5, request->group_begin);
     to = put_number(to, 6, request->group_end);
     to = put_number(to, 7, request->digest_only);
-    return put_string(to, 10, request->kernel ? request->kernel : "");
+    to = put_string(to, 10, request->kernel ? request->kernel : "");
+    return put_number(to, 12, (uint32_t)request->priority);
 }
 
 struct einsum_client_tensors einsum_client_tensors_of(const struct einsum_client_request *request)

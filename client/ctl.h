@@ -117,10 +117,11 @@ bool ctl_interrupted(void);
 
 // ---- what commands have in common ---------------------------------------------------------------
 
-// The words of the flags for layouts and types; index 0 is no word's.
+// The words of the flags for layouts, types and priorities; index 0 is no word's.
 extern const char *const ctl_recipes[],
     *const ctl_activation_layouts[], *const ctl_scale_layouts[], *const ctl_scale_types[],
-                                                                     *const ctl_output_types[];
+                                                                     *const ctl_output_types[],
+                                                                         *const ctl_priorities[];
 
 json_t *ctl_weight_json(const struct einsum_client_weight *weight);
 

@@ -29,6 +29,7 @@ enum {
     OPT_KERNEL,
     OPT_TRANSPORT,
     OPT_SPIN,
+    OPT_PRIORITY,
 };
 
 static const struct ctl_option options[] = {
@@ -56,6 +57,7 @@ static const struct ctl_option options[] = {
     [OPT_TRANSPORT] = CTL_OPTION_TRANSPORT,
     [OPT_SPIN] = {"spin", "US",
                   "of a ring: microseconds to look for an answer before sleeping; default 50"},
+    [OPT_PRIORITY] = {"priority", "P", "low, normal (default) or high"},
     {0},
 };
 
@@ -74,11 +76,12 @@ static bool read_layouts(const struct ctl_args *args, struct bench_options *benc
 {
     bool mixed = ctl_has(args, OPT_MIXED);
     int activations = mixed ? 0 : 1, scales = mixed ? 0 : 1, scale_type = mixed ? 0 : 2;
-    int output = mixed ? 0 : 1;
+    int output = mixed ? 0 : 1, priority = 2;
     if (!ctl_word(args, OPT_ACTIVATIONS, ctl_activation_layouts, &activations) ||
         !ctl_word(args, OPT_SCALES, ctl_scale_layouts, &scales) ||
         !ctl_word(args, OPT_SCALE_TYPE, ctl_scale_types, &scale_type) ||
-        !ctl_word(args, OPT_OUTPUT, ctl_output_types, &output))
+        !ctl_word(args, OPT_OUTPUT, ctl_output_types, &output) ||
+        !ctl_word(args, OPT_PRIORITY, ctl_priorities, &priority))
         return false;
     bench->activation_layout = (enum einsum_client_activation_layout)activations;
     bench->scale_layout = (enum einsum_client_scale_layout)scales;
@@ -87,6 +90,7 @@ static bool read_layouts(const struct ctl_args *args, struct bench_options *benc
     bench->digest_only = ctl_has(args, OPT_DIGEST);
     bench->attention = ctl_has(args, OPT_ATTENTION);
     bench->kernel = ctl_value(args, OPT_KERNEL);
+    bench->priority = (enum einsum_client_priority)priority;
     return true;
 }
 
@@ -106,7 +110,7 @@ static bool read_options(const struct ctl_args *args, struct bench_command *comm
         !ctl_real(args, OPT_DURATION, 0.01, 86400, &duration) ||
         !ctl_real(args, OPT_WARMUP, 0, 3600, &warmup) ||
         !ctl_number(args, OPT_REQUESTS, 1, UINT64_MAX, &bench->requests_max) ||
-        !ctl_number(args, OPT_CONNECTIONS, 1, 256, &connections) ||
+        !ctl_number(args, OPT_CONNECTIONS, 1, 4096, &connections) ||
         !ctl_number(args, OPT_SEED, 0, UINT64_MAX, &bench->seed))
         return false;
     bench->concurrency = (uint32_t)concurrency;

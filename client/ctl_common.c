@@ -20,6 +20,7 @@ const char *const ctl_activation_layouts[] = {"", "tgr", "gtr", NULL};
 const char *const ctl_scale_layouts[] = {"", "tgk", "gkt", NULL};
 const char *const ctl_scale_types[] = {"", "fp32", "ue8m0", NULL};
 const char *const ctl_output_types[] = {"", "bf16", "fp32", NULL};
+const char *const ctl_priorities[] = {"", "low", "normal", "high", NULL};
 
 // ---- values of options --------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MESSAGE_BYTES_MAX = 1 << 30, CONNECTIONS_MAX = 256 };
+enum { MESSAGE_BYTES_MAX = 1 << 30, CONNECTIONS_MAX = 4096 };
 
 static __thread bool on_own_thread;
 

@@ -203,6 +203,13 @@ enum einsum_client_output_type {
     EINSUM_CLIENT_OUTPUT_FP32 = 2,
 };
 
+// Who goes first where requests wait; see Priority in einsum.proto.
+enum einsum_client_priority {
+    EINSUM_CLIENT_PRIORITY_LOW = 1,
+    EINSUM_CLIENT_PRIORITY_NORMAL = 2,
+    EINSUM_CLIENT_PRIORITY_HIGH = 3,
+};
+
 // What is asked of the weight: its einsum with quantised activations, or all from attention's
 // output on: the inverse rotation by the weight's rope, quantisation, einsum.
 enum einsum_client_operation {
@@ -229,9 +236,10 @@ struct einsum_client_request {
     // [T, G, D] goes here. NULL: the callback gets the output as chunks, which a blocking call has
     // no use for and refuses.
     void *output;
-    uint64_t output_bytes; // room there
-    uint32_t deadline_ms;  // from now; 0: the client's
-    const char *kernel;    // one of info.kernels; NULL: the server's choice
+    uint64_t output_bytes;                // room there
+    uint32_t deadline_ms;                 // from now; 0: the client's
+    const char *kernel;                   // one of info.kernels; NULL: the server's choice
+    enum einsum_client_priority priority; // 0: normal
 
     // OUTPUT_PROJECT takes the two tensors below and no equation, recipe, layout, scale type,
     // activations or scales: the weight says them.

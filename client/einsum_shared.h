@@ -110,7 +110,8 @@ struct einsum_ring_submission {
     // Of attention: its output, and positions.
     uint64_t activations_offset, activations_bytes, scales_offset, scales_bytes;
     uint64_t output_offset, output_bytes; // room
-    uint64_t reserved[2];
+    uint32_t priority;                    // 0: normal
+    uint32_t reserved[3];
 };
 
 struct einsum_ring_completion {

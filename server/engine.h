@@ -94,6 +94,9 @@ struct engine_ops {
     uint32_t lanes_default; // batches in flight that keep the device busy
     // Nobody calls wake: the scheduler polls busy lanes in a loop, which saves a wake-up.
     bool polled;
+    // Lanes run one after the other: what is submitted behind a long batch only waits, and can no
+    // longer be overtaken.
+    bool serial;
     bool (*usable)(void); // whether this machine has such a device; NULL: always
     NODISCARD enum status (*open)(const struct engine_options *options, struct engine **engine,
                                   struct error *err);
@@ -119,7 +122,8 @@ struct engine_ops {
                                              struct error *err);
     void (*memory_unregister)(struct engine *engine, void *memory, uint64_t bytes);
 
-    // In the scheduler's turn: one thread at a time, of a polled engine always the same. `batch` and all that it points to stay put until poll says done.
+    // In the scheduler's turn: one thread at a time, of a polled engine always the same. `batch` and
+    // all that it points to stay put until poll says done.
     void (*submit)(struct engine *engine, uint32_t lane, const struct engine_batch *batch);
     bool (*poll)(struct engine *engine, uint32_t lane,
                  struct engine_result *result); // true once per submit

@@ -655,6 +655,7 @@ static void cpu_describe(const struct engine *engine, struct engine_info *info)
 const struct engine_ops engine_cpu = {
     .name = "cpu",
     .lanes_default = LANES_DEFAULT,
+    .serial = true,
     .open = cpu_open,
     .close = cpu_close,
     .describe = cpu_describe,

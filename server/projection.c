@@ -83,8 +83,6 @@ NODISCARD static enum status fill_and_commit(struct projection *projection,
         batcher_commit(context->batcher, &projection->job);
     else
         batcher_abandon(context->batcher, &projection->job);
-    if (!projection->streamed)
-        batcher_turn(context->batcher);
     return status;
 }
 
@@ -171,10 +169,8 @@ enum status projection_start(struct projection *projection, const struct wire_re
     projection->activation_scales = request->activation_scales;
     projection->positions = request->positions;
     projection->job.received_ns = now_ns();
-    // A unary call is one job: launched here and now if the scheduler sleeps. A stream's come in
-    // numbers, and two threads get further with them.
-    projection->job.quiet = !projection->streamed;
     projection->job.deadline_ns = deadline_ns(projection);
+    projection->job.connection = call_connection(projection->call);
     enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
                                             &projection->job.kernel, err);
     if (status == STATUS_OK)

@@ -23,6 +23,9 @@ static const struct choice scale_layouts = {"scale_layout",
 static const struct choice scale_types = {"scale_type", {"SCALE_TYPE_FP32", "SCALE_TYPE_UE8M0"}};
 static const struct choice output_types = {"output_type", {"OUTPUT_TYPE_BF16", "OUTPUT_TYPE_FP32"}};
 
+static const struct choice priorities = {"priority",
+                                         {"PRIORITY_LOW", "PRIORITY_NORMAL", "PRIORITY_HIGH"}};
+
 static void list_names(const struct choice *choice, char *text, size_t bytes)
 {
     size_t used = 0;
@@ -257,6 +260,17 @@ NODISCARD static enum status check_one_place(const struct wire_request *request,
     return STATUS_OK;
 }
 
+NODISCARD static enum status check_priority(const struct wire_request *request, struct job *job,
+                                            struct error *err)
+{
+    if (request->priority == 0) {
+        job->priority = JOB_PRIORITY_NORMAL;
+        return STATUS_OK;
+    }
+    job->priority = (enum job_priority)request->priority;
+    return check_choice(&priorities, request->priority, err);
+}
+
 enum status request_check(const struct wire_request *request, struct weights *weights,
                           uint32_t request_tokens_max, struct job *job, struct error *err)
 {
@@ -265,6 +279,8 @@ enum status request_check(const struct wire_request *request, struct weights *we
                                    : check_choices(request, err);
     if (status == STATUS_OK)
         status = check_one_place(request, err);
+    if (status == STATUS_OK)
+        status = check_priority(request, job, err);
     if (status != STATUS_OK)
         return status;
     struct weight *weight;

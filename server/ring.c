@@ -264,6 +264,7 @@ static void translate(const struct einsum_ring_submission *from, struct wire_req
     to->scale_layout = (int32_t)from->scale_layout;
     to->scale_type = (int32_t)from->scale_type;
     to->output_type = (int32_t)from->output_type;
+    to->priority = (int32_t)from->priority;
     to->tokens = from->tokens;
     to->group_begin = from->group_begin;
     to->group_end = from->group_end;
@@ -374,6 +375,7 @@ static struct request *take_request(struct ring *ring, uint64_t id)
         .job.on_done = on_done,
         .job.on_room = on_room,
         .job.quiet = true,
+        .job.connection = (uint32_t)ring->doorbell + 1, // as call_connection numbers a socket
     };
     pthread_mutex_unlock(&ring->lock);
     atomic_fetch_add_explicit(&ring->references, 1, memory_order_relaxed);

@@ -6,7 +6,7 @@
 //
 // Launching comes before answering so that the device does not wait for replies.
 //
-// The thread sleeps on one word, the waker, and so cannot miss a wake: every turn begins by clearing the
+// The thread sleeps on one word, the waker, and so cannot miss a wake: its turns begin by clearing the
 // word, every waker sets it after its change, and sleeping is refused while it is set. With a
 // polled engine it watches the word and the lanes for a while before it sleeps, so that neither a
 // short batch nor the one that follows it costs a wake-up; then it naps while lanes are busy.
@@ -194,6 +194,7 @@ static void account_launch_locked(struct batcher *batcher, struct batch *batch, 
     }
     if (batcher->lanes_free-- == batcher->options.lanes)
         batcher->busy_since_ns = batch->launched_ns;
+    batcher->running_tokens += batch->launch.tokens;
     stats->batches++;
     stats->requests += keep;
     stats->tokens += batch->launch.tokens;
@@ -202,18 +203,15 @@ static void account_launch_locked(struct batcher *batcher, struct batch *batch, 
     stats->bucket_batches[batch->launch.bucket]++;
 }
 
-// Takes the first batch of the queue if it may leave now.
+// Takes a batch of the queue that may leave now.
 static struct batch *next_batch(struct batcher *batcher, uint64_t now)
 {
     struct batch *batch = NULL;
     pthread_mutex_lock(&batcher->lock);
-    if (batcher_launch_at_ns_locked(batcher) <= now) {
-        batch = batcher->queue;
-        if (batch->state == BATCH_OPEN)
-            batch_close_locked(batcher, batch);
-        // Reservations that are still being filled hold it back; the last of them wakes us.
-        batch = batch->filling ? NULL : batcher_dequeue_locked(batcher);
-    }
+    if (batcher_launch_at_ns_locked(batcher) <= now)
+        batch = batcher_ready_locked(batcher, now);
+    if (batch)
+        batcher_dequeue_locked(batcher, batch);
     pthread_mutex_unlock(&batcher->lock);
     return batch;
 }
@@ -255,6 +253,7 @@ static void account_phases_locked(struct batcher_stats *stats, const struct engi
 
 static void account_done_locked(struct batcher *batcher, struct batch *batch, uint64_t now)
 {
+    batcher->running_tokens -= batch->launch.tokens;
     if (++batcher->lanes_free == batcher->options.lanes)
         batcher->stats.busy_ns += now - batcher->busy_since_ns;
     if (batch->result.status) {

@@ -254,6 +254,7 @@ static const struct field_rule einsum_rules[] = {
     [14] = FIELD(FIELD_RANGE, activation_scales),
     [15] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
     [16] = FIELD(FIELD_SHARED, shared),
+    [17] = FIELD(FIELD_UINT32, priority),
 };
 
 static const struct field_rule output_project_rules[] = {
@@ -262,7 +263,7 @@ static const struct field_rule output_project_rules[] = {
     [5] = FIELD(FIELD_UINT32, group_begin), [6] = FIELD(FIELD_UINT32, group_end),
     [7] = FIELD(FIELD_BOOL, digest_only),   [8] = FIELD(FIELD_RANGE, attention),
     [9] = FIELD(FIELD_RANGE, positions),    [10] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
-    [11] = FIELD(FIELD_SHARED, shared),
+    [11] = FIELD(FIELD_SHARED, shared),     [12] = FIELD(FIELD_UINT32, priority),
 };
 
 #define SHARED(name, kind, member)                                                                 \

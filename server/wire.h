@@ -79,6 +79,7 @@ struct wire_request {
     char equation[WIRE_EQUATION_BYTES_MAX + 1];
     char kernel[WIRE_KERNEL_BYTES_MAX + 1];
     int32_t recipe, activation_layout, scale_layout, scale_type, output_type; // as sent: any value
+    int32_t priority;                                                         // likewise
     uint32_t tokens, group_begin, group_end;
     bool digest_only;
     struct wire_range activations, activation_scales; // of an EinsumRequest

@@ -1,4 +1,4 @@
-// The CUDA runtime, as far as server/engine_cuda.c calls it. See fake_cuda.h.
+// The CUDA runtime, as far as the CUDA engine calls it. See fake_cuda.h.
 //
 // Threads: calls on any; operations on the device thread, outside the lock, one at a time. Which
 // stream goes next is random, and so are the pauses between.

@@ -54,9 +54,10 @@ const char *fake_cuda_failed_call(void);
 // While held, the device runs nothing.
 void fake_cuda_hold(bool held);
 
-// So far: tokens that a kernel has computed, and bytes that graphs have fetched.
+// So far: tokens that a kernel has computed, and bytes that graphs have fetched, or warmed.
 uint64_t fake_cuda_rows(enum cuda_kernel kernel);
 uint64_t fake_cuda_fetched_bytes(void);
+uint64_t fake_cuda_warmed_bytes(void);
 
 // ---- for fake_cuda_kernels.c
 

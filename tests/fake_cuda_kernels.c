@@ -19,9 +19,17 @@ enum { PARTIAL_BYTES = 48 };
 
 // ---- weights
 
-uint64_t cuda_weight_bytes(const struct einsum_weight_format *format)
+// The second form has no contents here, but a place: runs point to it and nothing else may.
+static uint64_t tiles_bytes(const struct einsum_weight_format *format, bool many)
 {
-    return align_up(einsum_weight_bytes(format), 256) +
+    return many && einsum_hopper_takes(format) && format->block_d == 128
+               ? einsum_weight_bytes(format)
+               : 0;
+}
+
+uint64_t cuda_weight_bytes(const struct einsum_weight_format *format, bool many)
+{
+    return align_up(einsum_weight_bytes(format), 256) + tiles_bytes(format, many) +
            align_up(einsum_weight_scale_bytes(format) + 1, 256);
 }
 
@@ -48,12 +56,15 @@ static cudaError_t launch_copy(const char *name, const struct copy_arguments *ar
 }
 
 cudaError_t cuda_weight_init(struct cuda_weight *weight, const struct einsum_weight_format *format,
-                             void *memory, cudaStream_t stream)
+                             bool many, void *memory, cudaStream_t stream)
 {
+    uint64_t tiles = tiles_bytes(format, many);
     *weight = (struct cuda_weight){.format = *format, .memory = memory};
     weight->elements = memory;
-    weight->scales = weight->elements + align_up(einsum_weight_bytes(format), 256);
-    return cudaMemsetAsync(memory, 0xEE, cuda_weight_bytes(format), stream);
+    uint8_t *behind = weight->elements + align_up(einsum_weight_bytes(format), 256);
+    weight->tiles = tiles > 0 ? behind : NULL;
+    weight->scales = behind + tiles;
+    return cudaMemsetAsync(memory, 0xEE, cuda_weight_bytes(format, many), stream);
 }
 
 cudaError_t cuda_relayout(const struct cuda_weight *weight, const void *staging, uint64_t row_begin,
@@ -218,7 +229,7 @@ static void compute_run(const struct cuda_table *table, const struct cuda_run *r
 
 // ---- kernels
 
-static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER + 1], bytes_fetched;
+static _Atomic uint64_t rows_computed[CUDA_KERNEL_HOPPER_MANY + 1], bytes_fetched, bytes_warmed;
 
 uint64_t fake_cuda_rows(enum cuda_kernel kernel)
 {
@@ -228,6 +239,11 @@ uint64_t fake_cuda_rows(enum cuda_kernel kernel)
 uint64_t fake_cuda_fetched_bytes(void)
 {
     return atomic_load(&bytes_fetched);
+}
+
+uint64_t fake_cuda_warmed_bytes(void)
+{
+    return atomic_load(&bytes_warmed);
 }
 
 static void compute_runs(enum cuda_kernel kernel, const struct cuda_table *table, uint32_t begin,
@@ -253,7 +269,9 @@ static const struct cuda_table *table_of(const struct launch_arguments *argument
     const struct cuda_table *table = fake_cuda_at(address, sizeof *table);
     table = fake_cuda_at(address, cuda_table_used(table));
     // A kernel of another bucket would take too few.
-    for (uint32_t i = 0; i < table->decode_runs + table->prefill_runs + table->hopper_runs; i++) {
+    uint32_t runs =
+        table->decode_runs + table->prefill_runs + table->hopper_runs + table->many_runs;
+    for (uint32_t i = 0; i < runs; i++) {
         const struct cuda_run *run = &table->runs[i];
         ASSERT(run->row_begin + run->rows <= arguments->tokens_max);
         ASSERT(i >= table->decode_runs || run->rows <= arguments->decode_tokens);
@@ -293,11 +311,51 @@ static void run_hopper(const void *bytes)
                  table->hopper_runs);
 }
 
+// A map, as this stand-in makes them: where the rows begin and how far apart they are.
+static bool make_map(struct cuda_map *map, const struct cuda_row *rows, uint32_t tokens,
+                     uint32_t groups, uint32_t reduced_dim)
+{
+    map->tensor[0] = rows[0].activations;
+    map->tensor[1] = tokens > 1 ? rows[1].activations - rows[0].activations : reduced_dim;
+    map->tensor[2] = tokens;
+    map->tensor[3] = groups;
+    return true;
+}
+
+// Every map leads to its row and to all groups of it.
+static void check_map(const struct cuda_table *table, const struct cuda_run *run, uint32_t row)
+{
+    const struct cuda_row *rows =
+        (const struct cuda_row *)((const unsigned char *)table + table->rows_offset);
+    uint32_t at = rows[row].map;
+    if (at == 0)
+        return;
+    const struct cuda_map *map = (const struct cuda_map *)table + at;
+    ASSERT((const void *)(map + 1) <= (const void *)rows);
+    ASSERT(row >= map->row_begin && row - map->row_begin < map->tensor[2]);
+    ASSERT(rows[row].activations == map->tensor[0] + (row - map->row_begin) * map->tensor[1]);
+    ASSERT(map->tensor[3] == run->groups);
+}
+
+static void run_hopper_many(const void *bytes)
+{
+    const struct cuda_table *table = table_of(bytes);
+    uint32_t first = table->decode_runs + table->prefill_runs + table->hopper_runs;
+    for (uint32_t i = first; i < first + table->many_runs; i++) {
+        const struct cuda_run *run = &table->runs[i];
+        ASSERT(run->rows >= CUDA_HOPPER_MANY_TOKENS_MIN && run->tiles > 0);
+        for (uint32_t row = run->row_begin; row < run->row_begin + run->rows; row++)
+            check_map(table, run, row);
+    }
+    compute_runs(CUDA_KERNEL_HOPPER_MANY, table, first, table->many_runs);
+}
+
 static void run_attention(const void *bytes)
 {
     const struct cuda_table *table = table_of(bytes);
-    uint32_t runs = table->decode_runs + table->prefill_runs + table->hopper_runs;
-    const struct cuda_attention *spans = (const struct cuda_attention *)&table->runs[runs];
+    const struct cuda_attention *spans =
+        (const struct cuda_attention *)((const unsigned char *)table + table->rows_offset) -
+        table->attention_spans;
     for (uint32_t i = 0; i < table->attention_spans; i++) {
         const struct cuda_attention *span = &spans[i];
         uint32_t end =
@@ -315,35 +373,38 @@ static void run_attention(const void *bytes)
 
 // ---- the ends of a graph
 
-struct ends_arguments {
-    const struct cuda_order *order;
-    struct cuda_report *report;
-};
-
-static void fetch(uint64_t from, uint64_t to, uint64_t bytes)
+static void fetch(uint64_t from, uint64_t to, uint64_t bytes, uint64_t multiple)
 {
-    ASSERT(from % 16 == 0 && to % 16 == 0);
-    uint64_t whole = align_up(bytes, 16);
+    ASSERT(from % 16 == 0 && to % 16 == 0 && bytes % multiple == 0);
     if (bytes > 0)
-        memcpy(fake_cuda_at(to, whole), fake_cuda_at(from, whole), whole);
-    atomic_fetch_add(&bytes_fetched, whole);
+        memcpy(fake_cuda_at(to, bytes), fake_cuda_at(from, bytes), bytes);
+    atomic_fetch_add(&bytes_fetched, bytes);
 }
 
 static void run_fetch(const void *bytes)
 {
-    const struct ends_arguments *it = bytes;
-    const struct cuda_order *order = fake_cuda_at((uintptr_t)it->order, sizeof *order);
+    const struct cuda_ends *it = bytes;
+    const struct cuda_order *orders =
+        fake_cuda_at((uintptr_t)it->orders, CUDA_ORDERS * sizeof *orders);
     struct cuda_report *report = fake_cuda_at((uintptr_t)it->report, sizeof *report);
+    for (uint32_t i = 1; i < CUDA_ORDERS; i++) // each is a block's own
+        ASSERT(memcmp(&orders[i], &orders[0], sizeof *orders) == 0);
+    if (orders->warm_pieces > 0) {
+        uint64_t before = (uint64_t)(orders->warm_pieces - 1) * orders->warm_step_bytes;
+        fake_cuda_at(orders->warm_from, before + CUDA_WARM_BYTES);
+        ASSERT(orders->warm_from % 16 == 0 && orders->warm_step_bytes % 16 == 0);
+        atomic_fetch_add(&bytes_warmed, (uint64_t)orders->warm_pieces * CUDA_WARM_BYTES);
+    }
     report->begun_ns = fake_cuda_now_ns();
-    fetch(order->table_from, order->table_to, order->table_bytes);
-    fetch(order->input_from, order->input_to, order->input_bytes);
+    fetch((uintptr_t)it->table_host, (uintptr_t)it->table, orders->table_bytes, CUDA_FETCH_BYTES);
+    fetch(orders->input_from, orders->input_to, orders->input_bytes, 16);
     report->fetched_ns = fake_cuda_now_ns();
 }
 
 static void run_report(const void *bytes)
 {
-    const struct ends_arguments *it = bytes;
-    const struct cuda_order *order = fake_cuda_at((uintptr_t)it->order, sizeof *order);
+    const struct cuda_ends *it = bytes;
+    const struct cuda_order *order = fake_cuda_at((uintptr_t)it->orders, sizeof *order);
     struct cuda_report *report = fake_cuda_at((uintptr_t)it->report, sizeof *report);
     report->computed_ns = fake_cuda_now_ns();
     ASSERT(order->sequence != report->sequence);
@@ -402,6 +463,14 @@ cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count)
     return cudaSuccess;
 }
 
+cudaError_t cuda_hopper_many_init(struct cuda_bucket *bucket, int sm_count)
+{
+    bucket->many_cluster = 2;
+    bucket->many_blocks = (uint32_t)sm_count / 2 * 2;
+    bucket->many_map = make_map;
+    return cudaSuccess;
+}
+
 uint64_t cuda_decode_partial_bytes(const struct cuda_bucket *bucket)
 {
     return (uint64_t)PARTIAL_BYTES * bucket->decode_tokens;
@@ -444,18 +513,22 @@ cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket, const struct cu
                   cuda_hopper_partial_bytes(bucket), stream);
 }
 
-cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct cuda_report *report,
-                              cudaStream_t stream)
+cudaError_t cuda_hopper_many_launch(const struct cuda_bucket *bucket,
+                                    const struct cuda_table *table, bool overlaps,
+                                    cudaStream_t stream)
 {
-    const struct ends_arguments arguments = {.order = order, .report = report};
-    return fake_cuda_launch(__func__, stream, run_fetch, &arguments, sizeof arguments);
+    ASSERT(bucket->many_blocks > 0);
+    return launch(__func__, bucket, run_hopper_many, overlaps, table, NULL, NULL, 0, stream);
 }
 
-cudaError_t cuda_report_launch(const struct cuda_order *order, struct cuda_report *report,
-                               cudaStream_t stream)
+cudaError_t cuda_fetch_launch(const struct cuda_ends *ends, cudaStream_t stream)
 {
-    const struct ends_arguments arguments = {.order = order, .report = report};
-    return fake_cuda_launch(__func__, stream, run_report, &arguments, sizeof arguments);
+    return fake_cuda_launch(__func__, stream, run_fetch, ends, sizeof *ends);
+}
+
+cudaError_t cuda_report_launch(const struct cuda_ends *ends, cudaStream_t stream)
+{
+    return fake_cuda_launch(__func__, stream, run_report, ends, sizeof *ends);
 }
 
 // launch.c's own launches are the real kernels' alone.

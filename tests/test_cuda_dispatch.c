@@ -371,6 +371,102 @@ START_TEST(table_honours_kernels_asked_for)
 }
 END_TEST
 
+// Segments of one weight and one, two, ... of them: what becomes of many tokens on Hopper.
+static const struct many {
+    uint32_t clusters;                   // that the device holds at once
+    bool tiles;                          // whether the weight has them
+    uint32_t tokens[4];                  // of the segments; group ranges are equal
+    uint32_t tile_tokens, tiles_n, maps; // no tokens: the other kernel's
+} many[] = {
+    {66, true, {128}, 0, 0, 0},
+    {66, false, {4096}, 0, 0, 0},
+    {66, true, {129}, 128, 4 * 8 * 2, 1}, // two tiles of 128 for one of 256
+    {66, true, {256}, 128, 4 * 8 * 2, 1}, // 64 short tiles fill the device, 32 long ones do not
+    {66, true, {512}, 256, 4 * 8 * 2, 1},
+    {66, true, {700}, 128, 4 * 8 * 6, 1}, // three rounds of short tiles, not two of long ones
+    {8, true, {256}, 256, 4 * 8, 1},
+    {66, true, {63, 65, 64, 320}, 256, 4 * 8 * 2, 3}, // boxes of 64
+    {66, true, {1, 1, 1, 126}, 128, 4 * 8 * 2, 1},
+    {66, true, {40, 40, 40, 40}, 128, 4 * 8 * 2, 0},
+};
+
+static bool fake_map(struct cuda_map *map, const struct cuda_row *rows, uint32_t tokens,
+                     uint32_t groups, uint32_t reduced_dim)
+{
+    map->tensor[0] = rows[0].activations;
+    map->tensor[1] = tokens;
+    ck_assert_uint_eq(groups, 8);
+    ck_assert_uint_eq(reduced_dim, 4096);
+    return true;
+}
+
+// Of each run's rows those of long segments have maps, at places of their own, and no others.
+static uint32_t check_maps(const struct cuda_table *table)
+{
+    const struct cuda_row *rows =
+        (const struct cuda_row *)((const unsigned char *)table + table->rows_offset);
+    const struct cuda_run *run = &table->runs[table->decode_runs + table->prefill_runs];
+    uint32_t maps = 0, last = 0;
+    for (uint32_t row = run->row_begin; row < run->row_begin + run->rows; row++) {
+        uint32_t at = rows[row].map;
+        if (at == 0)
+            continue;
+        const struct cuda_map *map = (const struct cuda_map *)table + at;
+        ck_assert((const void *)map >= (const void *)(run + 1));
+        ck_assert((const void *)(map + 1) <= (const void *)rows);
+        ck_assert_uint_ge(row, map->row_begin);
+        ck_assert_uint_lt(row - map->row_begin, map->tensor[1]);
+        ck_assert_uint_eq(rows[map->row_begin].activations, map->tensor[0]);
+        ck_assert_uint_ge(map->tensor[1], CUDA_MANY_BOX);
+        maps += at != last;
+        last = at;
+    }
+    return maps;
+}
+
+START_TEST(table_cuts_many_tokens_into_tiles)
+{
+    const struct many *it = &many[_i];
+    struct cuda_bucket bucket = bucket_of(4096);
+    bucket.hopper_rows = 128;
+    bucket.hopper_tokens = 128;
+    bucket.hopper_workers = 132;
+    bucket.hopper_from = CUDA_HOPPER_TOKENS_MIN;
+    bucket.many_cluster = 2;
+    bucket.many_blocks = 2 * it->clusters;
+    bucket.many_map = fake_map;
+    static uint8_t elements[1]; // only addresses count
+    struct cuda_weight weight = {
+        .format = format_of(8, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128), .elements = elements};
+    if (it->tiles)
+        weight.tiles = (uint8_t *)((uintptr_t)elements + 2048 * (uint64_t)CUDA_MANY_TILE_BYTES);
+    struct cuda_segment segments[4];
+    uint32_t order[4], n = 0, tokens = 0;
+    for (; n < 4 && it->tokens[n] > 0; n++) {
+        segments[n] = segment_of(&weight, it->tokens[n], 0, 8, n + 1);
+        tokens += it->tokens[n];
+    }
+    uint64_t bytes = cuda_table_bytes(&bucket, n);
+    struct cuda_table *table = malloc(bytes);
+    cuda_table_build(&bucket, segments, n, order, table);
+    ck_assert_uint_le(cuda_table_used(table), bytes);
+    ck_assert_uint_eq(table->many_tiles, it->tiles_n);
+    ck_assert_uint_eq(table->many_runs, it->tiles_n > 0);
+    ck_assert_uint_eq(table->hopper_runs, it->tiles_n == 0);
+    ck_assert_uint_eq(cuda_table_launches(table) & CUDA_LAUNCH_HOPPER_MANY,
+                      it->tiles_n > 0 ? CUDA_LAUNCH_HOPPER_MANY : 0);
+    ck_assert_uint_eq(table->runs[0].rows, tokens);
+    ck_assert_uint_eq(check_maps(table), it->maps);
+    if (it->tiles_n > 0) {
+        ck_assert_uint_eq(table->runs[0].tile_units, it->tile_tokens);
+        ck_assert_uint_eq(table->runs[0].tiles, 2048);
+    }
+    for (uint32_t i = 0; i < n; i++)
+        ck_assert_uint_eq(count_spans(table, &segments[i]), segments[i].operand.rotations ? 1 : 0);
+    free(table);
+}
+END_TEST
+
 START_TEST(table_of_nothing_is_empty)
 {
     struct cuda_bucket bucket = bucket_of(8);
@@ -399,6 +495,7 @@ int main(void)
     tcase_add_loop_test(table, table_holds_every_token_once, 0, 60);
     tcase_add_loop_test(table, table_numbers_units, 0, 8);
     tcase_add_test(table, table_of_nothing_is_empty);
+    tcase_add_loop_test(table, table_cuts_many_tokens_into_tiles, 0, sizeof many / sizeof many[0]);
     tcase_add_loop_test(table, table_honours_kernels_asked_for, 0,
                         sizeof forced / sizeof forced[0]);
     suite_add_tcase(suite, table);

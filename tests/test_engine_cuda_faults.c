@@ -22,7 +22,7 @@ enum {
     TOKENS_MAX = 256,
     FEW = 5,   // tokens: a small batch, which the graph fetches itself
     MANY = 90, // a large one, with copies around the graph
-    INPUT_BYTES = 2 << 20,
+    INPUT_BYTES = 4 << 20,
     OUTPUT_BYTES = 1 << 20,
     HANG_NS = 1000000000,
     FAULTS_MAX = 2000,
@@ -31,7 +31,7 @@ enum {
 static const uint32_t buckets[] = {8, 64, TOKENS_MAX};
 
 static const struct einsum_weight_format formats[] = {
-    {2, 32, 2048, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
+    {2, 32, 4096, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 32, 128},
     {1, 32, 4096, EINSUM_WEIGHT_BF16, EINSUM_SCALE_NONE, 1, 128},
     {1, 1536, 16384, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 128, 128}, // three stagings
     {1, 4096, 128, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128, 128},  // more out than in
@@ -558,7 +558,7 @@ START_TEST(a_weight_that_does_not_fit_is_loaded_later)
         loaded_n += status == STATUS_OK;
     } while (status == STATUS_OK);
     ck_assert_int_eq(status, STATUS_RESOURCE_EXHAUSTED);
-    ck_assert_uint_gt(loaded_n, 5);
+    ck_assert_uint_gt(loaded_n, 3); // each lies twice
     ck_assert_ptr_nonnull(strstr(err.text, "memory for a weight on the device: out of memory"));
     expect_right(&served, weight);
     ck_assert_int_eq(run(&wanted, loaded[loaded_n - 1], 2).status, STATUS_OK);
@@ -768,7 +768,7 @@ START_TEST(inputs_are_brought_once)
         int format;
         uint32_t tokens;
         bool by_graph;
-    } cases[] = {{0, FEW, true}, {0, MANY, false}, {3, 3, true}, {3, 40, false}};
+    } cases[] = {{0, FEW, true}, {0, MANY, false}, {3, 3, true}, {3, 60, false}};
     open_lanes();
     for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
         struct source source = source_of(&formats[cases[i].format]);
@@ -787,6 +787,37 @@ START_TEST(inputs_are_brought_once)
         ops->weight_free(engine, weight);
         source_free(&source);
     }
+    close_lanes();
+}
+END_TEST
+
+// A part of the weights is brought to the cache for a small batch that has the device to itself,
+// and for no other.
+START_TEST(a_small_batch_alone_warms_its_weight)
+{
+    open_lanes();
+    struct source source = source_of(&formats[0]);
+    struct engine_weight *weight = load(&source);
+    uint64_t half = einsum_weight_bytes(&formats[0]) / 2;
+    struct ask asks[LANES];
+    uint64_t before = fake_cuda_warmed_bytes();
+    fake_cuda_hold(true);
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        ask_fill(&asks[lane], lane, &source, weight, FEW, 0);
+        ops->submit(engine, lane, &asks[lane].batch);
+    }
+    fake_cuda_hold(false);
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        ck_assert_int_eq(finish(lane).status, STATUS_OK);
+        ask_check(&asks[lane]);
+    }
+    ck_assert_uint_eq(fake_cuda_warmed_bytes() - before, half); // of the first
+    ck_assert_int_eq(run(&source, weight, MANY).status, STATUS_OK);
+    ck_assert_uint_eq(fake_cuda_warmed_bytes() - before, half);
+    ck_assert_int_eq(run(&source, weight, FEW).status, STATUS_OK);
+    ck_assert_uint_eq(fake_cuda_warmed_bytes() - before, 2 * half);
+    ops->weight_free(engine, weight);
+    source_free(&source);
     close_lanes();
 }
 END_TEST
@@ -819,6 +850,57 @@ START_TEST(a_kernel_asked_for_computes)
     ops->weight_free(engine, weight);
     source_free(&source);
     close_lanes();
+}
+END_TEST
+
+// Only a weight in square blocks lies twice, and only many of its tokens are computed from there,
+// whether they come by a map, row by row or beside others.
+START_TEST(many_tokens_take_the_tiles)
+{
+    static const struct einsum_weight_format square = {
+        2, 256, 512, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128, 128};
+    static const uint32_t tokens[] = {CUDA_HOPPER_MANY_TOKENS_MIN - 1, CUDA_HOPPER_MANY_TOKENS_MIN,
+                                      TOKENS_MAX};
+    open_lanes();
+    struct source sources[] = {source_of(&square), source_of(&formats[0])};
+    for (size_t i = 0; i < ARRAY_LEN(sources); i++) {
+        struct engine_weight *weight = load(&sources[i]);
+        const struct einsum_weight_format *format = &sources[i].base.format;
+        uint64_t twice = 2 * einsum_weight_bytes(format);
+        ck_assert_int_eq(ops->weight_bytes(weight) > twice, i == 0);
+        for (size_t s = 0; s < ARRAY_LEN(tokens); s++) {
+            uint64_t few = fake_cuda_rows(CUDA_KERNEL_HOPPER);
+            uint64_t many = fake_cuda_rows(CUDA_KERNEL_HOPPER_MANY);
+            bool tiles = i == 0 && tokens[s] >= CUDA_HOPPER_MANY_TOKENS_MIN;
+            ck_assert_int_eq(run(&sources[i], weight, tokens[s]).status, STATUS_OK);
+            ck_assert_uint_eq(fake_cuda_rows(CUDA_KERNEL_HOPPER) - few, tiles ? 0 : tokens[s]);
+            ck_assert_uint_eq(fake_cuda_rows(CUDA_KERNEL_HOPPER_MANY) - many,
+                              tiles ? tokens[s] : 0);
+        }
+        ops->weight_free(engine, weight);
+        source_free(&sources[i]);
+    }
+    close_lanes();
+}
+END_TEST
+
+// Where no bucket has room for many tokens, no weight lies twice.
+START_TEST(small_buckets_need_no_tiles)
+{
+    static const uint32_t room[] = {8, 128};
+    fake_cuda_start(&hopper, random_state);
+    const struct engine_options options = {.lanes = 1,
+                                           .batch_segments_max = 1,
+                                           .buckets = room,
+                                           .buckets_n = ARRAY_LEN(room),
+                                           .reduced_dim_max = 16384};
+    ck_assert_msg(ops->open(&options, &engine, &err) == STATUS_OK, "%s", err.text);
+    struct source source = source_of(&formats[3]);
+    struct engine_weight *weight = load(&source);
+    ck_assert_uint_lt(ops->weight_bytes(weight), 2 * einsum_weight_bytes(&formats[3]));
+    ops->weight_free(engine, weight);
+    source_free(&source);
+    close_device();
 }
 END_TEST
 
@@ -948,7 +1030,10 @@ int main(void)
     tcase_add_test(batches, nothing_is_answered_before_its_time);
     tcase_add_test(batches, small_and_large_batches_take_turns);
     tcase_add_test(batches, inputs_are_brought_once);
+    tcase_add_test(batches, a_small_batch_alone_warms_its_weight);
     tcase_add_test(batches, a_kernel_asked_for_computes);
+    tcase_add_test(batches, many_tokens_take_the_tiles);
+    tcase_add_test(batches, small_buckets_need_no_tiles);
     tcase_add_test(batches, kernels_that_the_device_lacks_are_refused);
     tcase_add_test(batches, later_requests_are_told_that_the_device_is_lost);
 

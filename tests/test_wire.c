@@ -73,6 +73,7 @@ static void assert_agrees(const struct wire_request *request, const uint8_t *fla
     ck_assert_str_eq(request->weight, peer->weight);
     ck_assert_str_eq(request->equation, peer->equation);
     ck_assert_str_eq(request->kernel, peer->kernel);
+    ck_assert_int_eq(request->priority, (int32_t)peer->priority);
     ck_assert_int_eq(request->recipe, (int32_t)peer->recipe);
     ck_assert_int_eq(request->activation_layout, (int32_t)peer->activation_layout);
     ck_assert_int_eq(request->scale_layout, (int32_t)peer->scale_layout);
@@ -93,6 +94,7 @@ static void assert_same_request(const struct wire_request *a, const struct wire_
     ck_assert_int_eq(a->kind, b->kind);
     ck_assert_str_eq(a->equation, b->equation);
     ck_assert_str_eq(a->kernel, b->kernel);
+    ck_assert_int_eq(a->priority, b->priority);
     ck_assert_int_eq(a->recipe, b->recipe);
     ck_assert_int_eq(a->output_type, b->output_type);
     ck_assert_uint_eq(a->tokens, b->tokens);
@@ -117,6 +119,7 @@ static size_t pack_full_request(uint8_t to[MESSAGE_BYTES_MAX])
     request.weight = weight;
     request.equation = equation;
     request.kernel = kernel;
+    request.priority = EINSUM__V1__PRIORITY__PRIORITY_HIGH;
     request.recipe = EINSUM__V1__RECIPE__RECIPE_1_32_32;
     request.activation_layout = EINSUM__V1__ACTIVATION_LAYOUT__ACTIVATION_LAYOUT_GTR;
     request.scale_layout = (Einsum__V1__ScaleLayout)-7; // ten bytes on the wire
@@ -193,7 +196,7 @@ START_TEST(refuses_what_is_cut_short)
         if (peer)
             einsum__v1__einsum_request__free_unpacked(peer, NULL);
     }
-    ck_assert_uint_eq(refused, n - 15); // all but the 15 places between fields
+    ck_assert_uint_eq(refused, n - 16); // all but the 16 places between fields
 }
 END_TEST
 
@@ -266,10 +269,10 @@ static const struct refusal {
     {BYTES("\x6a\xff\xff\xff\xff\x7f"), "activations", "length that runs past the end"},
     {BYTES("\x6a\x80\x80\x80\x80\x80\x00"), "activations", "varint too long"},
     {BYTES("\x72"), "activation_scales", "truncated varint"},
-    {BYTES("\x8a\x01\x02\x00"), "", "length that runs past the end"},
-    {BYTES("\x8d\x01\x00\x00\x00"), "", "truncated fixed-size value"},
-    {BYTES("\x89\x01\x00\x00\x00\x00\x00\x00\x00"), "", "truncated fixed-size value"},
-    {BYTES("\x88\x01\x80"), "", "truncated varint, at byte 2"},
+    {BYTES("\x92\x01\x02\x00"), "", "length that runs past the end"},
+    {BYTES("\x95\x01\x00\x00\x00"), "", "truncated fixed-size value"},
+    {BYTES("\x91\x01\x00\x00\x00\x00\x00\x00\x00"), "", "truncated fixed-size value"},
+    {BYTES("\x90\x01\x80"), "", "truncated varint, at byte 2"},
     {BYTES("\x80\x01\x01"), "shared", "wire type 0, expected 2"},
     {BYTES("\x82\x01\x02\x00"), "shared", "length that runs past the end"},
     {BYTES("\x82\x01\x03\x10\x80\x80\x00"), "shared.activations_offset", "truncated varint"},
@@ -332,11 +335,11 @@ END_TEST
 START_TEST(skips_what_it_does_not_know)
 {
     static const uint8_t bytes[] = {
-        0x88, 0x01, 0xff, 0x01,                         // 17: varint
-        0x8a, 0x01, 0x03, 0x08, 0x08, 0x08,             // 17: bytes
+        0x90, 0x01, 0xff, 0x01,                         // 18: varint
+        0x92, 0x01, 0x03, 0x08, 0x08, 0x08,             // 18: bytes
         0x48, 0x05,                                     // tokens = 5
-        0x8d, 0x01, 1,    2,    3,    4,                // 17: fixed32
-        0x89, 0x01, 1,    2,    3,    4,    5, 6, 7, 8, // 17: fixed64
+        0x95, 0x01, 1,    2,    3,    4,                // 18: fixed32
+        0x91, 0x01, 1,    2,    3,    4,    5, 6, 7, 8, // 18: fixed64
         0xf8, 0xff, 0xff, 0xff, 0x0f, 0x2a,             // 2^29 - 1: varint
     };
     struct wire_request request;
@@ -487,6 +490,7 @@ static size_t pack_output_project(uint8_t to[MESSAGE_BYTES_MAX])
     request.attention = (ProtobufCBinaryData){sizeof attention, attention};
     request.positions = (ProtobufCBinaryData){sizeof positions, positions};
     request.kernel = kernel;
+    request.priority = EINSUM__V1__PRIORITY__PRIORITY_HIGH;
     ck_assert_uint_le(einsum__v1__output_project_request__get_packed_size(&request),
                       MESSAGE_BYTES_MAX);
     return einsum__v1__output_project_request__pack(&request, to);
@@ -499,6 +503,7 @@ static void assert_output_project_agrees(const struct wire_request *request, con
     ck_assert_uint_eq(request->request_id, peer->request_id);
     ck_assert_str_eq(request->weight, peer->weight);
     ck_assert_str_eq(request->kernel, peer->kernel);
+    ck_assert_int_eq(request->priority, (int32_t)peer->priority);
     ck_assert_int_eq(request->output_type, (int32_t)peer->output_type);
     ck_assert_uint_eq(request->tokens, peer->tokens);
     ck_assert_uint_eq(request->group_begin, peer->group_begin);
@@ -534,7 +539,7 @@ START_TEST(reads_an_output_project_request)
         einsum__v1__output_project_request__free_unpacked(peer, NULL);
         accepted++;
     }
-    ck_assert_uint_eq(accepted, 11); // between the ten fields, and at both ends
+    ck_assert_uint_eq(accepted, 12); // between the ten fields, and at both ends
 }
 END_TEST
 

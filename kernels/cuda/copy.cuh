@@ -65,6 +65,17 @@ __device__ inline uint4 load_matrices(uint32_t from)
     return v;
 }
 
+// The opposite: of four matrices, lane i names the place of row i%8 of matrix i/8, lane 4g+t has bytes
+// [4t, 4t+4) of row g of each.
+__device__ inline void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+#endif
+}
+
 // The next kernel in the stream may start as soon as every block has come here.
 __device__ inline void let_next_kernel_start()
 {

@@ -27,6 +27,8 @@ enum cuda_kernel {
     CUDA_KERNEL_DECODE,  // "decode"
     CUDA_KERNEL_PREFILL, // "prefill"
     CUDA_KERNEL_HOPPER,  // "hopper": capability 9.0 only
+    // "hopper" as well, for many tokens of a weight that also lies in tiles. Asked for by no name.
+    CUDA_KERNEL_HOPPER_MANY,
 };
 
 enum cuda_arm {
@@ -61,6 +63,8 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
 enum { CUDA_PREFILL_TOKENS_MIN = 65 };
 // The same for Hopper's arm, and all others.
 enum { CUDA_HOPPER_TOKENS_MIN = 33 };
+// Tokens from which Hopper's arm takes a weight's tiles: half a tile of them, and one.
+enum { CUDA_HOPPER_MANY_TOKENS_MIN = 129 };
 
 // ---- weights (relayout.cu)
 
@@ -68,15 +72,17 @@ struct cuda_weight {
     struct einsum_weight_format format;
     void *memory;
     uint8_t *elements; // [G][D/16][R/32] fragments of 32 lanes x 16 bytes; BF16: [R/16]
+    uint8_t *tiles;    // the same once more, [G][D/128][R/128] tiles of hopper_many.cu; or NULL
     void *scales;      // [G * D/block_d][K]; UE8M0 padded to words of four
     uint8_t *wide;     // [G * D/32]: 1 where an element or a scale is not narrow
 };
 
-uint64_t cuda_weight_bytes(const struct einsum_weight_format *format);
+// `many`: whether there is a bucket with cuda_bucket_has_many. Weights that it takes lie twice then.
+uint64_t cuda_weight_bytes(const struct einsum_weight_format *format, bool many);
 
 // `memory`: cuda_weight_bytes() bytes on the device, aligned to 256, the caller's. Clears the flags on `stream`.
 cudaError_t cuda_weight_init(struct cuda_weight *weight, const struct einsum_weight_format *format,
-                             void *memory, cudaStream_t stream);
+                             bool many, void *memory, cudaStream_t stream);
 
 // Re-lays rows [row_begin, row_begin + rows) of the checkpoint's [G*D, R] matrix, multiples of 16,
 // from `staging` (device memory, aligned to 16, which holds these rows alone).
@@ -97,6 +103,10 @@ struct cuda_segment {
     enum cuda_kernel kernel; // forced; segments that differ in it never share a reading
 };
 
+// Fills in `tensor` for a segment, whose rows are given. False where the device cannot have it so.
+typedef bool cuda_map_maker(struct cuda_map *map, const struct cuda_row *rows, uint32_t tokens,
+                            uint32_t groups, uint32_t reduced_dim);
+
 struct cuda_bucket {
     uint32_t tokens_max;
     uint32_t decode_tokens;  // of one run: 8, 16, 32 or 64
@@ -106,6 +116,8 @@ struct cuda_bucket {
     uint32_t hopper_rows, hopper_tokens; // of a tile
     uint32_t hopper_workers;             // 0: the device is no Hopper
     uint32_t hopper_from;                // the same for what Hopper's arm takes; UINT32_MAX: never
+    uint32_t many_blocks, many_cluster;  // how many, and of how many that share tokens; 0: never
+    cuda_map_maker *many_map;            // NULL: activations go row by row
     uint32_t attention_blocks;           // of a launch with attention
 };
 
@@ -123,6 +135,9 @@ void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segmen
 // Which kernels and how many blocks; asks the current device. `hopper`: whether its arm may be used.
 cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bool hopper);
 
+// Whether the bucket's tables can name weights' tiles.
+bool cuda_bucket_has_many(const struct cuda_bucket *bucket);
+
 // Scratch of a launch: zero before the first, left ready for the next.
 uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket);
 
@@ -132,9 +147,10 @@ enum cuda_launch {
     CUDA_LAUNCH_DECODE = 2,
     CUDA_LAUNCH_PREFILL = 4,
     CUDA_LAUNCH_HOPPER = 8,
-    CUDA_LAUNCH_SETS = 16, // how many there are
+    CUDA_LAUNCH_HOPPER_MANY = 16,
+    CUDA_LAUNCH_SETS = 32, // how many there are
     // Beside them: the kernel ahead writes the table or the activations, so none overlaps it.
-    CUDA_LAUNCH_WRITTEN = 16,
+    CUDA_LAUNCH_WRITTEN = 32,
 };
 
 // What a table needs; and whether a bucket's tables can ever need `launches`.
@@ -150,12 +166,23 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
 
 // ---- the ends of a batch's graph (fetch.cu)
 
+// One order for each thread block that fetches, all alike: a word of host memory that several
+// blocks ask for goes to one after the other, a microsecond each.
+enum {
+    CUDA_ORDERS = 32,
+    CUDA_FETCH_BYTES = 512, // by a warp at once
+    CUDA_WARM_BYTES = 4096,
+};
+
 // What the host asks of one launch. Pinned; written before the launch, left alone until the report.
 struct cuda_order {
-    uint64_t table_from, table_to;     // device addresses, the first of host memory; aligned to 16
-    uint64_t input_from, input_to;     // likewise
-    uint64_t table_bytes, input_bytes; // rounded up to 16 by who reads; 0: nothing to fetch
+    uint64_t input_from, input_to;     // device addresses, the first of host memory; aligned to 16
+    uint64_t table_bytes, input_bytes; // multiples of CUDA_FETCH_BYTES; of 16
     uint64_t sequence;                 // to be reported, different from the last one
+    // Weights that the kernels will read: `warm_pieces` of CUDA_WARM_BYTES, each so many bytes
+    // behind the one before, brought to the cache meanwhile. Aligned to 16.
+    uint64_t warm_from;
+    uint32_t warm_pieces, warm_step_bytes;
     uint64_t padding;
 };
 
@@ -166,13 +193,20 @@ struct cuda_report {
     uint64_t padding[4];
 };
 
-// First in a graph: copies what the order names. Before CUDA_LAUNCH_WRITTEN.
-cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct cuda_report *report,
-                              cudaStream_t stream);
+// Both ends' arguments, device addresses. All but `table` are of host memory.
+struct cuda_ends {
+    const struct cuda_order *orders;     // CUDA_ORDERS of them
+    const struct cuda_table *table_host; // aligned to 16, as `table` is
+    struct cuda_table *table;
+    struct cuda_report *report;
+};
+
+// First in a graph: copies the table, and what the order names. Before CUDA_LAUNCH_WRITTEN.
+// Warming it only begins; nothing waits for it, and where the device cannot, nothing is warmed.
+cudaError_t cuda_fetch_launch(const struct cuda_ends *ends, cudaStream_t stream);
 
 // Last in a graph: waits for all ahead and reports.
-cudaError_t cuda_report_launch(const struct cuda_order *order, struct cuda_report *report,
-                               cudaStream_t stream);
+cudaError_t cuda_report_launch(const struct cuda_ends *ends, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -2,12 +2,13 @@
 // host is told that it is done. Both read and write pinned host memory over the bus, so that a
 // small batch needs neither the copy engine, which takes microseconds for any copy, nor an event.
 //
-//     host     order, table, input              output             report
-//                       |                         ^                  ^
-//     graph    [fetch]--'--> table, input -> [kernels] -> [report] --'
+//     host     orders, table, input              output             report
+//                        |                         ^                  ^
+//     graph    [fetch]---'--> table, input -> [kernels] -> [report] --'
 //
-// Who reads over the bus waits two of its round trips, one for the order and one for all that the
-// order names, as long as the bytes fit into the loads in flight.
+// A block waits two round trips over the bus, one for its order and one for its share of all that
+// the order names, as long as the bytes fit into the loads in flight. No two warps read from one
+// sector (32 bytes): those that do are served in turn, a round trip each.
 #include "launch.h"
 
 #include "copy.cuh"
@@ -16,7 +17,7 @@ namespace
 {
 
 enum {
-    BLOCKS = 32,
+    BLOCKS = CUDA_ORDERS,
     THREADS = 256,
     IN_FLIGHT = 4, // loads of 16 bytes by a thread: 512 KiB by all
 };
@@ -35,74 +36,88 @@ __device__ inline uint4 load_host(const uint4 *from)
     return __ldcv(from);
 }
 
-__global__ void __launch_bounds__(THREADS)
-    fetch_kernel(const cuda_order *order_host, cuda_report *report)
+// From the device's memory into its L2.
+__device__ inline void bring_to_cache(const uint8_t *from, uint32_t bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+__global__ void __launch_bounds__(THREADS) fetch_kernel(const cuda_ends ends)
 {
     __shared__ cuda_order order;
     static_assert(sizeof order % 16 == 0, "read in pieces of 16 bytes");
     uint64_t begun_ns = device_time_ns();
     if (threadIdx.x < sizeof order / 16)
-        ((uint4 *)&order)[threadIdx.x] = load_host((const uint4 *)order_host + threadIdx.x);
+        ((uint4 *)&order)[threadIdx.x] =
+            load_host((const uint4 *)&ends.orders[blockIdx.x] + threadIdx.x);
     __syncthreads();
 
-    // Table and input, one behind the other, in pieces of 16 bytes.
-    uint32_t table_n = (uint32_t)((order.table_bytes + 15) / 16);
-    uint32_t n = table_n + (uint32_t)((order.input_bytes + 15) / 16);
-    for (uint32_t first = blockIdx.x * THREADS + threadIdx.x; first < n;
+    // Table and input, one behind the other, in pieces of 16 bytes: a warp's lie side by side, and
+    // no warp has some of both.
+    const uint4 *table_from = (const uint4 *)ends.table_host;
+    const uint4 *input_from = (const uint4 *)order.input_from;
+    uint4 *table_to = (uint4 *)ends.table, *input_to = (uint4 *)order.input_to;
+    uint32_t table_n = (uint32_t)(order.table_bytes / 16);
+    uint32_t n = table_n + (uint32_t)(order.input_bytes / 16);
+    uint32_t warp = threadIdx.x / 32 * BLOCKS + blockIdx.x; // of little, all blocks have a share
+    for (uint32_t first = warp * 32 + threadIdx.x % 32; first < n;
          first += BLOCKS * THREADS * IN_FLIGHT) {
         uint4 held[IN_FLIGHT];
 #pragma unroll
         for (uint32_t i = 0; i < IN_FLIGHT; i++) {
             uint32_t at = first + i * (BLOCKS * THREADS);
             if (at < n)
-                held[i] =
-                    load_host(at < table_n ? (const uint4 *)order.table_from + at
-                                           : (const uint4 *)order.input_from + (at - table_n));
+                held[i] = load_host(at < table_n ? table_from + at : input_from + (at - table_n));
         }
 #pragma unroll
         for (uint32_t i = 0; i < IN_FLIGHT; i++) {
             uint32_t at = first + i * (BLOCKS * THREADS);
             if (at < n)
-                *(at < table_n ? (uint4 *)order.table_to + at
-                               : (uint4 *)order.input_to + (at - table_n)) = held[i];
+                *(at < table_n ? table_to + at : input_to + (at - table_n)) = held[i];
         }
     }
+
+    // The last threads first, since they have the least to fetch.
+    for (uint32_t i = (THREADS - 1 - threadIdx.x) * BLOCKS + blockIdx.x; i < order.warm_pieces;
+         i += BLOCKS * THREADS)
+        bring_to_cache((const uint8_t *)order.warm_from + (uint64_t)i * order.warm_step_bytes,
+                       CUDA_WARM_BYTES);
 
     // All blocks have about the same to do: the first stands for them.
     if (blockIdx.x == 0) {
         __syncthreads();
         if (threadIdx.x == 0) {
-            report->begun_ns = begun_ns;
-            report->fetched_ns = device_time_ns();
+            ends.report->begun_ns = begun_ns;
+            ends.report->fetched_ns = device_time_ns();
         }
     }
 }
 
-__global__ void report_kernel(const cuda_order *order, cuda_report *report)
+__global__ void report_kernel(const cuda_ends ends)
 {
-    uint64_t sequence = __ldcv((const unsigned long long *)&order->sequence);
+    uint64_t sequence = __ldcv((const unsigned long long *)&ends.orders->sequence);
     wait_for_kernel_ahead();
-    report->computed_ns = device_time_ns();
+    ends.report->computed_ns = device_time_ns();
     // What any kernel of the batch has written, outputs in host memory too, before the word for it.
     __threadfence_system();
-    *(volatile uint64_t *)&report->sequence = sequence;
+    *(volatile uint64_t *)&ends.report->sequence = sequence;
 }
 
 } // namespace
 
 // ---- host
 
-extern "C" cudaError_t cuda_fetch_launch(const struct cuda_order *order, struct cuda_report *report,
-                                         cudaStream_t stream)
+extern "C" cudaError_t cuda_fetch_launch(const struct cuda_ends *ends, cudaStream_t stream)
 {
-    void *arguments[] = {&order, &report};
+    void *arguments[] = {(void *)ends};
     return cuda_launch_kernel((const void *)fetch_kernel, BLOCKS, THREADS, 0, arguments, false,
                               stream);
 }
 
-extern "C" cudaError_t cuda_report_launch(const struct cuda_order *order,
-                                          struct cuda_report *report, cudaStream_t stream)
+extern "C" cudaError_t cuda_report_launch(const struct cuda_ends *ends, cudaStream_t stream)
 {
-    void *arguments[] = {&order, &report};
+    void *arguments[] = {(void *)ends};
     return cuda_launch_kernel((const void *)report_kernel, 1, 1, 0, arguments, true, stream);
 }

@@ -18,6 +18,8 @@ cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bo
         error = cuda_prefill_init(bucket, sm_count);
     if (error == cudaSuccess && hopper)
         error = cuda_hopper_init(bucket, sm_count);
+    if (error == cudaSuccess && hopper && tokens_max >= CUDA_HOPPER_MANY_TOKENS_MIN)
+        error = cuda_hopper_many_init(bucket, sm_count);
     return error;
 }
 
@@ -40,9 +42,16 @@ uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket)
 
 bool cuda_bucket_can_launch(const struct cuda_bucket *bucket, uint32_t launches)
 {
-    if ((launches & (CUDA_LAUNCH_DECODE | CUDA_LAUNCH_PREFILL | CUDA_LAUNCH_HOPPER)) == 0)
+    if ((launches & ~(uint32_t)CUDA_LAUNCH_ATTENTION) == 0)
+        return false;
+    if (launches & CUDA_LAUNCH_HOPPER_MANY && !cuda_bucket_has_many(bucket))
         return false;
     return bucket->hopper_workers > 0 || !(launches & CUDA_LAUNCH_HOPPER);
+}
+
+bool cuda_bucket_has_many(const struct cuda_bucket *bucket)
+{
+    return bucket->many_blocks > 0;
 }
 
 cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
@@ -62,9 +71,13 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
         error = cuda_prefill_launch(bucket, table, overlaps, stream);
         overlaps = true;
     }
-    if (error == cudaSuccess && launches & CUDA_LAUNCH_HOPPER)
+    if (error == cudaSuccess && launches & CUDA_LAUNCH_HOPPER) {
         error = cuda_hopper_launch(bucket, table, (uint32_t *)(at + COUNTERS_BYTES),
                                    (void *)(at + hopper_partials_offset(bucket)), overlaps, stream);
+        overlaps = true;
+    }
+    if (error == cudaSuccess && launches & CUDA_LAUNCH_HOPPER_MANY)
+        error = cuda_hopper_many_launch(bucket, table, overlaps, stream);
     return error;
 }
 

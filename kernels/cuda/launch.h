@@ -11,6 +11,7 @@ void cuda_attention_init(struct cuda_bucket *bucket, int sm_count);
 cudaError_t cuda_decode_init(struct cuda_bucket *bucket, int sm_count);
 cudaError_t cuda_prefill_init(struct cuda_bucket *bucket, int sm_count);
 cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count);
+cudaError_t cuda_hopper_many_init(struct cuda_bucket *bucket, int sm_count);
 
 // What workers leave for each other of a tile that they share: floats, of no meaning between launches,
 // aligned to 256. Who has come is counted in CUDA_COUNTERS words, zero before and after each launch.
@@ -29,6 +30,10 @@ cudaError_t cuda_prefill_launch(const struct cuda_bucket *bucket, const struct c
 cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
                                uint32_t *counters, float *partials, bool overlaps,
                                cudaStream_t stream);
+
+cudaError_t cuda_hopper_many_launch(const struct cuda_bucket *bucket,
+                                    const struct cuda_table *table, bool overlaps,
+                                    cudaStream_t stream);
 
 // A launch of any of them; `smem_bytes` of dynamic shared memory.
 cudaError_t cuda_launch_kernel(const void *kernel, uint32_t blocks, uint32_t threads,

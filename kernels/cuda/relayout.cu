@@ -31,20 +31,29 @@ static uint64_t wide_bytes(const struct einsum_weight_format *format)
     return (uint64_t)format->groups * (format->output_dim / CUDA_WIDE_ROWS);
 }
 
-extern "C" uint64_t cuda_weight_bytes(const struct einsum_weight_format *format)
+// Bytes of the second form, if there is one. It follows the first, of as many whole tiles.
+static uint64_t tiles_bytes(const struct einsum_weight_format *format, bool many)
 {
-    return align256(einsum_weight_bytes(format)) + align256(scales_bytes(format)) +
-           align256(wide_bytes(format));
+    bool square = format->block_d == CUDA_MANY_ROWS && format->block_r == CUDA_K_BLOCK;
+    return many && square && einsum_hopper_takes(format) ? einsum_weight_bytes(format) : 0;
+}
+
+extern "C" uint64_t cuda_weight_bytes(const struct einsum_weight_format *format, bool many)
+{
+    return align256(einsum_weight_bytes(format)) + tiles_bytes(format, many) +
+           align256(scales_bytes(format)) + align256(wide_bytes(format));
 }
 
 extern "C" cudaError_t cuda_weight_init(struct cuda_weight *weight,
-                                        const struct einsum_weight_format *format, void *memory,
-                                        cudaStream_t stream)
+                                        const struct einsum_weight_format *format, bool many,
+                                        void *memory, cudaStream_t stream)
 {
+    uint8_t *behind = (uint8_t *)memory + align256(einsum_weight_bytes(format));
     weight->format = *format;
     weight->memory = memory;
     weight->elements = (uint8_t *)memory;
-    weight->scales = weight->elements + align256(einsum_weight_bytes(format));
+    weight->tiles = tiles_bytes(format, many) > 0 ? behind : NULL;
+    weight->scales = behind + tiles_bytes(format, many);
     weight->wide = (uint8_t *)weight->scales + align256(scales_bytes(format));
     return cudaMemsetAsync(weight->wide, 0, wide_bytes(format), stream);
 }
@@ -76,6 +85,20 @@ __global__ void relayout_kernel(uint8_t *to, const uint8_t *from, uint64_t piece
         wide[(row_begin + panel * 16) / CUDA_WIDE_ROWS] = 1;
 }
 
+// A thread moves 16 bytes, into a tile as wgmma reads it: see wgmma.cuh.
+__global__ void relayout_tiles_kernel(uint8_t *tiles, const uint8_t *from, uint64_t pieces,
+                                      uint32_t row_pieces, uint64_t row_begin)
+{
+    uint64_t i = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= pieces)
+        return;
+    uint64_t row = row_begin + i / row_pieces;
+    uint32_t column = i % row_pieces, in_row = column % 8, in_tile = row % CUDA_MANY_ROWS;
+    uint64_t tile = row / CUDA_MANY_ROWS * (row_pieces / 8) + column / 8;
+    uint8_t *to = tiles + tile * CUDA_MANY_TILE_BYTES + in_tile * CUDA_K_BLOCK;
+    ((uint4 *)to)[in_row ^ in_tile % 8] = ((const uint4 *)from)[i];
+}
+
 extern "C" cudaError_t cuda_relayout(const struct cuda_weight *weight, const void *staging,
                                      uint64_t row_begin, uint64_t rows, cudaStream_t stream)
 {
@@ -92,6 +115,9 @@ extern "C" cudaError_t cuda_relayout(const struct cuda_weight *weight, const voi
     else
         relayout_kernel<false><<<blocks, 256, 0, stream>>>(to, (const uint8_t *)staging, pieces,
                                                            row_bytes, row_begin, weight->wide);
+    if (weight->tiles != NULL)
+        relayout_tiles_kernel<<<blocks, 256, 0, stream>>>(weight->tiles, (const uint8_t *)staging,
+                                                          pieces, row_bytes / 16, row_begin);
     return cudaGetLastError();
 }
 

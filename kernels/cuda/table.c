@@ -4,6 +4,15 @@
 
 #include <string.h>
 
+// Segments shorter than a copy's box are copied row by row: a tile is seldom theirs alone.
+static uint64_t maps_max(const struct cuda_bucket *bucket, uint32_t segments_max)
+{
+    uint64_t most = bucket->tokens_max / CUDA_MANY_BOX;
+    if (!bucket->many_map)
+        return 0;
+    return segments_max < most ? segments_max : most;
+}
+
 uint64_t cuda_table_bytes(const struct cuda_bucket *bucket, uint32_t segments_max)
 {
     // A run ends where a segment does or a tile of at least 8 tokens is full.
@@ -11,14 +20,17 @@ uint64_t cuda_table_bytes(const struct cuda_bucket *bucket, uint32_t segments_ma
     if (runs > bucket->tokens_max)
         runs = bucket->tokens_max;
     uint64_t spans = segments_max < bucket->tokens_max ? segments_max : bucket->tokens_max;
+    uint64_t maps = maps_max(bucket, segments_max);
+    if (maps > 0)
+        maps++; // they begin at a multiple of their size
     return sizeof(struct cuda_table) + runs * sizeof(struct cuda_run) +
-           spans * sizeof(struct cuda_attention) +
+           maps * sizeof(struct cuda_map) + spans * sizeof(struct cuda_attention) +
            (uint64_t)bucket->tokens_max * sizeof(struct cuda_row);
 }
 
 static uint32_t table_runs(const struct cuda_table *table)
 {
-    return table->decode_runs + table->prefill_runs + table->hopper_runs;
+    return table->decode_runs + table->prefill_runs + table->hopper_runs + table->many_runs;
 }
 
 static uint32_t table_rows(const struct cuda_table *table)
@@ -138,6 +150,11 @@ static uint32_t log2_of(uint32_t power_of_two)
     return log2;
 }
 
+static uint32_t tiles_offset(const struct cuda_weight *weight)
+{
+    return (uint32_t)((uint64_t)(weight->tiles - weight->elements) / CUDA_MANY_TILE_BYTES);
+}
+
 // All the segments of one reading, as far as the weight goes.
 static struct cuda_run run_of(const struct cuda_segment *segment, bool all_ue8m0)
 {
@@ -150,9 +167,11 @@ static struct cuda_run run_of(const struct cuda_segment *segment, bool all_ue8m0
         .reduced_dim = weight->format.reduced_dim,
         .group_begin = segment->operand.group_begin,
         .groups = segment->operand.groups,
-        .mode = cuda_mode_of(&weight->format, all_ue8m0 ? EINSUM_SCALE_UE8M0 : EINSUM_SCALE_FP32),
-        .block_d_log2 = log2_of(weight->format.block_d),
+        .mode = (uint16_t)cuda_mode_of(&weight->format,
+                                       all_ue8m0 ? EINSUM_SCALE_UE8M0 : EINSUM_SCALE_FP32),
+        .block_d_log2 = (uint16_t)log2_of(weight->format.block_d),
         .scales_fp32 = weight->format.scale_type == EINSUM_SCALE_FP32,
+        .tiles = weight->tiles ? tiles_offset(weight) : 0,
     };
 }
 
@@ -211,6 +230,33 @@ static void add_hopper_run(const struct cuda_bucket *bucket, struct cuda_table *
     table->hopper_runs++;
 }
 
+// Long tiles read less for each product; short ones fill the device with fewer tokens. They take some
+// 11/20 of a long one's time.
+static uint32_t many_tile_tokens(const struct cuda_bucket *bucket, const struct cuda_run *run)
+{
+    enum { LONG_COST = 20, SHORT_COST = 11 };
+    uint32_t clusters = bucket->many_blocks / bucket->many_cluster;
+    uint32_t across = run->groups * divide_up(run->tiles_d, bucket->many_cluster);
+    uint32_t long_tiles = across * divide_up(run->rows, CUDA_MANY_TOKENS);
+    uint32_t short_tiles = across * divide_up(run->rows, CUDA_MANY_TOKENS / 2);
+    bool short_ones =
+        divide_up(short_tiles, clusters) * SHORT_COST < divide_up(long_tiles, clusters) * LONG_COST;
+    return short_ones ? CUDA_MANY_TOKENS / 2 : CUDA_MANY_TOKENS;
+}
+
+// A tile here is what a cluster of thread blocks computes side by side.
+static void add_many_run(const struct cuda_bucket *bucket, struct cuda_table *table,
+                         struct cuda_run run)
+{
+    run.tiles_d = run.output_dim / CUDA_MANY_ROWS;
+    run.tile_units = many_tile_tokens(bucket, &run);
+    run.unit_begin = table->many_tiles;
+    table->many_tiles += run.groups * divide_up(run.tiles_d, bucket->many_cluster) *
+                         divide_up(run.rows, run.tile_units);
+    table->runs[table_runs(table)] = run;
+    table->many_runs++;
+}
+
 // 0 if the runs' tiles are not all equally long.
 static uint32_t tile_units_of(const struct cuda_run *runs, uint32_t n)
 {
@@ -258,9 +304,12 @@ static enum cuda_kernel choose_kernel(const struct cuda_bucket *bucket,
 {
     const struct einsum_weight_format *format = &segment->weight->format;
     bool hopper = bucket->hopper_workers > 0 && einsum_hopper_takes(format);
-    if (segment->kernel == CUDA_KERNEL_AUTO || (segment->kernel == CUDA_KERNEL_HOPPER && !hopper))
-        return cuda_kernel_for(format, tokens, bucket->prefill_from, bucket->hopper_from);
-    return segment->kernel;
+    enum cuda_kernel kernel = segment->kernel;
+    if (kernel == CUDA_KERNEL_AUTO || (kernel == CUDA_KERNEL_HOPPER && !hopper))
+        kernel = cuda_kernel_for(format, tokens, bucket->prefill_from, bucket->hopper_from);
+    bool many = cuda_bucket_has_many(bucket) && segment->weight->tiles &&
+                tokens >= CUDA_HOPPER_MANY_TOKENS_MIN;
+    return kernel == CUDA_KERNEL_HOPPER && many ? CUDA_KERNEL_HOPPER_MANY : kernel;
 }
 
 // The segments order[begin, end) of one weight and group range, whose tokens are rows from `row`.
@@ -296,8 +345,73 @@ static void add_runs(const struct cuda_bucket *bucket, const struct cuda_segment
             add_decode_runs(bucket, table, reading.run);
         else if (kernel == CUDA_KERNEL_PREFILL)
             add_prefill_run(table, reading.run);
-        else
+        else if (kernel == CUDA_KERNEL_HOPPER)
             add_hopper_run(bucket, table, reading.run);
+        else
+            add_many_run(bucket, table, reading.run);
+    }
+}
+
+// Where a walk over all rows meets Hopper's many.
+struct many_walk {
+    const struct cuda_run *run, *end;
+};
+
+static struct many_walk many_walk_of(const struct cuda_table *table)
+{
+    const struct cuda_run *end = table->runs + table_runs(table);
+    return (struct many_walk){.run = end - table->many_runs, .end = end};
+}
+
+// Whether a segment gets a map. To be asked of all, in the rows' order.
+static bool takes_map(struct many_walk *walk, uint32_t row, uint32_t tokens)
+{
+    while (walk->run < walk->end && row >= walk->run->row_begin + walk->run->rows)
+        walk->run++;
+    return walk->run < walk->end && row >= walk->run->row_begin && tokens >= CUDA_MANY_BOX;
+}
+
+static uint32_t count_maps(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
+                           const uint32_t *order, uint32_t n, const struct cuda_table *table)
+{
+    struct many_walk walk = many_walk_of(table);
+    uint32_t maps = 0, row = 0;
+    for (uint32_t i = 0; bucket->many_map && i < n; i++) {
+        uint32_t tokens = segments[order[i]].operand.tokens;
+        maps += takes_map(&walk, row, tokens);
+        row += tokens;
+    }
+    return maps;
+}
+
+// Of one segment, whose rows are filled. `at`: in maps from the table's start.
+static void add_map(const struct cuda_bucket *bucket, const struct cuda_segment *segment,
+                    struct cuda_table *table, uint32_t at, uint32_t row_begin)
+{
+    const struct einsum_operand *operand = &segment->operand;
+    struct cuda_row *rows =
+        (struct cuda_row *)((unsigned char *)table + table->rows_offset) + row_begin;
+    struct cuda_map *map = (struct cuda_map *)table + at;
+    *map = (struct cuda_map){.row_begin = row_begin};
+    if (bucket->many_map(map, rows, operand->tokens, operand->groups,
+                         segment->weight->format.reduced_dim))
+        for (uint32_t t = 0; t < operand->tokens; t++)
+            rows[t].map = at;
+}
+
+// And their maps, from `map` on, in maps from the table's start.
+static void fill_all_rows(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
+                          const uint32_t *order, uint32_t n, struct cuda_table *table, uint32_t map)
+{
+    struct many_walk walk = many_walk_of(table);
+    struct cuda_row *rows = (struct cuda_row *)((unsigned char *)table + table->rows_offset);
+    uint32_t row = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const struct cuda_segment *segment = &segments[order[i]];
+        fill_rows(segment, rows + row);
+        if (bucket->many_map && takes_map(&walk, row, segment->operand.tokens))
+            add_map(bucket, segment, table, map++, row);
+        row += segment->operand.tokens;
     }
 }
 
@@ -314,18 +428,21 @@ void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segmen
     add_runs(bucket, segments, order, n, CUDA_KERNEL_HOPPER, table);
     if (table->hopper_runs > 0)
         deal_hopper(bucket, table, &table->runs[table->decode_runs + table->prefill_runs]);
+    add_runs(bucket, segments, order, n, CUDA_KERNEL_HOPPER_MANY, table);
 
-    struct cuda_attention *spans = (struct cuda_attention *)&table->runs[table_runs(table)];
+    uint64_t runs_end = sizeof *table + table_runs(table) * sizeof(struct cuda_run);
+    uint32_t maps = count_maps(bucket, segments, order, n, table);
+    uint32_t maps_begin = divide_up((uint32_t)runs_end, sizeof(struct cuda_map));
+    struct cuda_attention *spans =
+        (struct cuda_attention *)((unsigned char *)table +
+                                  (maps ? (maps_begin + maps) * sizeof(struct cuda_map)
+                                        : runs_end));
     for (uint32_t i = 0; i < n; i++)
         if (segments[order[i]].operand.rotations)
             add_attention(table, spans, &segments[order[i]]);
     table->rows_offset =
         (uint32_t)((unsigned char *)&spans[table->attention_spans] - (unsigned char *)table);
-    struct cuda_row *rows = (struct cuda_row *)((unsigned char *)table + table->rows_offset);
-    for (uint32_t i = 0; i < n; i++) {
-        fill_rows(&segments[order[i]], rows);
-        rows += segments[order[i]].operand.tokens;
-    }
+    fill_all_rows(bucket, segments, order, n, table, maps_begin);
 }
 
 uint32_t cuda_table_launches(const struct cuda_table *table)
@@ -333,5 +450,6 @@ uint32_t cuda_table_launches(const struct cuda_table *table)
     return (table->attention_spans > 0 ? CUDA_LAUNCH_ATTENTION : 0) |
            (table->decode_runs > 0 ? CUDA_LAUNCH_DECODE : 0) |
            (table->prefill_runs > 0 ? CUDA_LAUNCH_PREFILL : 0) |
-           (table->hopper_runs > 0 ? CUDA_LAUNCH_HOPPER : 0);
+           (table->hopper_runs > 0 ? CUDA_LAUNCH_HOPPER : 0) |
+           (table->many_runs > 0 ? CUDA_LAUNCH_HOPPER_MANY : 0);
 }

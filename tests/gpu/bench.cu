@@ -102,7 +102,7 @@ static double measure(const model &m, const cuda_bucket &bucket, uint32_t tokens
     bool right = true;
     for (uint32_t i = 0; i < CHECKED; i++) {
         uint32_t layer = i * (layers - 1) / (CHECKED - 1);
-        verdict v = compare(m.layers[layer], segments[layer].operand, kernels & CUDA_LAUNCH_HOPPER);
+        verdict v = compare(m.layers[layer], segments[layer].operand, by_wgmma(kernels));
         right = right && v.failed == 0 && v.checked == (uint64_t)tokens * f.groups * f.output_dim;
     }
     all_right = all_right && right;

@@ -18,7 +18,8 @@ status=0
 cat >"$work/einsumd.json" <<JSON
 {"engine": "cuda", "listen": ["unix:$work/einsumd.sock"],
  "batch_tokens_max": 8192, "request_tokens_max": 8192,
- "weights_roots": ["$work"], "weights": [{"path": "checkpoint"}]}
+ "weights_roots": ["$work"], "weights": [{"path": "checkpoint"}],
+ "ropes": [{"weights": "*", "theta": 10000}]}
 JSON
 "$bundle/einsumd" --config "$work/einsumd.json" 2>"$work/log" &
 daemon=$!
@@ -29,14 +30,19 @@ for _ in $(seq 100); do
 done
 cat "$work/log"
 "$bundle/einsumctl" check --checkpoint "$work/checkpoint" --weights 2 --tokens 1,8,64,300 || status=1
+"$bundle/einsumctl" check --checkpoint "$work/checkpoint" --weights 2 --tokens 1,8,64,300 --attention ||
+    status=1
 "$bundle/einsumctl" selftest | tail -1 || status=1
+load() { # tokens, requests in flight, further options
+    echo "== $1 tokens, $2 in flight ${*:3}"
+    "$bundle/einsumctl" bench --tokens "$1" --concurrency "$2" --connections 4 --duration 3 \
+        --warmup 1 "${@:3}" | grep -E '^(calls|latency|batches|phases|server|errors)'
+}
 for tokens in 1 8 32 256; do
-    for concurrency in 1 32; do
-        echo "== $tokens tokens, $concurrency in flight"
-        "$bundle/einsumctl" bench --tokens "$tokens" --concurrency "$concurrency" --connections 4 \
-            --duration 3 --warmup 1 | grep -E '^(calls|latency|batches|phases|server|errors)'
-    done
+    load $tokens 1
+    load $tokens 32
 done
+load 32 32 --attention
 "$bundle/einsumctl" info | grep -E '^(requests|batches|memory|graphs)'
 kill -TERM "$daemon"
 wait "$daemon"

@@ -94,6 +94,19 @@ inline void fill(void *to, uint64_t elements, fill_kind kind, uint64_t seed)
     CHECK(cudaGetLastError());
 }
 
+inline bool device_is_hopper()
+{
+    int major = 0, minor = 0;
+    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+    return major == 9 && minor == 0;
+}
+
+inline bool by_wgmma(uint32_t launches)
+{
+    return launches & (CUDA_LAUNCH_HOPPER | CUDA_LAUNCH_HOPPER_MANY);
+}
+
 // ---- a weight, in the checkpoint's order and re-laid
 
 struct test_weight {
@@ -108,7 +121,7 @@ inline void relay(test_weight &w)
     const einsum_weight_format &f = w.format;
     uint64_t rows = (uint64_t)f.groups * f.output_dim;
     uint64_t row_bytes = (uint64_t)f.reduced_dim * einsum_weight_element_bytes(f.weight_type);
-    CHECK(cuda_weight_init(&w.weight, &f, w.weight.memory, 0));
+    CHECK(cuda_weight_init(&w.weight, &f, device_is_hopper(), w.weight.memory, 0));
     for (uint64_t row = 0, chunk = 48; row < rows; row += chunk, chunk = 4096 + 16) {
         chunk = chunk < rows - row ? chunk : rows - row;
         CHECK(cuda_relayout(&w.weight, w.elements + row * row_bytes, row, chunk, 0));
@@ -131,7 +144,7 @@ inline test_weight make_weight(const einsum_weight_format &format, uint64_t seed
          : fp32  ? FILL_FP32
                  : FILL_UE8M0,
          seed + 1);
-    w.weight.memory = device_alloc<uint8_t>(cuda_weight_bytes(&format));
+    w.weight.memory = device_alloc<uint8_t>(cuda_weight_bytes(&format, device_is_hopper()));
     relay(w);
     return w;
 }
@@ -290,14 +303,6 @@ inline verdict compare(const test_weight &w, const einsum_operand &operand, bool
 
 // ---- launching
 
-inline bool device_is_hopper()
-{
-    int major = 0, minor = 0;
-    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
-    return major == 9 && minor == 0;
-}
-
 // One for all buckets, as a lane of the engine has: what one leaves there must not disturb another.
 inline void *shared_workspace(uint64_t bytes)
 {
@@ -361,6 +366,6 @@ struct launcher {
         CHECK(cudaDeviceSynchronize()); // inputs and poison come from the default stream
         uint32_t launches = build(segments, n, table, stream);
         CHECK(cuda_launch(&bucket, launches, table, workspace, stream));
-        return launches & CUDA_LAUNCH_HOPPER;
+        return by_wgmma(launches);
     }
 };

@@ -356,9 +356,10 @@ static double measure(chain &c, what what)
     std::sort(times.begin(), times.end());
     for (uint32_t layer : {0u, c.layers - 1})
         if (what != ATTENTION)
-            times_right = times_right && compare((*c.weights)[layer], operand_of(c, layer),
-                                                 c.launches & CUDA_LAUNCH_HOPPER)
-                                                 .failed == 0;
+            times_right =
+                times_right &&
+                compare((*c.weights)[layer], operand_of(c, layer), by_wgmma(c.launches)).failed ==
+                    0;
     CHECK(cudaGraphExecDestroy(exec));
     CHECK(cudaGraphDestroy(graph));
     CHECK(cudaEventDestroy(begin));
