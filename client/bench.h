@@ -45,6 +45,7 @@ struct bench_options {
     bool digest_only;
     bool attention;     // send attention's output and positions; the three layouts do not matter
     const char *kernel; // NULL: the server's choice
+    enum einsum_client_priority priority;
     bool zeros_allowed; // as the null engine answers
     uint64_t warmup_ns, duration_ns;
     uint64_t requests_max; // to measure; 0: as many as `duration_ns` lets

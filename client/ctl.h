@@ -117,10 +117,11 @@ bool ctl_interrupted(void);
 
 // ---- what commands have in common ---------------------------------------------------------------
 
-// The words of the flags for layouts and types; index 0 is no word's.
+// The words of the flags for layouts, types and priorities; index 0 is no word's.
 extern const char *const ctl_recipes[],
     *const ctl_activation_layouts[], *const ctl_scale_layouts[], *const ctl_scale_types[],
-                                                                     *const ctl_output_types[];
+                                                                     *const ctl_output_types[],
+                                                                         *const ctl_priorities[];
 
 json_t *ctl_weight_json(const struct einsum_client_weight *weight);
 
@@ -129,6 +130,16 @@ json_t *ctl_weight_json(const struct einsum_client_weight *weight);
     {                                                                                              \
         "kernel", "NAME", "one of those that info shows; default the server's choice"              \
     }
+
+// Likewise; read by the next.
+#define CTL_OPTION_TRANSPORT                                                                       \
+    {                                                                                              \
+        "transport", "T",                                                                          \
+            "grpc (default), shm (gRPC, tensors in shared memory), ring (all of it there), or "    \
+            "auto: the best that the server offers"                                                \
+    }
+NODISCARD bool ctl_transport(const struct ctl_args *args, int option,
+                             struct einsum_client_options *options);
 
 // Random tensors of one request: activations and scales, or attention and positions.
 struct ctl_inputs {

@@ -20,6 +20,7 @@ const char *const ctl_activation_layouts[] = {"", "tgr", "gtr", NULL};
 const char *const ctl_scale_layouts[] = {"", "tgk", "gkt", NULL};
 const char *const ctl_scale_types[] = {"", "fp32", "ue8m0", NULL};
 const char *const ctl_output_types[] = {"", "bf16", "fp32", NULL};
+const char *const ctl_priorities[] = {"", "low", "normal", "high", NULL};
 
 // ---- values of options --------------------------------------------------------------------------
 
@@ -135,6 +136,23 @@ bool ctl_word(const struct ctl_args *args, int option, const char *const *words,
     }
     ctl_usage_error("--%s: \"%s\" is none of %s", args->command->options[option].name, text, all);
     return false;
+}
+
+bool ctl_transport(const struct ctl_args *args, int option, struct einsum_client_options *options)
+{
+    static const char *const words[] = {"", "grpc", "shm", "ring", "auto", NULL};
+    static const enum einsum_client_transport transports[] = {
+        EINSUM_CLIENT_TRANSPORT_TCP, EINSUM_CLIENT_TRANSPORT_TCP, EINSUM_CLIENT_TRANSPORT_SHARED,
+        EINSUM_CLIENT_TRANSPORT_RING, EINSUM_CLIENT_TRANSPORT_AUTO};
+    int word = 1;
+    if (!ctl_word(args, option, words, &word))
+        return false;
+    options->transport = transports[word];
+    if (options->transport == EINSUM_CLIENT_TRANSPORT_TCP)
+        return true;
+    options->shared_memory = "auto";
+    options->shared_memory_bytes = 1 << 30; // cut to what the server allows
+    return true;
 }
 
 // ---- errors and JSON ----------------------------------------------------------------------------

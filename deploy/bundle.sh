@@ -1,10 +1,11 @@
 #!/bin/bash
-# Packs what a bare GPU machine needs into one folder: daemon, command line tool, GPU tests and bench, and
+# Packs what a bare GPU machine needs into one folder: daemon, command line tool, GPU tests and benches, and
 # the shared libraries that they use, but for the C library's own. It runs on another x86-64 Linux, of
 # glibc 2.36 or newer, with nothing but NVIDIA's driver installed:
 #
 #     deploy/bundle.sh [FOLDER]     by default build/bundle; needs nvcc
 #     FOLDER/einsumd --version      on the other machine
+#     FOLDER/tests/bench/transport.sh   likewise, if it has Python 3
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,11 +16,12 @@ case "${1:-}" in
     ;;
 esac
 folder=${1:-build/bundle}
-programs=(einsumd einsumctl tests/test_engine_cuda tests/test_engine_cpu tests/bench/pipeline)
+programs=(einsumd einsumctl tests/test_engine_cuda tests/test_engine_cpu tests/bench/pipeline
+    tests/bench/bare_server)
 
 deploy/install-dependencies.sh --tests
 cmake --preset cuda >/dev/null
-cmake --build build/cuda --target einsumd einsumctl test_engine_cuda test_engine_cpu pipeline
+cmake --build build/cuda --target einsumd einsumctl test_engine_cuda test_engine_cpu pipeline bare_server
 
 rm -rf "$folder"
 mkdir -p "$folder/bin" "$folder/lib"
@@ -37,5 +39,11 @@ WRAPPER
     chmod +x "$folder/$name"
 done | sort -u | grep -vE '/(libc|libm|libpthread|libdl|librt|libresolv|ld-linux[^/]*)\.so' |
     while read -r library; do cp -L "$library" "$folder/lib/"; done
+
+# The benchmark of the whole daemon, where the scripts expect one another.
+mkdir -p "$folder/tests/bench" "$folder/tests/integration"
+cp tests/bench/{transport.sh,*.py} "$folder/tests/bench/"
+cp tests/integration/{daemon.py,copies.py,count_copies.c} "$folder/tests/integration/"
+cp build/cuda/proto/services.fds "$folder/"
 
 du -sh "$folder" | awk -v folder="$folder" '{print "bundle: " $1 " in " folder}'

@@ -13,7 +13,7 @@
 
 #include "../kernels/attention.h"
 
-enum { RETRY_MS_MIN = 1, RETRY_MS_MAX = 1000 };
+enum { RETRY_MS_MIN = 1, RETRY_MS_MAX = 1000, BUFFERS_BEYOND_LANES_TO_KEEP_ONE = 3 };
 
 // What one job needs of a batch.
 struct room {
@@ -47,11 +47,12 @@ static struct room room_for(const struct job *job)
     uint64_t output = einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
                                           job->weight->format.output_dim);
     uint64_t second_offset = align_up(activation_bytes(job), CACHE_LINE_BYTES);
+    uint64_t input = second_offset + align_up(scale_or_rotation_bytes(job), CACHE_LINE_BYTES);
     return (struct room){
         .tokens = operand->tokens,
         .second_offset = second_offset,
-        .input_bytes = second_offset + align_up(scale_or_rotation_bytes(job), CACHE_LINE_BYTES),
-        .output_bytes = align_up(output, CACHE_LINE_BYTES),
+        .input_bytes = job->input_given ? 0 : input,
+        .output_bytes = job->output_given ? 0 : align_up(output, CACHE_LINE_BYTES),
     };
 }
 
@@ -74,6 +75,31 @@ static enum status room_fits_empty_batch(const struct room *room, bool attention
                            " bytes of output, this request needs %" PRIu64,
                            options->batch_output_bytes, room->output_bytes);
     return STATUS_OK;
+}
+
+// --- who goes first
+
+static bool stands_before(enum job_priority priority, uint64_t share_end,
+                          enum job_priority other_priority, uint64_t other_share_end)
+{
+    return priority != other_priority ? priority > other_priority : share_end < other_share_end;
+}
+
+static bool job_stands_before(const struct job *job, const struct job *other)
+{
+    return stands_before(job->priority, job->share_end, other->priority, other->share_end);
+}
+
+// A connection's jobs lie one behind the other on a scale of tokens, each as long as it is, from
+// where the scale is now; who ends first stands first.
+static void job_stand_locked(struct batcher *batcher, struct job *job)
+{
+    if (job->priority == JOB_PRIORITY_UNSET)
+        job->priority = JOB_PRIORITY_NORMAL;
+    uint64_t *end = &batcher->share_ends[job->connection % CONNECTIONS_TOLD_APART];
+    job->share_start = *end > batcher->share_now ? *end : batcher->share_now;
+    job->share_end = job->share_start + job->operand.tokens;
+    *end = job->share_end;
 }
 
 static bool room_left_locked(const struct batcher *batcher, const struct batch *batch,
@@ -101,6 +127,9 @@ static struct batch *batch_open_locked(struct batcher *batcher)
     batch->next = NULL;
     batch->input_used = batch->output_used = 0;
     batch->tokens = batch->filling = batch->held = batch->jobs_n = 0;
+    batch->priority = JOB_PRIORITY_LOW;
+    batch->share_end = UINT64_MAX;
+    batch->share_start_last = 0;
     *batcher->queue_end = batch;
     batcher->queue_end = &batch->next;
     batcher->queue_batches++;
@@ -135,14 +164,14 @@ static void batch_unlink_locked(struct batcher *batcher, struct batch *batch)
     batcher->queue_batches--;
 }
 
-struct batch *batcher_dequeue_locked(struct batcher *batcher)
+void batcher_dequeue_locked(struct batcher *batcher, struct batch *batch)
 {
-    struct batch *batch = batcher->queue;
     ASSERT(batch->state == BATCH_CLOSED && batch->filling == 0);
     batch_unlink_locked(batcher, batch);
     batch->state = BATCH_RUNNING;
     batch->next = NULL;
-    return batch;
+    if (batch->share_start_last > batcher->share_now)
+        batcher->share_now = batch->share_start_last;
 }
 
 void batch_answering_locked(struct batcher *batcher, struct batch *batch)
@@ -155,14 +184,21 @@ void batch_answering_locked(struct batcher *batcher, struct batch *batch)
 
 // --- when to launch
 
-uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
+// A second batch in a serial engine's lanes spares it the pause between two, which of so many tokens
+// takes no share worth having.
+enum { SERIAL_TOKENS_MAX = 256 };
+
+static bool lanes_taken_locked(const struct batcher *batcher)
 {
-    const struct batch *batch = batcher->queue;
-    if (!batch)
-        return UINT64_MAX;
+    return batcher->lanes_free == 0 ||
+           (batcher->options.ops->serial && batcher->running_tokens >= SERIAL_TOKENS_MAX);
+}
+
+static uint64_t batch_launch_at_ns_locked(const struct batcher *batcher, const struct batch *batch)
+{
     if (atomic_load_explicit(&batcher->device_lost, memory_order_relaxed))
         return batch->filling ? UINT64_MAX : 0;
-    if (batcher->lanes_free == 0)
+    if (lanes_taken_locked(batcher))
         return UINT64_MAX;
     if (batch->state == BATCH_CLOSED)
         return batch->filling ? UINT64_MAX : 0;
@@ -170,6 +206,33 @@ uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
         return UINT64_MAX;
     uint64_t delay_ns = (uint64_t)batcher->options.max_queue_delay_us * 1000;
     return delay_ns ? batch->first_commit_ns + delay_ns : 0;
+}
+
+uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
+{
+    uint64_t at_ns = UINT64_MAX;
+    for (const struct batch *batch = batcher->queue; batch; batch = batch->next) {
+        uint64_t this_ns = batch_launch_at_ns_locked(batcher, batch);
+        at_ns = this_ns < at_ns ? this_ns : at_ns;
+    }
+    return at_ns;
+}
+
+struct batch *batcher_ready_locked(struct batcher *batcher, uint64_t now_ns)
+{
+    struct batch *ready = NULL;
+    bool open_is_due = false;
+    for (struct batch *batch = batcher->queue; batch; batch = batch->next) {
+        if (batch_launch_at_ns_locked(batcher, batch) > now_ns)
+            continue;
+        open_is_due = open_is_due || batch->state == BATCH_OPEN;
+        if (!batch->filling && (!ready || stands_before(batch->priority, batch->share_end,
+                                                        ready->priority, ready->share_end)))
+            ready = batch;
+    }
+    if (open_is_due && (!ready || ready == batcher->open))
+        batch_close_locked(batcher, batcher->open);
+    return ready;
 }
 
 bool batcher_must_wake_locked(struct batcher *batcher)
@@ -192,14 +255,31 @@ static uint32_t retry_advice_ms_locked(const struct batcher *batcher)
     return wait_ms < RETRY_MS_MAX ? (uint32_t)wait_ms : RETRY_MS_MAX;
 }
 
-static struct batch *batch_with_room_locked(struct batcher *batcher, const struct room *room)
+// With buffers enough one is kept for whoever stands before all batches that wait for a lane.
+static bool may_open_locked(const struct batcher *batcher, const struct job *job)
 {
-    if (batcher->open) {
-        if (room_left_locked(batcher, batcher->open, room))
-            return batcher->open;
+    const struct batcher_options *options = &batcher->options;
+    bool keeps_one = options->batches >= options->lanes + BUFFERS_BEYOND_LANES_TO_KEEP_ONE;
+    uint32_t free_n = atomic_load_explicit(&batcher->free_n, memory_order_relaxed);
+    if (!keeps_one || free_n != 1)
+        return true;
+    for (const struct batch *batch = batcher->queue; batch; batch = batch->next)
+        if (!stands_before(job->priority, job->share_end, batch->priority, batch->share_end))
+            return false;
+    return true;
+}
+
+// `patient`: it can wait for a better moment.
+static struct batch *batch_with_room_locked(struct batcher *batcher, const struct job *job,
+                                            const struct room *room, bool patient)
+{
+    if (batcher->open && room_left_locked(batcher, batcher->open, room))
+        return batcher->open;
+    bool opens = batcher->free && (!patient || may_open_locked(batcher, job));
+    // A batch that is too full for somebody has no reason to wait for more.
+    if (batcher->open && (opens || batcher->options.max_queue_delay_us > 0))
         batch_close_locked(batcher, batcher->open);
-    }
-    return batch_open_locked(batcher);
+    return opens ? batch_open_locked(batcher) : NULL;
 }
 
 static void set_input(struct job *job, const uint8_t *input, const struct room *room)
@@ -221,8 +301,12 @@ static void set_input(struct job *job, const uint8_t *input, const struct room *
 static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, struct job *job,
                                  const struct room *room)
 {
-    set_input(job, (const uint8_t *)batch->input + batch->input_used, room);
-    job->operand.output = (uint8_t *)batch->output + batch->output_used;
+    job->input = (const uint8_t *)batch->input + batch->input_used;
+    job->output = (const uint8_t *)batch->output + batch->output_used;
+    if (!job->input_given)
+        set_input(job, job->input, room);
+    if (!job->output_given)
+        job->operand.output = (uint8_t *)batch->output + batch->output_used;
     job->batch = batch;
     job->input_bytes = room->input_bytes;
     job->output_bytes = room->output_bytes;
@@ -232,6 +316,12 @@ static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, s
     batch->tokens += room->tokens;
     batch->filling++;
     batch->held++;
+    if (stands_before(job->priority, job->share_end, batch->priority, batch->share_end)) {
+        batch->priority = job->priority;
+        batch->share_end = job->share_end;
+    }
+    if (job->share_start > batch->share_start_last)
+        batch->share_start_last = job->share_start;
     if (batch->tokens == batcher->options.batch_tokens_max ||
         batch->held == batcher->options.batch_requests_max)
         batch_close_locked(batcher, batch);
@@ -275,10 +365,112 @@ static void wait_locked(struct batcher *batcher, struct job *job, const struct r
 {
     job_advance(job, JOB_IDLE, JOB_WAITING);
     job->batch = NULL;
-    job->next_waiting = NULL;
-    *batcher->waiting_end = job;
-    batcher->waiting_end = &job->next_waiting;
+    struct job **at = &batcher->waiting;
+    if (batcher->waiting && !job_stands_before(job, batcher->waiting_last))
+        at = &batcher->waiting_last->next_waiting; // as in most cases
+    while (*at && !job_stands_before(job, *at))
+        at = &(*at)->next_waiting;
+    job->next_waiting = *at;
+    *at = job;
+    if (!job->next_waiting)
+        batcher->waiting_last = job;
     batcher->waiting_bytes += room->input_bytes;
+}
+
+// Of the jobs that wait, takes out as many of the last as leave room for `job` to wait, if it stands
+// before them: whoever has had most gives way. NULL if that does not suffice.
+static struct job *push_out_locked(struct batcher *batcher, const struct job *job,
+                                   const struct room *room)
+{
+    const struct batcher_options *options = &batcher->options;
+    uint64_t bytes = batcher->waiting_bytes + room->input_bytes;
+    uint64_t bytes_max = options->batches * options->batch_input_bytes;
+    uint64_t needed = bytes > bytes_max ? bytes - bytes_max : 0, behind = 0;
+    struct job **at = &batcher->waiting, *kept_last = NULL;
+    while (*at && !job_stands_before(job, *at)) {
+        kept_last = *at;
+        at = &(*at)->next_waiting;
+    }
+    for (const struct job *other = *at; other; other = other->next_waiting)
+        behind += room_for(other).input_bytes;
+    if (!*at || behind < needed)
+        return NULL;
+    while ((*at)->next_waiting && behind - room_for(*at).input_bytes >= needed) {
+        behind -= room_for(*at).input_bytes;
+        kept_last = *at;
+        at = &(*at)->next_waiting;
+    }
+    struct job *out = *at;
+    *at = NULL;
+    batcher->waiting_last = kept_last;
+    batcher->waiting_bytes -= behind;
+    for (const struct job *other = out; other; other = other->next_waiting)
+        batcher->stats.queued--;
+    return out;
+}
+
+static void answer_pushed_out(struct job *job, uint32_t retry_after_ms)
+{
+    uint64_t now = now_ns();
+    while (job) {
+        struct job *next = job->next_waiting; // the job may be gone once it has been told
+        void (*on_done)(struct job *) = job->on_done;
+        job->queued_ns = job->launched_ns = job->done_ns = now;
+        error_set(&job->error, STATUS_RESOURCE_EXHAUSTED,
+                  "the queue is full, and others have had less");
+        job->error.retry_after_ms = retry_after_ms;
+        job_advance(job, JOB_WAITING, JOB_DONE);
+        on_done(job);
+        job = next;
+    }
+}
+
+// Nobody overtakes those who wait and stand before him.
+static struct batch *find_room_locked(struct batcher *batcher, const struct job *job,
+                                      const struct room *room, bool patient)
+{
+    if (batcher->stats.queued >= batcher->options.queue_requests_max)
+        return NULL;
+    if (batcher->waiting && !job_stands_before(job, batcher->waiting))
+        return NULL;
+    return batch_with_room_locked(batcher, job, room, patient);
+}
+
+struct place {
+    struct batch *batch;    // NULL: the job waits, or is refused
+    enum full full;         // why it is refused
+    struct job *pushed_out; // for it
+    uint32_t retry_after_ms;
+};
+
+static struct place find_place_locked(struct batcher *batcher, struct job *job,
+                                      const struct room *room, bool may_wait)
+{
+    uint64_t *share_end = &batcher->share_ends[job->connection % CONNECTIONS_TOLD_APART];
+    uint64_t share_end_before = *share_end;
+    job_stand_locked(batcher, job);
+    struct place place = {.batch = find_room_locked(batcher, job, room, may_wait)};
+    if (!place.batch)
+        place.full = full_locked(batcher, may_wait, room);
+    if (place.full && may_wait)
+        place.pushed_out = push_out_locked(batcher, job, room);
+    if (place.pushed_out) {
+        place.full = FULL_NOT;
+        place.batch = find_room_locked(batcher, job, room, may_wait);
+    }
+    if (place.full || place.pushed_out)
+        place.retry_after_ms = retry_advice_ms_locked(batcher);
+    if (place.full) {
+        *share_end = share_end_before;
+        return place;
+    }
+    if (place.batch)
+        batch_reserve_locked(batcher, place.batch, job, room);
+    else
+        wait_locked(batcher, job, room);
+    batcher->stats.jobs++;
+    batcher->stats.queued++;
+    return place;
 }
 
 // `waits`: whether the job waits; NULL if it may not.
@@ -290,35 +482,24 @@ static enum status reserve(struct batcher *batcher, struct job *job, bool *waits
     if (status)
         return status;
 
-    uint32_t retry_after_ms = 0;
-    struct batch *batch = NULL;
     pthread_mutex_lock(&batcher->lock);
     if (batcher_device_lost(batcher)) {
         pthread_mutex_unlock(&batcher->lock);
         return error_set(err, STATUS_UNAVAILABLE, "the device is lost");
     }
-    bool queue_full = batcher->stats.queued >= batcher->options.queue_requests_max;
-    if (!queue_full && !batcher->waiting) // nobody overtakes those who wait
-        batch = batch_with_room_locked(batcher, &room);
-    enum full full = batch ? FULL_NOT : full_locked(batcher, waits != NULL, &room);
-    if (batch)
-        batch_reserve_locked(batcher, batch, job, &room);
-    else if (full)
-        retry_after_ms = retry_advice_ms_locked(batcher);
-    else
-        wait_locked(batcher, job, &room);
-    batcher->stats.jobs += !full;
-    batcher->stats.queued += !full;
-    bool wake = batcher_must_wake_locked(batcher); // a batch may have been closed
+    struct place place = find_place_locked(batcher, job, &room, waits != NULL);
+    // A batch may have been closed.
+    bool wake = !job->quiet && batcher_must_wake_locked(batcher);
     pthread_mutex_unlock(&batcher->lock);
 
     if (wake)
         batcher_wake(batcher->waker);
-    if (full)
-        return refuse(&batcher->options, full, retry_after_ms, err);
+    answer_pushed_out(place.pushed_out, place.retry_after_ms);
+    if (place.full)
+        return refuse(&batcher->options, place.full, place.retry_after_ms, err);
     if (waits)
-        *waits = !batch; // a job that waits may be another's by now
-    if (batch)
+        *waits = !place.batch; // a job that waits may be another's by now
+    if (place.batch)
         job_advance(job, JOB_IDLE, JOB_DECODING);
     return STATUS_OK;
 }
@@ -344,12 +525,10 @@ static struct job *give_room_locked(struct batcher *batcher)
     while (batcher->waiting) {
         struct job *job = batcher->waiting;
         struct room room = room_for(job);
-        struct batch *batch = batch_with_room_locked(batcher, &room);
+        struct batch *batch = batch_with_room_locked(batcher, job, &room, true);
         if (!batch)
             break;
         batcher->waiting = job->next_waiting;
-        if (!batcher->waiting)
-            batcher->waiting_end = &batcher->waiting;
         batcher->waiting_bytes -= room.input_bytes;
         batch_reserve_locked(batcher, batch, job, &room);
         job_advance(job, JOB_WAITING, JOB_DECODING);
@@ -382,7 +561,6 @@ struct job *batcher_take_waiting(struct batcher *batcher)
     pthread_mutex_lock(&batcher->lock);
     struct job *taken = batcher->waiting;
     batcher->waiting = NULL;
-    batcher->waiting_end = &batcher->waiting;
     batcher->waiting_bytes = 0;
     for (struct job *job = taken; job; job = job->next_waiting) {
         batcher->stats.queued--;
@@ -395,6 +573,7 @@ struct job *batcher_take_waiting(struct batcher *batcher)
 void batcher_commit(struct batcher *batcher, struct job *job)
 {
     struct batch *batch = job->batch;
+    bool quiet = job->quiet;
     uint64_t queued_ns = now_ns();
     job->queued_ns = queued_ns;
     job_advance(job, JOB_DECODING, JOB_QUEUED);
@@ -404,23 +583,25 @@ void batcher_commit(struct batcher *batcher, struct job *job)
         batch->first_commit_ns = queued_ns;
     batch->jobs[batch->jobs_n++] = job;
     batch->filling--;
-    bool wake = batcher_must_wake_locked(batcher);
+    // A turn is due that nobody has set out to take.
+    bool due = batcher_launch_at_ns_locked(batcher) < batcher->scheduler_wakes_at_ns;
     pthread_mutex_unlock(&batcher->lock);
 
-    if (wake)
-        batcher_wake(batcher->waker);
+    if (due && !quiet)
+        batcher_turn(batcher);
 }
 
 // Gives back the room of the job if nothing lies behind it. An empty batch has all of its room.
 static void batch_shrink_locked(struct batch *batch, const struct job *job)
 {
-    const uint8_t *input_end = (const uint8_t *)job->operand.activations + job->input_bytes;
     if (batch->held == 0) {
         batch->input_used = batch->output_used = 0;
-    } else if (input_end == (const uint8_t *)batch->input + batch->input_used) {
-        batch->input_used -= job->input_bytes;
-        batch->output_used -= job->output_bytes;
+        return;
     }
+    if (job->input + job->input_bytes == (const uint8_t *)batch->input + batch->input_used)
+        batch->input_used -= job->input_bytes;
+    if (job->output + job->output_bytes == (const uint8_t *)batch->output + batch->output_used)
+        batch->output_used -= job->output_bytes;
 }
 
 void batcher_abandon(struct batcher *batcher, struct job *job)
@@ -580,9 +761,9 @@ enum status batcher_create(const struct batcher_options *options, struct batcher
     batcher->options = *options;
     batcher->waker = waker;
     batcher->queue_end = &batcher->queue;
-    batcher->waiting_end = &batcher->waiting;
     batcher->lanes_free = options->lanes;
     pthread_mutex_init(&batcher->lock, NULL);
+    pthread_mutex_init(&batcher->turn, NULL);
 
     enum status status = buffers_alloc(batcher, err);
     if (status)
@@ -596,6 +777,7 @@ enum status batcher_create(const struct batcher_options *options, struct batcher
 free_buffers:
     buffers_free(batcher);
 free_tables:
+    pthread_mutex_destroy(&batcher->turn);
     pthread_mutex_destroy(&batcher->lock);
     tables_free(batcher);
     return status;
@@ -609,6 +791,7 @@ void batcher_destroy(struct batcher *batcher)
     scheduler_stop(batcher);
     ASSERT(batcher->lanes_free == batcher->options.lanes);
     buffers_free(batcher);
+    pthread_mutex_destroy(&batcher->turn);
     pthread_mutex_destroy(&batcher->lock);
     tables_free(batcher);
 }

@@ -12,11 +12,17 @@
 //     RUNNING    until the engine is done; then each job's on_done is called.
 //     ANSWERING  until every job has let go of the output memory.
 //
-// Batches launch in the order in which they were opened.
+// Who goes first, into a batch and with a batch onto a lane, is a matter of priority and then of
+// shares: every connection gets as many tokens as any other that wants them (fair queueing by
+// finish times). So a job of few tokens goes ahead of what waits of a flood of large ones, however
+// many callers send it, and a flood of small ones does not hold up a large one for ever. Jobs of one
+// connection keep their order. A batch stands where its first job stands; those still being filled
+// are passed by.
 //
 // A batch owns one buffer of input and one of output memory, given by the engine at start. Nothing
-// is allocated afterwards: when no buffer is free, jobs wait their turn, first come first served, in
-// a queue of limited length and bytes; past that, reserving fails with RESOURCE_EXHAUSTED and advice
+// is allocated afterwards: when no buffer is free, jobs wait their turn in a queue of limited length
+// and bytes. Past that, those that stand last give way to who stands before them, and else reserving
+// fails with RESOURCE_EXHAUSTED and advice
 // when to come again.
 #pragma once
 
@@ -55,7 +61,8 @@ void batcher_destroy(struct batcher *batcher);
 // Any thread. Finds room for a job (IDLE, operand.tokens >= 1, shapes checked by the caller) and
 // sets the operand's pointers: activations, scales and output each at 64 bytes. For attention:
 // activations has room for attention_bytes() and rotations, at 64 bytes, for one of each token;
-// layouts, scale type and scales are set to what kernels/attention.h leaves in place.
+// layouts, scale type and scales are set to what kernels/attention.h leaves in place. Of what the
+// job brings along (input_given, output_given) nothing is set.
 // The job is then DECODING: fill it, then commit or abandon.
 // RESOURCE_EXHAUSTED: full, with retry advice; INVALID_ARGUMENT: it would not fit an empty batch;
 // UNAVAILABLE: the device is lost.
@@ -64,7 +71,12 @@ NODISCARD enum status batcher_reserve(struct batcher *batcher, struct job *job, 
 // on_room is called, perhaps before this returns, or on_done, should the device be lost meanwhile.
 NODISCARD enum status batcher_reserve_or_wait(struct batcher *batcher, struct job *job, bool *waits,
                                               struct error *err);
+// Takes a turn, see batcher_turn, if one is due: the job may be done, and told so, on return.
 void batcher_commit(struct batcher *batcher, struct job *job);
+// Any thread. While the scheduler's thread sleeps, does its work here: launches what may leave and
+// answers what is done by then, which saves two wake-ups where the engine is quick. Wakes it if
+// anything is left for it. Owed after jobs that are `quiet`. Not from on_done or on_room.
+void batcher_turn(struct batcher *batcher);
 void batcher_abandon(struct batcher *batcher, struct job *job); // the job is IDLE again
 
 // Any thread, after on_done: the output memory is needed no more. The job is IDLE again.

@@ -5,6 +5,7 @@
 #include <grpc/support/alloc.h>
 #include <grpc/support/time.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "log.h"
@@ -43,6 +44,18 @@ uint64_t call_deadline_ns(const struct call *call)
     return call->deadline_ns;
 }
 
+uint32_t call_connection(struct call *call)
+{
+    if (call->connection == 0) {
+        // The listener gives gRPC its sockets by number, and that is what it calls the peers.
+        char *peer = grpc_call_get_peer(call->grpc);
+        bool named = strncmp(peer, "fd:", 3) == 0;
+        call->connection = named ? (uint32_t)strtoul(peer + 3, NULL, 10) + 1 : UINT32_MAX;
+        gpr_free(peer);
+    }
+    return call->connection;
+}
+
 // ---- references and waking
 
 static bool try_hold(struct call *call)
@@ -69,8 +82,9 @@ static void push_woken(struct call *call)
         call->wake_next = head;
     while (!atomic_compare_exchange_weak_explicit(&thread->woken, &head, call, memory_order_acq_rel,
                                                   memory_order_relaxed));
-    if (head)
-        return; // whoever made the list non-empty has posted the tag
+    // Whoever made the list non-empty has posted the tag; the thread itself looks before it sleeps.
+    if (head || thread == rpc_thread_here)
+        return;
     grpc_call_error posted = grpc_call_start_batch(thread->waker, NULL, 0, &thread->wake_tag, NULL);
     ASSERT(posted == GRPC_CALL_OK);
 }

@@ -79,3 +79,5 @@ void call_unhold(struct call *call);
 bool call_cancelled(const struct call *call); // any thread that holds it
 uint64_t
 call_deadline_ns(const struct call *call); // on now_ns()'s clock, capped by deadline_ms_max
+// A number for the connection that it came by, not 0; others have it, too, once that is closed.
+uint32_t call_connection(struct call *call);

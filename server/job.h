@@ -4,7 +4,7 @@
 //
 //     state      owner        leaves by
 //     IDLE       rpc thread   batcher_reserve finds room, or lets it wait for some
-//     WAITING    batcher      a buffer comes free, or the device is lost
+//     WAITING    batcher      a buffer comes free, it gives way, or the device is lost
 //     DECODING   rpc thread   the batch's memory is filled, or batcher_abandon
 //     QUEUED     scheduler    its batch is launched, or it is dropped: expired, cancelled
 //     RUNNING    scheduler    the engine is done
@@ -27,6 +27,9 @@ enum job_state {
     JOB_REPLYING,
 };
 
+// The numbers are the API's. Unset, as of a job that no caller sent: normal.
+enum job_priority { JOB_PRIORITY_UNSET, JOB_PRIORITY_LOW, JOB_PRIORITY_NORMAL, JOB_PRIORITY_HIGH };
+
 struct batch;
 
 struct job {
@@ -38,27 +41,37 @@ struct job {
     // its layouts and scale type, too.
     struct weight *weight; // a reference
     struct einsum_operand operand;
-    uint32_t kernel;      // see struct engine_segment
-    bool attention;       // what arrives is attention's output and rotations: kernels/attention.h
+    uint32_t kernel; // see struct engine_segment
+    bool attention;  // what arrives is attention's output and rotations: kernels/attention.h
+    // operand's pointers to inputs or output are set by then, to memory that the engine has been
+    // told of (memory_register) and that stays until the job is answered: no room is needed there.
+    bool input_given, output_given;
+    // Reserving and committing wake nobody: the owner calls batcher_turn soon after, once for all.
+    bool quiet;
     uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
     uint64_t received_ns;
+    enum job_priority priority;
+    uint32_t connection; // whose jobs share with those of others, see batch.h; 0: no connection's
 
     // How it ended; valid in DONE.
     struct error error;
     uint64_t queued_ns, launched_ns, done_ns;
     uint32_t batch_tokens, batch_bucket, batch_requests; // tokens, padded tokens; 0 if dropped
 
-    // Told once, on the scheduler thread, after DONE. Must not block. The new owner waits for it:
-    // seeing the state change is not enough.
+    // Told once, after DONE, by whoever has the scheduler's turn, or reserves for another to whom this
+    // one gives way. Must not block, reserve or commit. The new owner waits for it: seeing the state
+    // change is not enough.
     void (*on_done)(struct job *job);
 
     // Told on any thread that a job which waited is DECODING now. Must not block. NULL if it never
     // waits.
     void (*on_room)(struct job *job);
 
-    // Private to batch.c.
+    // Private to batch.c. Where it stands among others: in tokens of its connection's share.
+    uint64_t share_start, share_end;
     struct job *next_waiting;
     struct batch *batch;
+    const uint8_t *input, *output; // its room in the batch, of so many bytes:
     uint64_t input_bytes, output_bytes;
 };
 

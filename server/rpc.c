@@ -28,6 +28,8 @@ enum {
     SWEEP_MS = 500,        // how often replies that nobody reads are looked for
 };
 
+__thread struct rpc_thread *rpc_thread_here;
+
 // ---- the pool
 
 static struct call *take_free(struct rpc_thread *thread)
@@ -81,6 +83,7 @@ static void call_reset(struct call *call)
     call->armed = NULL;
     call->grpc = NULL;
     call->state = NULL;
+    call->connection = 0;
     atomic_store_explicit(&call->references, 1, memory_order_relaxed);
     atomic_store_explicit(&call->cancelled, false, memory_order_relaxed);
     atomic_store_explicit(&call->wake_queued, false, memory_order_relaxed);
@@ -254,6 +257,7 @@ static void *thread_main(void *argument)
         grpc_event event = grpc_completion_queue_next(thread->queue, until, NULL);
         if (event.type == GRPC_QUEUE_SHUTDOWN)
             return NULL;
+        rpc_thread_here = thread;
         if (event.type == GRPC_OP_COMPLETE)
             handle(thread, event.tag, event.success);
         // Armed slots fail when the server starts to drain, so every thread comes by here then.
@@ -261,6 +265,11 @@ static void *thread_main(void *argument)
             drain_live_calls(thread);
         if (thread->live && now_ns() - thread->swept_ns > (uint64_t)SWEEP_MS * 1000000u)
             sweep(thread);
+        // What this thread has woken itself comes without a tag.
+        while (atomic_load_explicit(&thread->woken, memory_order_relaxed))
+            run_woken(thread);
+        rpc_thread_here =
+            NULL; // gRPC, too, runs code of ours, which must not take it for this loop
     }
 }
 

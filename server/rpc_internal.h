@@ -55,6 +55,7 @@ struct call {
     const struct method *armed;  // the registered one that this slot waits for; NULL: any other
     grpc_call *grpc; // NULL once the call is over: only then does gRPC let go of what it was lent
     uint64_t deadline_ns;
+    uint32_t connection; // see call_connection; 0: not asked for yet
     void *state;
 
     // References: one of the rpc thread until the call is over, one for each hold, one for being in
@@ -101,7 +102,8 @@ struct rpc {
 };
 
 // rpc.c
-void rpc_call_ended(struct call *call); // back to the pool
+extern __thread struct rpc_thread *rpc_thread_here; // set while an rpc thread is outside of gRPC
+void rpc_call_ended(struct call *call);             // back to the pool
 
 // call.c: what rpc.c does with the events of a call.
 void call_arrived(struct call *call, bool full); // full: too many are live, refuse it

@@ -1,15 +1,18 @@
-// The scheduler thread: launches batches on free lanes, collects what the engine has finished, and
-// answers the jobs. One turn of its loop:
+// The scheduler: launches batches on free lanes, collects what the engine has finished, and answers
+// the jobs. Its thread does so, or, while that sleeps, whoever calls batcher_turn. One turn:
 //
 //     collect the lanes that are done -> launch on all free lanes -> answer what was collected
 //     -> give the jobs that wait what room there is now
 //
 // Launching comes before answering so that the device does not wait for replies.
 //
-// It sleeps on one word, the waker, and so cannot miss a wake: every turn begins by clearing the
+// The thread sleeps on one word, the waker, and so cannot miss a wake: its turns begin by clearing the
 // word, every waker sets it after its change, and sleeping is refused while it is set. With a
 // polled engine it watches the word and the lanes for a while before it sleeps, so that neither a
 // short batch nor the one that follows it costs a wake-up; then it naps while lanes are busy.
+//
+// Who takes the turn of a sleeping thread borrows the word with it: a wake then sets the word and
+// costs no system call, and the borrower takes another turn.
 #include "batch_internal.h"
 
 #include <signal.h>
@@ -17,7 +20,9 @@
 
 #include "futex.h"
 
-enum waker_word { WAKER_CLEAR, WAKER_SET, WAKER_SLEEPING };
+enum waker_word { WAKER_CLEAR, WAKER_SET, WAKER_SLEEPING, WAKER_BORROWED };
+
+enum { BORROWED_TURNS_MAX = 8 }; // then the thread may as well get up
 
 // Of a polled engine: after a launch or a batch's end, what comes next is waited for without
 // sleeping so long; batches that run longer are looked at so often that it does not matter.
@@ -42,11 +47,15 @@ static bool waker_is_set(struct batcher_waker *waker)
     return atomic_load_explicit(&waker->word, memory_order_relaxed) == WAKER_SET;
 }
 
+static bool waker_change(struct batcher_waker *waker, uint32_t from, uint32_t to)
+{
+    return atomic_compare_exchange_strong_explicit(&waker->word, &from, to, memory_order_acq_rel,
+                                                   memory_order_relaxed);
+}
+
 static void waker_sleep(struct batcher_waker *waker, uint64_t until_ns)
 {
-    uint32_t word = WAKER_CLEAR;
-    if (atomic_compare_exchange_strong_explicit(&waker->word, &word, WAKER_SLEEPING,
-                                                memory_order_acq_rel, memory_order_relaxed))
+    if (waker_change(waker, WAKER_CLEAR, WAKER_SLEEPING))
         futex_wait(&waker->word, WAKER_SLEEPING, until_ns);
 }
 
@@ -185,6 +194,7 @@ static void account_launch_locked(struct batcher *batcher, struct batch *batch, 
     }
     if (batcher->lanes_free-- == batcher->options.lanes)
         batcher->busy_since_ns = batch->launched_ns;
+    batcher->running_tokens += batch->launch.tokens;
     stats->batches++;
     stats->requests += keep;
     stats->tokens += batch->launch.tokens;
@@ -193,18 +203,15 @@ static void account_launch_locked(struct batcher *batcher, struct batch *batch, 
     stats->bucket_batches[batch->launch.bucket]++;
 }
 
-// Takes the first batch of the queue if it may leave now.
+// Takes a batch of the queue that may leave now.
 static struct batch *next_batch(struct batcher *batcher, uint64_t now)
 {
     struct batch *batch = NULL;
     pthread_mutex_lock(&batcher->lock);
-    if (batcher_launch_at_ns_locked(batcher) <= now) {
-        batch = batcher->queue;
-        if (batch->state == BATCH_OPEN)
-            batch_close_locked(batcher, batch);
-        // Reservations that are still being filled hold it back; the last of them wakes us.
-        batch = batch->filling ? NULL : batcher_dequeue_locked(batcher);
-    }
+    if (batcher_launch_at_ns_locked(batcher) <= now)
+        batch = batcher_ready_locked(batcher, now);
+    if (batch)
+        batcher_dequeue_locked(batcher, batch);
     pthread_mutex_unlock(&batcher->lock);
     return batch;
 }
@@ -246,6 +253,7 @@ static void account_phases_locked(struct batcher_stats *stats, const struct engi
 
 static void account_done_locked(struct batcher *batcher, struct batch *batch, uint64_t now)
 {
+    batcher->running_tokens -= batch->launch.tokens;
     if (++batcher->lanes_free == batcher->options.lanes)
         batcher->stats.busy_ns += now - batcher->busy_since_ns;
     if (batch->result.status) {
@@ -356,8 +364,10 @@ static bool sleep_until_needed(struct batcher *batcher, struct batch **done)
     pthread_mutex_lock(&batcher->lock);
     bool stopping = batcher->stopping;
     uint64_t launch_at_ns = batcher_launch_at_ns_locked(batcher);
-    if (launch_at_ns > now)
-        batcher->scheduler_wakes_at_ns = launch_at_ns;
+    if (launch_at_ns > now) {
+        batcher->scheduler_wakes_at_ns = batcher->scheduler_sleeps_until_ns = launch_at_ns;
+        batcher->scheduler_sleeps = true;
+    }
     pthread_mutex_unlock(&batcher->lock);
     if (stopping)
         return false;
@@ -374,8 +384,24 @@ static bool sleep_until_needed(struct batcher *batcher, struct batch **done)
     }
     pthread_mutex_lock(&batcher->lock);
     batcher->scheduler_wakes_at_ns = 0;
+    batcher->scheduler_sleeps = false;
     pthread_mutex_unlock(&batcher->lock);
     return true;
+}
+
+// `done`: batches that have ended already.
+static void take_turn(struct batcher *batcher, struct batch *done)
+{
+    if (!done)
+        done = collect_done(batcher);
+    while (launch_next(batcher))
+        ;
+    while (done) {
+        struct batch *next = done->next;
+        batch_answer(done);
+        done = next;
+    }
+    serve_waiting(batcher);
 }
 
 static void *scheduler_run(void *argument)
@@ -383,19 +409,58 @@ static void *scheduler_run(void *argument)
     struct batcher *batcher = argument;
     struct batch *done = NULL;
     do {
+        pthread_mutex_lock(&batcher->turn);
         waker_clear(batcher->waker);
-        if (!done)
-            done = collect_done(batcher);
-        while (launch_next(batcher))
-            ;
-        while (done) {
-            struct batch *next = done->next;
-            batch_answer(done);
-            done = next;
-        }
-        serve_waiting(batcher);
+        take_turn(batcher, done);
+        done = NULL;
+        pthread_mutex_unlock(&batcher->turn);
     } while (sleep_until_needed(batcher, &done));
     return NULL;
+}
+
+// --- the turn of others
+
+// As if the turns had not been: whoever was told that the thread is awake now has been served.
+// False: it must get up, to end.
+static bool go_on_sleeping(struct batcher *batcher)
+{
+    pthread_mutex_lock(&batcher->lock);
+    bool stopping = batcher->stopping;
+    if (batcher->scheduler_sleeps)
+        batcher->scheduler_wakes_at_ns = batcher->scheduler_sleeps_until_ns;
+    pthread_mutex_unlock(&batcher->lock);
+    return !stopping;
+}
+
+static void take_borrowed_turns(struct batcher *batcher)
+{
+    struct batcher_waker *waker = batcher->waker;
+    for (int turns = 0; turns < BORROWED_TURNS_MAX; turns++) {
+        take_turn(batcher, NULL);
+        if (!go_on_sleeping(batcher))
+            break;
+        // A wake since then has set the word. Nobody clears it, since that is done in the turn.
+        if (waker_change(waker, WAKER_BORROWED, WAKER_SLEEPING))
+            return;
+        bool again = waker_change(waker, WAKER_SET, WAKER_BORROWED);
+        ASSERT(again);
+    }
+    atomic_exchange_explicit(&waker->word, WAKER_SET, memory_order_acq_rel);
+    futex_wake(&waker->word, 1);
+}
+
+void batcher_turn(struct batcher *batcher)
+{
+    if (!batcher->options.ops->polled && pthread_mutex_trylock(&batcher->turn) == 0) {
+        if (waker_change(batcher->waker, WAKER_SLEEPING, WAKER_BORROWED))
+            take_borrowed_turns(batcher);
+        pthread_mutex_unlock(&batcher->turn);
+    }
+    pthread_mutex_lock(&batcher->lock);
+    bool wake = batcher_must_wake_locked(batcher);
+    pthread_mutex_unlock(&batcher->lock);
+    if (wake)
+        batcher_wake(batcher->waker);
 }
 
 enum status scheduler_start(struct batcher *batcher, struct error *err)

@@ -111,6 +111,24 @@ static const struct engine_ops fake_ops = {
     .poll = fake_poll,
 };
 
+// Done as soon as it is submitted, as the null engine.
+static void quick_submit(struct engine *engine, uint32_t lane, const struct engine_batch *batch)
+{
+    fake_submit(engine, lane, batch);
+    pthread_mutex_lock(&engine->lock);
+    engine->lanes[lane].done = true;
+    pthread_mutex_unlock(&engine->lock);
+    batcher_wake(&engine->waker);
+}
+
+static const struct engine_ops quick_ops = {
+    .name = "fake, quick",
+    .memory_alloc = fake_memory_alloc,
+    .memory_free = fake_memory_free,
+    .submit = quick_submit,
+    .poll = fake_poll,
+};
+
 // The lane on which a batch runs; -1: none.
 static int fake_lane_of(struct engine *engine, const struct engine_batch *batch)
 {
@@ -137,6 +155,7 @@ static void fake_complete(struct engine *engine, uint32_t submission, enum statu
 struct test_job {
     struct job job; // first, so that on_done finds the rest
     _Atomic int done;
+    pthread_t told_on; // which thread called on_done
 };
 
 static struct engine engine;
@@ -166,6 +185,7 @@ static void sleep_ms(uint32_t ms)
 
 static void on_done(struct job *job)
 {
+    ((struct test_job *)job)->told_on = pthread_self();
     atomic_fetch_add(&((struct test_job *)job)->done, 1);
 }
 
@@ -236,6 +256,17 @@ static struct job *commit(int index, uint32_t tokens)
     struct job *job = reserve(index, tokens);
     batcher_commit(batcher, job);
     return job;
+}
+
+// Launched in this thread's turn, if the scheduler sleeps.
+static void commit_by_turn(int index, uint32_t tokens)
+{
+    struct error err;
+    struct job *job = job_init(index, tokens);
+    job->quiet = true;
+    ck_assert_int_eq(batcher_reserve(batcher, job, &err), STATUS_OK);
+    batcher_commit(batcher, job);
+    batcher_turn(batcher);
 }
 
 static enum status reserve_fails(int index, uint32_t tokens, struct error *err)
@@ -523,13 +554,31 @@ END_TEST
 START_TEST(launches_in_order_of_opening)
 {
     start(&base);
+    commit(0, 5);
+    wait_submitted(1);
+    struct job *first = reserve(1, 5), *second = reserve(2, 5);
+    batcher_commit(batcher, second);
+    batcher_commit(batcher, first);
+    fake_complete(&engine, 0, STATUS_OK);
+    ck_assert_ptr_eq(wait_submitted(2)->output, first->operand.output);
+    fake_complete(&engine, 1, STATUS_OK);
+    ck_assert_ptr_eq(wait_submitted(3)->output, second->operand.output);
+    fake_complete(&engine, 2, STATUS_OK);
+    for (int i = 0; i < 3; i++)
+        wait_release(i, STATUS_OK);
+}
+END_TEST
+
+START_TEST(a_ready_batch_does_not_wait_for_one_that_is_being_filled)
+{
+    start(&base);
     struct job *first = reserve(0, 5), *second = reserve(1, 5);
     batcher_commit(batcher, second);
-    stays_submitted(0); // the lane is free, but the first batch is still being filled
+    ck_assert_ptr_eq(wait_submitted(1)->output, second->operand.output);
     batcher_commit(batcher, first);
-    ck_assert_ptr_eq(wait_submitted(1)->output, first->operand.output);
+    stays_submitted(1);
     fake_complete(&engine, 0, STATUS_OK);
-    ck_assert_ptr_eq(wait_submitted(2)->output, second->operand.output);
+    ck_assert_ptr_eq(wait_submitted(2)->output, first->operand.output);
     fake_complete(&engine, 1, STATUS_OK);
     wait_release(0, STATUS_OK);
     wait_release(1, STATUS_OK);
@@ -671,6 +720,99 @@ START_TEST(watching_cuts_no_delay_short)
         wait_release(0, STATUS_OK);
     }
     ck_assert_uint_ge(stats().queue_ns, 20 * DELAY_US * 1000u);
+}
+END_TEST
+
+// --- whoever commits launches
+
+static struct batcher_options quick_options(void)
+{
+    struct batcher_options options = base;
+    options.ops = &quick_ops;
+    return options;
+}
+
+START_TEST(a_commit_launches_and_answers_by_itself)
+{
+    const struct batcher_options options = quick_options();
+    start(&options);
+    sleep_ms(QUIET_MS); // until the scheduler thread sleeps; while it is awake the turn is its
+    for (int i = 0; i < 3; i++) {
+        commit(i, 2);
+        ck_assert_int_eq(atomic_load(&jobs[i].done), 1); // with no other thread's help
+        ck_assert_uint_eq(submitted(), (uint32_t)i + 1);
+        wait_release(i, STATUS_OK);
+    }
+    all_buffers_free(&options, 0);
+}
+END_TEST
+
+START_TEST(what_a_commit_launched_is_answered_when_it_ends)
+{
+    start(&base);
+    sleep_ms(QUIET_MS);
+    commit(0, 2);
+    ck_assert_uint_eq(submitted(), 1);
+    commit(1, 2); // the lane is taken: it waits
+    ck_assert_uint_eq(submitted(), 1);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    wait_submitted(2);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(1, STATUS_OK);
+}
+END_TEST
+
+// The scheduler thread is to launch what no later commit does.
+START_TEST(a_delay_ends_without_another_commit)
+{
+    struct batcher_options options = quick_options();
+    options.max_queue_delay_us = 50000;
+    start(&options);
+    for (int i = 0; i < 3; i++) {
+        commit(i, 1);
+        ck_assert_int_eq(atomic_load(&jobs[i].done), 0);
+        wait_release(i, STATUS_OK);
+        ck_assert_uint_ge(jobs[i].job.launched_ns - jobs[i].job.queued_ns, 50000000);
+    }
+}
+END_TEST
+
+static _Atomic bool turn_held, turn_let_go;
+
+static void hold_turn(struct job *job)
+{
+    atomic_store(&turn_held, true);
+    while (!atomic_load(&turn_let_go))
+        sched_yield();
+    on_done(job);
+}
+
+static void *commit_first(void *argument)
+{
+    batcher_commit(batcher, argument);
+    return NULL;
+}
+
+START_TEST(a_commit_while_another_has_the_turn_is_not_lost)
+{
+    const struct batcher_options options = quick_options();
+    start(&options);
+    atomic_store(&turn_held, false);
+    atomic_store(&turn_let_go, false);
+    struct job *first = reserve(0, 8); // fills its batch, so that the next opens another
+    first->on_done = hold_turn;
+    pthread_t thread;
+    ck_assert_int_eq(pthread_create(&thread, NULL, commit_first, first), 0);
+    while (!atomic_load(&turn_held))
+        sched_yield();
+    commit(1, 1);
+    ck_assert_int_eq(atomic_load(&jobs[1].done), 0);
+    ck_assert_uint_eq(submitted(), 1);
+    atomic_store(&turn_let_go, true);
+    wait_release(1, STATUS_OK);
+    pthread_join(thread, NULL);
+    wait_release(0, STATUS_OK);
 }
 END_TEST
 
@@ -844,6 +986,66 @@ START_TEST(abandoned_room_comes_back_if_it_was_the_last)
     fake_complete(&engine, 0, STATUS_OK);
     wait_release(2, STATUS_OK);
     all_buffers_free(&base, 10);
+}
+END_TEST
+
+// What a job brings along takes no room, and stays where it is.
+START_TEST(given_memory_is_used_where_it_is)
+{
+    start(&base);
+    static uint8_t input[8 * REDUCED_DIM], scales[8], output[8 * OUTPUT_BYTES];
+    struct job *first = reserve(0, 1), *given[3];
+    const uint8_t *room = (const uint8_t *)first->operand.activations + first->input_bytes;
+    const uint8_t *output_room = (const uint8_t *)first->operand.output + first->output_bytes;
+    for (int i = 0; i < 3; i++) {
+        struct error err;
+        given[i] = job_init(1 + i, 2);
+        given[i]->input_given = i != 1;
+        given[i]->output_given = i != 0;
+        given[i]->operand.activations = input;
+        given[i]->operand.scales = scales;
+        given[i]->operand.output = output;
+        ck_assert_int_eq(batcher_reserve(batcher, given[i], &err), STATUS_OK);
+    }
+    ck_assert_ptr_eq(given[0]->operand.activations, input);
+    ck_assert_ptr_eq(given[0]->operand.output, output_room);
+    ck_assert_ptr_eq(given[1]->operand.activations, room);
+    ck_assert_ptr_eq(given[1]->operand.output, output);
+    ck_assert_ptr_eq(given[2]->operand.scales, scales);
+    ck_assert_ptr_eq(given[2]->operand.output, output);
+    batcher_abandon(batcher, given[2]);
+    batcher_abandon(batcher, given[1]); // each gives back what it took
+    struct job *last = reserve(4, 1);
+    ck_assert_ptr_eq(last->operand.activations, room);
+    batcher_commit(batcher, first);
+    batcher_commit(batcher, given[0]);
+    batcher_commit(batcher, last);
+    const struct engine_batch *batch = wait_submitted(1);
+    ck_assert_uint_eq(batch->segments_n, 3);
+    ck_assert_uint_eq(batch->tokens, 4);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    wait_release(1, STATUS_OK);
+    wait_release(4, STATUS_OK);
+    all_buffers_free(&base, 10);
+}
+END_TEST
+
+// Launching and answering by who commits, while the scheduler's thread sleeps.
+START_TEST(a_turn_does_the_schedulers_work)
+{
+    struct batcher_options options = base;
+    options.ops = &quick_ops;
+    start(&options);
+    uint32_t here = 0;
+    for (int round = 0; round < 1000; round++) {
+        commit_by_turn(0, 1);
+        here += atomic_load(&jobs[0].done) == 1 && pthread_equal(jobs[0].told_on, pthread_self());
+        wait_release(0, STATUS_OK);
+    }
+    ck_assert_uint_gt(here, 0); // all but those that met the thread awake
+    ck_assert_uint_eq(stats().requests, 1000);
+    all_buffers_free(&options, 10);
 }
 END_TEST
 
@@ -1075,6 +1277,239 @@ START_TEST(nobody_overtakes_those_who_wait)
 }
 END_TEST
 
+// --- who goes first
+
+// Reserves or waits on behalf of a connection; true if it waits.
+static bool ask(int index, uint32_t tokens, uint32_t connection, enum job_priority priority)
+{
+    struct error err = {.text = ""};
+    bool waits;
+    struct job *job = job_init(index, tokens);
+    job->on_room = on_room;
+    job->connection = connection;
+    job->priority = priority;
+    enum status status = batcher_reserve_or_wait(batcher, job, &waits, &err);
+    ck_assert_msg(!status, "job %d: %s", index, err.text);
+    return waits;
+}
+
+static void ask_and_commit(int index, uint32_t tokens, uint32_t connection)
+{
+    ck_assert(!ask(index, tokens, connection, JOB_PRIORITY_UNSET));
+    batcher_commit(batcher, &jobs[index].job);
+}
+
+static void commit_given(int index)
+{
+    ck_assert_int_eq((int)atomic_load(&jobs[index].job.state), JOB_DECODING);
+    batcher_commit(batcher, &jobs[index].job);
+}
+
+// Callers of whole batches, each on a connection of its own with one request at a time, and one of
+// one token: it is in the very next batch, whatever waits.
+START_TEST(few_tokens_go_ahead_of_a_flood)
+{
+    struct batcher_options options = base;
+    options.batches = 4; // so many that one is kept
+    atomic_store(&rooms, 0);
+    start(&options);
+    ask_and_commit(0, 8, 1); // runs
+    wait_submitted(1);
+    ask_and_commit(1, 8, 2); // next in line
+    ask_and_commit(2, 8, 3);
+    ck_assert(ask(3, 8, 4, JOB_PRIORITY_UNSET)); // one buffer is left, and not for this one
+    ck_assert(ask(4, 8, 5, JOB_PRIORITY_UNSET));
+    ask_and_commit(5, 1, 6); // but for this
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    ck_assert_uint_eq(wait_submitted(2)->tokens, 1);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(5, STATUS_OK);
+    for (uint32_t i = 1; i <= 2; i++) { // the flood goes on in order of arrival
+        ck_assert_ptr_eq(wait_submitted(2 + i)->output, jobs[i].job.operand.output);
+        fake_complete(&engine, 1 + i, STATUS_OK);
+        wait_release((int)i, STATUS_OK);
+    }
+    expect_rooms((const int[]){3, 4}, 2);
+    for (uint32_t i = 3; i <= 4; i++) {
+        commit_given((int)i);
+        wait_submitted(2 + i);
+        fake_complete(&engine, 1 + i, STATUS_OK);
+        wait_release((int)i, STATUS_OK);
+    }
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
+// A caller who comes again lies behind those that have not been served yet, and so moves nobody.
+START_TEST(few_tokens_go_ahead_of_who_has_waited_a_round)
+{
+    struct batcher_options options = base;
+    options.batches = 6;
+    start(&options);
+    for (int i = 0; i < 3; i++)
+        ask_and_commit(i, 8, 1 + (uint32_t)i);
+    wait_submitted(1);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    wait_submitted(2);
+    ask_and_commit(3, 8, 1); // again
+    ask_and_commit(4, 1, 9);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(1, STATUS_OK);
+    ck_assert_uint_eq(wait_submitted(3)->tokens, 1);
+    fake_complete(&engine, 2, STATUS_OK);
+    wait_release(4, STATUS_OK);
+    for (uint32_t i = 2; i <= 3; i++) {
+        ck_assert_ptr_eq(wait_submitted(2 + i)->output, jobs[i].job.operand.output);
+        fake_complete(&engine, 1 + i, STATUS_OK);
+        wait_release((int)i, STATUS_OK);
+    }
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
+static const struct engine_ops serial_ops = {
+    .name = "fake, serial",
+    .serial = true,
+    .memory_alloc = fake_memory_alloc,
+    .memory_free = fake_memory_free,
+    .submit = fake_submit,
+    .poll = fake_poll,
+};
+
+// Behind a short batch another is submitted at once; behind a long one none, so that few tokens can
+// still go ahead.
+START_TEST(nothing_lines_up_behind_a_long_batch_of_a_serial_engine)
+{
+    static const uint32_t large[] = {8, 256};
+    struct batcher_options options = base;
+    options.ops = &serial_ops;
+    options.lanes = 2;
+    options.batches = 6;
+    options.batch_tokens_max = 256;
+    options.buckets = large;
+    options.buckets_n = ARRAY_LEN(large);
+    options.batch_input_bytes *= 32;
+    options.batch_output_bytes *= 32;
+    start(&options);
+    ask_and_commit(0, 8, 1);
+    wait_submitted(1);
+    ask_and_commit(1, 256, 2);
+    wait_submitted(2);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    ask_and_commit(2, 256, 3);
+    stays_submitted(2); // though a lane is free
+    ask_and_commit(3, 1, 4);
+    fake_complete(&engine, 1, STATUS_OK);
+    wait_release(1, STATUS_OK);
+    wait_submitted(4); // behind one token the next may line up
+    ck_assert_uint_eq(engine.log[2]->tokens, 1);
+    for (uint32_t i = 2; i < 4; i++)
+        fake_complete(&engine, i, STATUS_OK);
+    wait_release(2, STATUS_OK);
+    wait_release(3, STATUS_OK);
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
+// However many requests of one token a connection sends, one of eight waits for eight of them.
+START_TEST(a_flood_of_few_tokens_does_not_hold_up_a_large_one)
+{
+    struct batcher_options options = base;
+    options.batches = 1;
+    options.batch_input_bytes *= 4; // and with it what may wait
+    atomic_store(&rooms, 0);
+    start(&options);
+    ask_and_commit(0, 8, 9);
+    wait_submitted(1);
+    for (int i = 1; i <= 12; i++)
+        ck_assert(ask(i, 1, 1, JOB_PRIORITY_UNSET));
+    ck_assert(ask(13, 8, 2, JOB_PRIORITY_UNSET));
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    expect_rooms((const int[]){1, 2, 3, 4, 5, 6, 7, 8}, 8);
+    for (int i = 1; i <= 8; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    ck_assert_int_eq(atomic_load(&rooms), 9);
+    ck_assert_int_eq(room_order[8], 13);
+    batcher_abandon(batcher, &jobs[13].job);
+    ck_assert_int_eq(atomic_load(&rooms), 13);
+    for (int i = 9; i <= 12; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
+// A connection that has filled the queue gives way to others, as many of its last as it takes.
+START_TEST(a_full_queue_is_shared)
+{
+    struct batcher_options options = base;
+    options.batches = 1;
+    options.queue_requests_max = _i ? 100 : 5;
+    options.batch_input_bytes = (_i ? 8 : 100) * (REDUCED_DIM + CACHE_LINE_BYTES);
+    atomic_store(&rooms, 0);
+    start(&options);
+    ask_and_commit(0, 8, 9);
+    wait_submitted(1);
+    int n = _i ? 8 : 5; // one of a token is as large as a token of the limit
+    for (int i = 1; i <= n; i++)
+        ck_assert(ask(i, 1, 1, JOB_PRIORITY_UNSET));
+    struct error err;
+    bool waits;
+    struct job *job = job_init(20, 1);
+    job->on_room = on_room;
+    job->connection = 1;
+    ck_assert_int_eq(batcher_reserve_or_wait(batcher, job, &waits, &err),
+                     STATUS_RESOURCE_EXHAUSTED);
+    ck_assert(ask(21, 1, 2, JOB_PRIORITY_UNSET)); // another's first stands before their second
+    wait_release(n, STATUS_RESOURCE_EXHAUSTED);
+    ck_assert_uint_ge(jobs[n].job.error.retry_after_ms, 1);
+    ck_assert(ask(22, 1, 3, JOB_PRIORITY_HIGH));
+    wait_release(n - 1, STATUS_RESOURCE_EXHAUSTED);
+    for (int i = 1; i < n - 1; i++)
+        ck_assert_int_eq(atomic_load(&jobs[i].done), 0);
+    ck_assert_uint_eq(stats().queued, (uint32_t)n);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    expect_rooms((const int[]){22, 1, 21, 2, 3, 4, 5, 6}, n);
+    for (int i = 1; i < n - 1; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    for (int i = 21; i <= 22; i++)
+        batcher_abandon(batcher, &jobs[i].job);
+    ck_assert_uint_eq(stats().jobs, 0);
+    ck_assert_uint_eq(stats().queued, 0);
+}
+END_TEST
+
+START_TEST(priorities_come_before_shares_and_shares_before_arrival)
+{
+    struct batcher_options options = base;
+    options.batches = 1;
+    options.batch_input_bytes *= 4; // and with it what may wait
+    atomic_store(&rooms, 0);
+    start(&options);
+    ask_and_commit(0, 8, 9);
+    wait_submitted(1);
+    ck_assert(ask(1, 2, 1, JOB_PRIORITY_LOW));
+    ck_assert(ask(2, 8, 2, JOB_PRIORITY_NORMAL));
+    ck_assert(ask(3, 1, 2, JOB_PRIORITY_UNSET)); // behind its connection's other
+    ck_assert(ask(4, 3, 3, JOB_PRIORITY_UNSET));
+    ck_assert(ask(5, 8, 4, JOB_PRIORITY_HIGH));
+    ck_assert(ask(6, 1, 5, JOB_PRIORITY_LOW));
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    const int order[] = {5, 4, 2, 3, 6, 1};
+    for (int i = 0; i < 6; i++) {
+        ck_assert_int_gt(atomic_load(&rooms), i);
+        ck_assert_int_eq(room_order[i], order[i]);
+        batcher_abandon(batcher, &jobs[order[i]].job);
+    }
+    all_buffers_free(&options, 20);
+}
+END_TEST
+
 START_TEST(the_queue_of_those_who_wait_has_limits)
 {
     struct batcher_options options = base;
@@ -1216,7 +1651,8 @@ START_TEST(destroy_aborts_on_a_live_job)
 END_TEST
 
 // One job at a time, so that no second wake makes up for a lost one, at delays that sweep over the
-// moment in which the scheduler falls asleep.
+// moment in which the scheduler falls asleep. Launched by the scheduler's thread, by this one's turn,
+// or by either.
 START_TEST(no_wake_is_lost)
 {
     enum { ROUNDS = 20000, DELAY_NS_MAX = 8000 };
@@ -1225,7 +1661,10 @@ START_TEST(no_wake_is_lost)
         uint64_t until = now_ns() + round * 7 % DELAY_NS_MAX;
         while (now_ns() < until)
             ;
-        commit(0, 1);
+        if (_i == 1 || (_i == 2 && round % 3))
+            commit_by_turn(0, 1);
+        else
+            commit(0, 1);
         uint64_t give_up_ns = now_ns() + PATIENCE_MS * 1000000ull;
         while (submitted() != round + 1 && now_ns() < give_up_ns)
             sched_yield();
@@ -1251,7 +1690,7 @@ enum { STRESS_THREADS = 3, STRESS_JOBS = 6000, STRESS_BURST = 24 };
 struct stress {
     _Atomic bool stop;
     _Atomic uint64_t launched; // jobs seen by the engine
-    _Atomic uint64_t answered, dropped, failed, abandoned, refused, waited;
+    _Atomic uint64_t answered, dropped, failed, abandoned, refused, waited, gave_way;
     _Atomic uint32_t faults; // invariants found broken
     uint64_t seed;
 };
@@ -1259,6 +1698,7 @@ static struct stress stress;
 
 struct stress_job {
     struct job job;
+    uint8_t own_input[6 * REDUCED_DIM], own_scales[6], own_output[6 * OUTPUT_BYTES];
     uint8_t number;
     _Atomic int done, room;
 };
@@ -1364,15 +1804,32 @@ static bool stress_reserve(struct stress_job *it, bool may_wait, uint64_t *rando
                     .output_type = EINSUM_OUTPUT_BF16},
         .deadline_ns = (dice >> 24) % 8 ? UINT64_MAX : now_ns() + (dice >> 32) % 200000,
         .on_done = stress_on_done,
+        .connection = (uint32_t)(dice >> 36) % 5,
+        .priority = (enum job_priority)((dice >> 44) % 4),
         .on_room = stress_on_room,
+        .input_given = (dice >> 40) % 4 == 0,
+        .output_given = (dice >> 42) % 4 == 0,
+        .quiet = (dice >> 44) % 2 == 0,
     };
+    if (it->job.input_given) {
+        it->job.operand.activations = it->own_input;
+        it->job.operand.scales = it->own_scales;
+    }
+    if (it->job.output_given)
+        it->job.operand.output = it->own_output;
     bool waits = false;
     enum status status = may_wait ? batcher_reserve_or_wait(batcher, &it->job, &waits, &err)
                                   : batcher_reserve(batcher, &it->job, &err);
     if (waits)
         atomic_fetch_add(&stress.waited, 1);
-    while (waits && !atomic_load(&it->room))
+    while (waits && !atomic_load(&it->room) && !atomic_load(&it->done))
         sched_yield();
+    if (atomic_load(&it->done)) { // it had to give way
+        fault_unless(it->job.error.status == STATUS_RESOURCE_EXHAUSTED, "gave way to nothing");
+        batcher_release(batcher, &it->job);
+        atomic_fetch_add(&stress.gave_way, 1);
+        return false;
+    }
     if (!status) {
         fault_unless(atomic_load(&it->job.state) == JOB_DECODING, "room without the right to it");
         return true;
@@ -1394,12 +1851,16 @@ static bool stress_fill(struct stress_job *it, uint64_t *random)
     uint64_t dice = random_next(random);
     if (dice % 16 == 0) {
         batcher_abandon(batcher, &it->job);
+        batcher_turn(batcher);
         atomic_fetch_add(&stress.abandoned, 1);
         return false;
     }
-    batcher_commit(batcher, &it->job);
     if (dice % 16 == 1)
         atomic_store(&it->job.cancelled, true);
+    bool turn = it->job.quiet;
+    batcher_commit(batcher, &it->job);
+    if (turn)
+        batcher_turn(batcher);
     return true;
 }
 
@@ -1461,9 +1922,10 @@ static uint64_t stress_seed(void)
 START_TEST(stress_loses_no_job)
 {
     struct batcher_options options = base;
-    options.lanes = _i == 0 ? LANES_MAX : 1 + (uint32_t)_i % LANES_MAX;
-    options.batches = options.lanes + 2;
-    options.queue_requests_max = 20;
+    bool crowded = _i == 3; // so that some have to give way
+    options.lanes = crowded ? 1 : _i == 0 ? LANES_MAX : 1 + (uint32_t)_i % LANES_MAX;
+    options.queue_requests_max = crowded ? 1 : 20;
+    options.batches = crowded ? 1 : options.lanes + 2;
     options.max_queue_delay_us = _i == 1 ? 50 : 0;
     start(&options);
     memset(&stress, 0, sizeof stress);
@@ -1492,8 +1954,12 @@ START_TEST(stress_loses_no_job)
     ck_assert_uint_gt(dropped, 0);
     ck_assert_uint_gt(failed, 0);
     ck_assert_uint_gt(abandoned, 0);
-    ck_assert_uint_lt(end.batches, end.requests);
-    all_buffers_free(&options, 0);
+    ck_assert(crowded || end.batches < end.requests);
+    ck_assert(!crowded || atomic_load(&stress.gave_way) > 0);
+    ck_assert_uint_eq(end.jobs, 0);
+    ck_assert_uint_eq(end.queued, 0);
+    if (!crowded) // else the queue does not take one for each buffer
+        all_buffers_free(&options, 0);
 }
 END_TEST
 
@@ -1511,6 +1977,7 @@ int main(void)
     tcase_add_test(rules, jobs_gather_while_the_lane_is_busy);
     tcase_add_loop_test(rules, closes_when_full, 0, ARRAY_LEN(fulls));
     tcase_add_test(rules, launches_in_order_of_opening);
+    tcase_add_test(rules, a_ready_batch_does_not_wait_for_one_that_is_being_filled);
     tcase_add_loop_test(rules, a_closed_batch_waits_for_the_last_that_fills, 0, 2);
     tcase_add_test(rules, lanes_complete_in_any_order);
     tcase_add_test(rules, a_delay_gathers_and_ends);
@@ -1519,12 +1986,18 @@ int main(void)
     tcase_add_loop_test(rules, a_polled_engine_takes_new_batches_while_it_runs_others, 0,
                         ARRAY_LEN(pauses_us));
     tcase_add_test(rules, watching_cuts_no_delay_short);
+    tcase_add_test(rules, a_commit_launches_and_answers_by_itself);
+    tcase_add_test(rules, what_a_commit_launched_is_answered_when_it_ends);
+    tcase_add_test(rules, a_delay_ends_without_another_commit);
+    tcase_add_test(rules, a_commit_while_another_has_the_turn_is_not_lost);
     tcase_add_test(rules, batches_are_counted_by_bucket_and_phase);
     tcase_add_loop_test(rules, a_full_batch_does_not_wait_for_the_delay, 0, 2);
     tcase_add_test(rules, equal_weights_stand_side_by_side);
     tcase_add_test(rules, late_and_cancelled_jobs_are_dropped_before_launch);
     tcase_add_test(rules, a_batch_of_dropped_jobs_is_not_launched);
     tcase_add_test(rules, abandoned_room_comes_back_if_it_was_the_last);
+    tcase_add_test(rules, given_memory_is_used_where_it_is);
+    tcase_add_test(rules, a_turn_does_the_schedulers_work);
     tcase_add_test(rules, an_open_batch_abandoned_whole_starts_afresh);
     tcase_add_test(rules, an_engines_error_reaches_every_job_of_the_batch);
     tcase_add_loop_test(rules, a_lost_device_answers_everything, 0, 2);
@@ -1532,13 +2005,19 @@ int main(void)
     tcase_add_test(rules, no_free_buffer_refuses_until_one_is_released);
     tcase_add_test(rules, waiting_jobs_get_room_in_order_of_arrival);
     tcase_add_test(rules, nobody_overtakes_those_who_wait);
+    tcase_add_test(rules, few_tokens_go_ahead_of_a_flood);
+    tcase_add_test(rules, few_tokens_go_ahead_of_who_has_waited_a_round);
+    tcase_add_test(rules, nothing_lines_up_behind_a_long_batch_of_a_serial_engine);
+    tcase_add_test(rules, a_flood_of_few_tokens_does_not_hold_up_a_large_one);
+    tcase_add_loop_test(rules, a_full_queue_is_shared, 0, 2);
+    tcase_add_test(rules, priorities_come_before_shares_and_shares_before_arrival);
     tcase_add_test(rules, the_queue_of_those_who_wait_has_limits);
     tcase_add_test(rules, those_who_wait_hear_of_a_lost_device);
     tcase_add_test(rules, buffers_are_scarce_when_the_last_is_taken);
     tcase_add_test(rules, a_buffer_is_held_by_its_slowest_job);
     tcase_add_test(rules, what_fits_no_batch_is_invalid);
     tcase_add_loop_test(rules, create_fails_without_leaking, 1, 7);
-    tcase_add_test(rules, no_wake_is_lost);
+    tcase_add_loop_test(rules, no_wake_is_lost, 0, 3);
     if (srunner_fork_status(runner) == CK_FORK) // an abort ends the process
         tcase_add_test_raise_signal(rules, destroy_aborts_on_a_live_job, SIGABRT);
     suite_add_tcase(suite, rules);
@@ -1546,7 +2025,7 @@ int main(void)
     TCase *stressed = tcase_create("stress");
     tcase_set_timeout(stressed, 240);
     tcase_add_checked_fixture(stressed, setup, teardown);
-    tcase_add_loop_test(stressed, stress_loses_no_job, 0, 3);
+    tcase_add_loop_test(stressed, stress_loses_no_job, 0, 4);
     suite_add_tcase(suite, stressed);
 
     srunner_run_all(runner, CK_NORMAL);

@@ -96,7 +96,7 @@ static size_t write_message(const struct einsum_client_request *request, bool st
                             uint8_t *message)
 {
     struct einsum_client_frame frame;
-    einsum_client_frame_write(&frame, request, 1234567890123456789u, streamed);
+    einsum_client_frame_write(&frame, request, 1234567890123456789u, streamed, NULL);
     uint8_t *to = message;
     memcpy(to, frame.head, frame.head_bytes);
     to += frame.head_bytes;
@@ -119,6 +119,7 @@ static void check_request(const Einsum__V1__EinsumRequest *got,
     ck_assert_str_eq(got->weight, sent->weight);
     ck_assert_str_eq(got->equation, "bhr,hdr->bhd");
     ck_assert_str_eq(got->kernel, sent->kernel ? sent->kernel : "");
+    ck_assert_int_eq((int)got->priority, (int)sent->priority);
     ck_assert_int_eq((int)got->recipe, (int)sent->recipe);
     ck_assert_int_eq((int)got->activation_layout, (int)sent->activation_layout);
     ck_assert_int_eq((int)got->scale_layout, (int)sent->scale_layout);
@@ -152,6 +153,7 @@ START_TEST(test_frame)
     static char long_kernel[EINSUM_CLIENT_KERNEL_BYTES];
     memset(long_kernel, 'k', sizeof long_kernel - 1);
     request.kernel = _i & 16 ? long_kernel : _i & 1 ? "decode" : NULL;
+    request.priority = (enum einsum_client_priority)(_i % 4);
     uint8_t message[A_BYTES + S_BYTES + 1024];
 
     size_t bytes = write_message(&request, false, message);
@@ -176,6 +178,7 @@ static void check_projection(const Einsum__V1__OutputProjectRequest *got,
     ck_assert_uint_eq(got->request_id, 1234567890123456789u);
     ck_assert_str_eq(got->weight, sent->weight);
     ck_assert_str_eq(got->kernel, sent->kernel ? sent->kernel : "");
+    ck_assert_int_eq((int)got->priority, (int)sent->priority);
     ck_assert_int_eq((int)got->output_type, (int)sent->output_type);
     ck_assert_uint_eq(got->tokens, sent->tokens);
     ck_assert_uint_eq(got->group_begin, sent->group_begin);
@@ -198,6 +201,7 @@ START_TEST(test_frame_of_a_projection)
     request.attention_bytes = _i & 4 ? 0 : A_BYTES;
     request.positions_bytes = _i & 8 ? 0 : S_BYTES;
     request.kernel = _i & 16 ? "decode" : NULL;
+    request.priority = (enum einsum_client_priority)(_i % 4);
     request.equation = "not sent"; // nor are these
     request.recipe = EINSUM_CLIENT_RECIPE_1_1_32;
     uint8_t message[A_BYTES + S_BYTES + 1024];

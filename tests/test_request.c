@@ -138,6 +138,31 @@ START_TEST(each_scale_layout_has_its_size_and_no_other)
 }
 END_TEST
 
+// Tensors lie in the message or in shared memory, never in both; the sizes are held to the same.
+START_TEST(shared_tensors_take_the_messages_place)
+{
+    struct wire_request request = good_request();
+    struct wire_range activations = request.activations, scales = request.activation_scales;
+    request.shared =
+        (struct wire_shared){.given = true, .activations = activations, .scales = scales};
+    struct job job;
+    struct error err;
+    ck_assert_int_eq(request_check(&request, weights, TOKENS_MAX, &job, &err),
+                     STATUS_INVALID_ARGUMENT);
+    ck_assert_str_eq(err.field, "activations");
+    request.activations.bytes = 0;
+    ck_assert_int_eq(request_check(&request, weights, TOKENS_MAX, &job, &err),
+                     STATUS_INVALID_ARGUMENT);
+    ck_assert_str_eq(err.field, "activation_scales");
+    request.activation_scales.bytes = 0;
+    expect_ok(&request, &job);
+    request.shared.scales.bytes++;
+    ck_assert_int_eq(request_check(&request, weights, TOKENS_MAX, &job, &err),
+                     STATUS_INVALID_ARGUMENT);
+    ck_assert_str_eq(err.field, "activation_scales");
+}
+END_TEST
+
 START_TEST(a_slice_of_the_groups_needs_its_own_bytes_alone)
 {
     struct wire_request request = good_request();
@@ -160,6 +185,18 @@ START_TEST(no_tokens_is_a_request_too)
     struct job job;
     expect_ok(&request, &job);
     ck_assert_uint_eq(job.operand.tokens, 0);
+}
+END_TEST
+
+START_TEST(an_unset_priority_is_normal)
+{
+    struct wire_request request = good_request();
+    for (int32_t priority = 0; priority <= 3; priority++) {
+        request.priority = priority;
+        struct job job;
+        expect_ok(&request, &job);
+        ck_assert_int_eq((int)job.priority, priority ? priority : JOB_PRIORITY_NORMAL);
+    }
 }
 END_TEST
 
@@ -196,6 +233,8 @@ WRONG(no_scale_type, request->scale_type = 0)
 WRONG(other_scale_type, request->scale_type = INT32_MIN)
 WRONG(no_output_type, request->output_type = 0)
 WRONG(other_output_type, request->output_type = 3)
+WRONG(other_priority, request->priority = 4)
+WRONG(negative_priority, request->priority = -1)
 WRONG(too_many_tokens, request->tokens = TOKENS_MAX + 1)
 WRONG(tokens_overflow, request->tokens = UINT32_MAX)
 WRONG(group_past_end, request->group_end = GROUPS + 1)
@@ -231,6 +270,8 @@ static const struct {
     {wrong_other_scale_type, STATUS_UNIMPLEMENTED, "scale_type", "-2147483648"},
     {wrong_no_output_type, STATUS_INVALID_ARGUMENT, "output_type", "not given"},
     {wrong_other_output_type, STATUS_UNIMPLEMENTED, "output_type", "OUTPUT_TYPE_FP32"},
+    {wrong_other_priority, STATUS_UNIMPLEMENTED, "priority", "PRIORITY_NORMAL, PRIORITY_HIGH"},
+    {wrong_negative_priority, STATUS_UNIMPLEMENTED, "priority", "-1 is not supported"},
     {wrong_too_many_tokens, STATUS_INVALID_ARGUMENT, "tokens", "at most 64"},
     {wrong_tokens_overflow, STATUS_INVALID_ARGUMENT, "tokens", "got 4294967295"},
     {wrong_group_past_end, STATUS_INVALID_ARGUMENT, "group_end", "got [0, 5)"},
@@ -480,7 +521,9 @@ int main(void)
     tcase_add_loop_test(tests, each_scale_layout_has_its_size_and_no_other, 0,
                         ARRAY_LEN(scale_cases));
     tcase_add_test(tests, a_slice_of_the_groups_needs_its_own_bytes_alone);
+    tcase_add_test(tests, shared_tensors_take_the_messages_place);
     tcase_add_test(tests, no_tokens_is_a_request_too);
+    tcase_add_test(tests, an_unset_priority_is_normal);
     tcase_add_test(tests, a_name_may_be_spelled_as_in_the_checkpoint);
     tcase_add_loop_test(tests, a_wrong_request_is_told_what_is_wrong, 0, ARRAY_LEN(wrong_cases));
     tcase_add_test(tests, words_of_scales_need_blocks_by_four);

@@ -1,4 +1,4 @@
-"""What the benchmarks that run a whole daemon need: its process, and all layers of V4-Flash."""
+"""What the benchmarks that run a whole daemon need: its process, and layers of V4-Flash."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
-from daemon import EINSUMCTL, REPOSITORY, Daemon  # noqa: E402
+from daemon import BUILD_DIR, EINSUMCTL, REPOSITORY, Daemon  # noqa: E402
 
-CHECKPOINT = Path(os.environ.get("EINSUMD_BENCH_DIR", REPOSITORY / "build/bench")) / "v4-flash"
+__all__ = ["BENCH_DIR", "BUILD_DIR", "EINSUMCTL", "REPOSITORY", "Daemon"]
+BENCH_DIR = Path(os.environ.get("EINSUMD_BENCH_DIR", REPOSITORY / "build/bench"))
 
 
 def ctl(*arguments: Any) -> Any:
@@ -25,17 +26,18 @@ def ctl(*arguments: Any) -> Any:
     return json.loads(done.stdout)
 
 
-def v4_flash() -> Path:
-    """1.4 GB, written once and read into the page cache, so that no disk is measured."""
-    if not (CHECKPOINT / "model.safetensors.index.json").exists():
-        shutil.rmtree(CHECKPOINT, ignore_errors=True)
-        CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
-        ctl("make-checkpoint", "--model", "v4-flash", CHECKPOINT)
-    for file in sorted(CHECKPOINT.glob("*.safetensors")):
+def v4_flash(layers: int = 43) -> Path:
+    """33.5 MB a layer, written once and read into the page cache, so that no disk is measured."""
+    checkpoint = BENCH_DIR / ("v4-flash" if layers == 43 else f"v4-flash-{layers}")
+    if not (checkpoint / "model.safetensors.index.json").exists():
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        ctl("make-checkpoint", "--model", "v4-flash", "--layers", layers, checkpoint)
+    for file in sorted(checkpoint.glob("*.safetensors")):
         with file.open("rb") as shard:
             while shard.read(1 << 24):
                 pass
-    return CHECKPOINT
+    return checkpoint
 
 
 def start_daemon(directory: Path, checkpoint: Path, wait: bool = True) -> tuple[Daemon, str]:
