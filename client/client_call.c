@@ -121,6 +121,8 @@ static bool cancel_one(struct einsum_client *client, uint64_t ticket)
 // UINT64_MAX, which no call has, stands for all.
 void einsum_client_cancel(struct einsum_client *client, uint64_t ticket)
 {
+    if (client->shared)
+        einsum_client_ring_cancel(client, ticket);
     while (cancel_one(client, ticket) && ticket == UINT64_MAX)
         ;
 }
@@ -211,16 +213,16 @@ static void finish_when_free(struct einsum_client_call *call)
 
 // ---- trying again -------------------------------------------------------------------------------
 
-static uint64_t pause_ns(struct einsum_client_call *call)
+uint64_t einsum_client_pause_ns(const struct einsum_client_options *options, uint32_t attempts,
+                                int64_t retry_after_ms, uint64_t random)
 {
-    const struct einsum_client_options *options = &call->client->options;
-    uint64_t random = einsum_client_random(call->client) >> 40; // 24 bits
-    if (call->error.retry_after_ms > 0) { // not before the server says, and up to a quarter later
-        uint64_t advised = (uint64_t)call->error.retry_after_ms * 1000000u;
+    random >>= 40;            // 24 bits
+    if (retry_after_ms > 0) { // not before the server says, and up to a quarter later
+        uint64_t advised = (uint64_t)retry_after_ms * 1000000u;
         return advised + (advised >> 26) * random;
     }
     uint64_t pause_ms = options->retry_pause_ms;
-    for (uint32_t i = 1; i < call->attempts && pause_ms < options->retry_pause_ms_max; i++)
+    for (uint32_t i = 1; i < attempts && pause_ms < options->retry_pause_ms_max; i++)
         pause_ms *= 2;
     if (pause_ms > options->retry_pause_ms_max)
         pause_ms = options->retry_pause_ms_max;
@@ -256,7 +258,10 @@ static bool retry_later(struct einsum_client_call *call)
                  (error->status == EINSUM_CLIENT_RESOURCE_EXHAUSTED && error->from_server);
     if (!again || error->retry_after_ms < 0 || call->attempts >= call->attempts_max)
         return false;
-    uint64_t due = einsum_client_now_ns() + pause_ns(call);
+    uint64_t due =
+        einsum_client_now_ns() + einsum_client_pause_ns(&call->client->options, call->attempts,
+                                                        error->retry_after_ms,
+                                                        einsum_client_random(call->client));
     if (due >= call->deadline_ns)
         return false;
     call->later = (struct einsum_client_later){.due_ns = due, .poll = poll_retry};
@@ -306,6 +311,8 @@ static void on_einsum_end(struct einsum_client_call *call)
 {
     if (call->error.status == EINSUM_CLIENT_OK)
         decode(call);
+    einsum_client_unplace(call->client, &call->expected.place,
+                          call->error.status == EINSUM_CLIENT_OK || call->error.from_server);
     struct einsum_client_response *response = &call->decoded.response;
     response->latency_ns = einsum_client_now_ns() - call->started_ns;
     response->attempts = call->attempts;
@@ -335,6 +342,7 @@ static enum einsum_client_status launch(struct einsum_client_call *call, uint64_
 {
     if (!enlist(call)) {
         einsum_client_outgoing_release(&call->outgoing);
+        einsum_client_unplace(call->client, &call->expected.place, true);
         free(call);
         return einsum_client_error_set(error, EINSUM_CLIENT_CANCELLED,
                                        "the client is being destroyed");
@@ -352,6 +360,10 @@ enum einsum_client_status einsum_client_start(struct einsum_client *client,
                                               uint64_t *ticket, struct einsum_client_error *error)
 {
     const struct einsum_client_options *options = &client->options;
+    enum einsum_client_status status;
+    if (client->shared &&
+        einsum_client_ring_start(client, request, on_response, context, ticket, &status, error))
+        return status;
     struct einsum_client_effort effort = {
         request->deadline_ms ? request->deadline_ms : options->deadline_ms, options->attempts_max};
     const char *method = request->operation == EINSUM_CLIENT_OUTPUT_PROJECT
@@ -360,13 +372,16 @@ enum einsum_client_status einsum_client_start(struct einsum_client *client,
     struct einsum_client_call *call = new_call(client, method, effort);
     if (!call)
         return einsum_client_error_set(error, EINSUM_CLIENT_RESOURCE_EXHAUSTED, "no memory");
-    enum einsum_client_status status = einsum_client_outgoing_init(
-        &call->outgoing, client, request, request->request_id, false, error);
+    call->expected = einsum_client_expected_of(request);
+    if (client->shared)
+        einsum_client_place(client, request, &call->expected.place);
+    status = einsum_client_outgoing_init(&call->outgoing, client, request, request->request_id,
+                                         false, &call->expected.place, error);
     if (status != EINSUM_CLIENT_OK) {
+        einsum_client_unplace(client, &call->expected.place, true);
         free(call);
         return status;
     }
-    call->expected = einsum_client_expected_of(request);
     call->on_response = on_response;
     call->context = context;
     call->on_end = on_einsum_end;
@@ -439,11 +454,13 @@ enum einsum_client_status einsum_client_einsum(struct einsum_client *client,
     if (!request->output && !request->digest_only)
         return einsum_client_error_set(error, EINSUM_CLIENT_INVALID_ARGUMENT,
                                        "output: a blocking call needs a buffer");
+    enum einsum_client_status status;
+    if (client->shared && einsum_client_ring_einsum(client, request, response, &status, error))
+        return status;
     struct waiter waiter;
     waiter_init(&waiter);
     waiter.response = response;
-    enum einsum_client_status status =
-        einsum_client_start(client, request, on_blocking_response, &waiter, NULL, error);
+    status = einsum_client_start(client, request, on_blocking_response, &waiter, NULL, error);
     if (status == EINSUM_CLIENT_OK)
         status = waiter_wait(&waiter, error);
     waiter_deinit(&waiter);

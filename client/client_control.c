@@ -503,6 +503,10 @@ static void copy_counters(struct einsum_client_info *info, const Einsum__V1__Cou
     info->counters.copy_out_ns = from->copy_out_ns;
     info->counters.graph_replays = from->graph_replays;
     info->counters.eager_launches = from->eager_launches;
+    info->counters.copied_in_bytes = from->copied_in_bytes;
+    info->counters.copied_out_bytes = from->copied_out_bytes;
+    info->counters.shared_requests = from->shared_requests;
+    info->counters.ring_requests = from->ring_requests;
     for (size_t i = 0; i < from->n_bucket_batches && i < EINSUM_CLIENT_BUCKETS_MAX; i++)
         info->counters.bucket_batches[i] = from->bucket_batches[i];
 }
@@ -521,6 +525,24 @@ static void copy_memory(struct einsum_client_info *info, const Einsum__V1__Memor
         info->memory.graphs[i].device_bytes = graphs->device_bytes;
         info->memory.graphs_n++;
     }
+}
+
+static void copy_shared_memory(struct einsum_client_info *info,
+                               const Einsum__V1__SharedMemory *from)
+{
+    COPY_TEXT(info->shared_memory.socket, from->socket);
+    info->shared_memory.direct = from->direct;
+    info->shared_memory.connections_max = from->connections_max;
+    info->shared_memory.connection_regions_max = from->connection_regions_max;
+    info->shared_memory.regions_max = from->regions_max;
+    info->shared_memory.ring_entries_max = from->ring_entries_max;
+    info->shared_memory.region_bytes_max = from->region_bytes_max;
+    info->shared_memory.regions_bytes_max = from->regions_bytes_max;
+    info->shared_memory.connections = from->connections;
+    info->shared_memory.regions = from->regions;
+    info->shared_memory.rings = from->rings;
+    info->shared_memory.connections_refused = from->connections_refused;
+    info->shared_memory.regions_bytes = from->regions_bytes;
 }
 
 static void copy_info(struct einsum_client_info *info, const Einsum__V1__ServerInfoResponse *from)
@@ -542,6 +564,8 @@ static void copy_info(struct einsum_client_info *info, const Einsum__V1__ServerI
         copy_memory(info, from->memory);
     if (from->counters)
         copy_counters(info, from->counters);
+    if (from->shared_memory)
+        copy_shared_memory(info, from->shared_memory);
     for (size_t i = 0; i < from->n_libraries && i < EINSUM_CLIENT_LIBRARIES_MAX; i++) {
         struct einsum_client_library *library = &info->libraries[info->libraries_n++];
         COPY_TEXT(library->name, from->libraries[i]->name);

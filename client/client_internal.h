@@ -6,6 +6,8 @@
 //     client_stream.c    many requests on one stream
 //     client_control.c   the rest of the service, and health
 //     client_wire.c      the two hot messages and error details, byte by byte
+//     client_shared.c    memory shared with the daemon: the connection for it, and what lies where
+//     client_ring.c      requests by the ring in that memory
 //
 // The client's thread is the only one that takes tags from the completion queue. Everything that a
 // tag carries belongs to that thread from the start of its batch until the tag is handled.
@@ -42,6 +44,7 @@ struct einsum_client_later {
 };
 
 struct einsum_client_call;
+struct einsum_client_shared;
 
 struct einsum_client {
     struct einsum_client_options options;
@@ -51,6 +54,7 @@ struct einsum_client {
     grpc_channel **channels; // options.connections of them
     _Atomic uint32_t next_channel;
     pthread_t thread;
+    struct einsum_client_shared *shared; // NULL: no memory is shared
 
     pthread_mutex_t lock; // guards what follows, down to next_ticket
     pthread_cond_t idle;  // active went to 0
@@ -77,6 +81,8 @@ enum einsum_client_status einsum_client_error_set(struct einsum_client_error *er
                                                   enum einsum_client_status status,
                                                   const char *format, ...) PRINTF_LIKE(3, 4);
 
+// From now on this is a client's thread.
+void einsum_client_enter_own_thread(void);
 // True on the thread of any client: whoever would block there must not.
 bool einsum_client_on_own_thread(void);
 enum einsum_client_status einsum_client_refuse_to_block(struct einsum_client_error *error);
@@ -119,11 +125,15 @@ struct einsum_client_outgoing {
     _Atomic uint32_t borrowed;
 };
 
+// INVALID_ARGUMENT.
+enum einsum_client_status einsum_client_check_request(const struct einsum_client_request *request,
+                                                      struct einsum_client_error *error);
 // Checks and frames a request. INVALID_ARGUMENT or RESOURCE_EXHAUSTED, with nothing to release.
 enum einsum_client_status einsum_client_outgoing_init(struct einsum_client_outgoing *outgoing,
                                                       const struct einsum_client *client,
                                                       const struct einsum_client_request *request,
                                                       uint64_t request_id, bool streamed,
+                                                      const struct einsum_client_place *place,
                                                       struct einsum_client_error *error);
 grpc_byte_buffer *einsum_client_outgoing_buffer(const struct einsum_client_outgoing *outgoing);
 // Drops our own references; the memory is the caller's again when `borrowed` is 0.
@@ -138,6 +148,7 @@ struct einsum_client_expected {
     bool digest_only;
     void *output; // NULL: chunks
     uint64_t output_bytes;
+    struct einsum_client_place place; // given: the output goes there
 };
 struct einsum_client_expected
 einsum_client_expected_of(const struct einsum_client_request *request);
@@ -158,12 +169,55 @@ enum einsum_client_status einsum_client_accept(const struct einsum_client_expect
                                                struct einsum_client_reply *reply,
                                                struct einsum_client_error *error);
 
+// The same of an answer whose output went to expected->place: sets its size, and copies it to where
+// the caller wants it if that is elsewhere.
+enum einsum_client_status einsum_client_accept_placed(const struct einsum_client_expected *expected,
+                                                      struct einsum_client_response *response,
+                                                      struct einsum_client_error *error);
+
+// ---- client_shared.c ----------------------------------------------------------------------------
+
+// Makes the memory, connects and registers it as options.shared_memory says. What cannot be had is
+// an error only if options.transport asks for it.
+enum einsum_client_status einsum_client_shared_create(struct einsum_client *client,
+                                                      struct einsum_client_error *error);
+void einsum_client_shared_destroy(struct einsum_client *client);
+
+// Finds a place for a request's tensors, copying there what the caller has elsewhere. false: there
+// is none, or it would not do; the request goes as a message.
+bool einsum_client_place(struct einsum_client *client, const struct einsum_client_request *request,
+                         struct einsum_client_place *place);
+// `quiet`: the server is done with it; else it may touch the place for a while, as when a call was cut
+// off.
+void einsum_client_unplace(struct einsum_client *client, struct einsum_client_place *place,
+                           bool quiet);
+
+// ---- client_ring.c ------------------------------------------------------------------------------
+
+// false: it cannot go by the ring, and nothing has been done. Otherwise as einsum_client_start.
+bool einsum_client_ring_start(struct einsum_client *client,
+                              const struct einsum_client_request *request,
+                              einsum_client_on_response *on_response, void *context,
+                              uint64_t *ticket, enum einsum_client_status *status,
+                              struct einsum_client_error *error);
+// Likewise, as einsum_client_einsum.
+bool einsum_client_ring_einsum(struct einsum_client *client,
+                               const struct einsum_client_request *request,
+                               struct einsum_client_response *response,
+                               enum einsum_client_status *status,
+                               struct einsum_client_error *error);
+void einsum_client_ring_cancel(struct einsum_client *client, uint64_t ticket); // UINT64_MAX: all
+
 // ---- client_call.c ------------------------------------------------------------------------------
 
 struct einsum_client_effort {
     uint32_t deadline_ms; // 0: none
     uint32_t attempts_max;
 };
+
+// The pause before attempt number `attempts` + 1, by advice or exponential, with jitter.
+uint64_t einsum_client_pause_ns(const struct einsum_client_options *options, uint32_t attempts,
+                                int64_t retry_after_ms, uint64_t random);
 
 // A blocking call of any method with one message each way, with retries. The reply is `*reply`, to
 // be destroyed by the caller. Takes `request`.

@@ -15,8 +15,8 @@
 
 // ---- requests -----------------------------------------------------------------------------------
 
-static enum einsum_client_status check_request(const struct einsum_client_request *request,
-                                               struct einsum_client_error *error)
+enum einsum_client_status einsum_client_check_request(const struct einsum_client_request *request,
+                                                      struct einsum_client_error *error)
 {
     const char *equation = request->equation ? request->equation : "";
     const char *field = NULL, *why = NULL;
@@ -76,19 +76,22 @@ enum einsum_client_status einsum_client_outgoing_init(struct einsum_client_outgo
                                                       const struct einsum_client *client,
                                                       const struct einsum_client_request *request,
                                                       uint64_t request_id, bool streamed,
+                                                      const struct einsum_client_place *place,
                                                       struct einsum_client_error *error)
 {
     outgoing->slices_n = 0;
     atomic_init(&outgoing->borrowed, 0);
-    enum einsum_client_status status = check_request(request, error);
+    enum einsum_client_status status = einsum_client_check_request(request, error);
     if (status != EINSUM_CLIENT_OK)
         return status;
     // Before they are added up: two sizes near 2^64 must not wrap around to a small one.
     uint64_t max = client->options.send_bytes_max;
     struct einsum_client_frame frame = {.message_bytes = UINT64_MAX};
-    const struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
+    struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
+    if (place && place->given)
+        tensors.first.bytes = tensors.second.bytes = 0;
     if (tensors.first.bytes <= max && tensors.second.bytes <= max)
-        einsum_client_frame_write(&frame, request, request_id, streamed);
+        einsum_client_frame_write(&frame, request, request_id, streamed, place);
     if (frame.message_bytes > max)
         return einsum_client_error_set(
             error, EINSUM_CLIENT_RESOURCE_EXHAUSTED,
@@ -166,6 +169,14 @@ struct einsum_client_expected einsum_client_expected_of(const struct einsum_clie
     };
 }
 
+// 128 bits: three hostile 32-bit numbers must not wrap around to the right product.
+static unsigned __int128 output_bytes_said(const struct einsum_client_response *response)
+{
+    unsigned __int128 bytes = (unsigned __int128)response->tokens * response->groups;
+    return bytes * response->output_dim *
+           (response->output_type == EINSUM_CLIENT_OUTPUT_FP32 ? 4 : 2);
+}
+
 static enum einsum_client_status check_shape(const struct einsum_client_expected *expected,
                                              const struct einsum_client_response *response,
                                              struct einsum_client_error *error)
@@ -185,9 +196,7 @@ static enum einsum_client_status check_shape(const struct einsum_client_expected
                                        "the reply is not the digest that was asked for");
     }
     unsigned element_bytes = response->output_type == EINSUM_CLIENT_OUTPUT_FP32 ? 4 : 2;
-    // 128 bits: three hostile 32-bit numbers must not wrap around to the right product.
-    unsigned __int128 bytes = (unsigned __int128)response->tokens * response->groups;
-    bytes = bytes * response->output_dim * element_bytes;
+    unsigned __int128 bytes = output_bytes_said(response);
     if (bytes != response->output_bytes)
         return einsum_client_error_set(
             error, EINSUM_CLIENT_INTERNAL,
@@ -220,6 +229,22 @@ static void lend_chunks(struct einsum_client_incoming *incoming,
     response->chunks_n = kept;
 }
 
+enum einsum_client_status einsum_client_accept_placed(const struct einsum_client_expected *expected,
+                                                      struct einsum_client_response *response,
+                                                      struct einsum_client_error *error)
+{
+    unsigned __int128 bytes = output_bytes_said(response);
+    if (bytes > expected->place.output_bytes)
+        return einsum_client_error_set(error, EINSUM_CLIENT_INTERNAL,
+                                       "the reply says [%u, %u, %u], for which there was no room",
+                                       response->tokens, response->groups, response->output_dim);
+    response->output_bytes = (uint64_t)bytes;
+    enum einsum_client_status status = check_shape(expected, response, error);
+    if (status == EINSUM_CLIENT_OK && expected->place.staged_output)
+        memcpy(expected->output, expected->place.staged_output, response->output_bytes);
+    return status;
+}
+
 enum einsum_client_status einsum_client_accept(const struct einsum_client_expected *expected,
                                                struct einsum_client_incoming *incoming,
                                                struct einsum_client_reply *reply,
@@ -227,6 +252,8 @@ enum einsum_client_status einsum_client_accept(const struct einsum_client_expect
 {
     struct einsum_client_response *response = &reply->response;
     response->request_id = expected->request_id;
+    if (expected->place.given && !expected->digest_only && response->output_bytes == 0)
+        return einsum_client_accept_placed(expected, response, error);
     enum einsum_client_status status = check_shape(expected, response, error);
     if (status != EINSUM_CLIENT_OK)
         return status;

@@ -488,7 +488,7 @@ enum einsum_client_status einsum_client_stream_submit(struct einsum_client_strea
     if (!slot)
         return status;
     status = einsum_client_outgoing_init(&slot->outgoing, stream->client, request,
-                                         wire_id(stream, slot), true, error);
+                                         wire_id(stream, slot), true, NULL, error);
     if (status != EINSUM_CLIENT_OK) {
         free_slot(stream, slot);
         return status;

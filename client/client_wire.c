@@ -94,18 +94,41 @@ struct einsum_client_tensors einsum_client_tensors_of(const struct einsum_client
         {"activation_scales", request->scales, request->scales_bytes}};
 }
 
+static uint8_t *put_place(uint8_t *to, uint32_t number, const struct einsum_client_place *place)
+{
+    uint8_t inner[128], *end = inner;
+    end = put_varint(put_tag(end, 1, EINSUM_CLIENT_WIRE_BYTES), sizeof place->region);
+    memcpy(end, place->region, sizeof place->region);
+    end += sizeof place->region;
+    end = put_number(end, 2, place->activations_offset);
+    end = put_number(end, 3, place->activations_bytes);
+    end = put_number(end, 4, place->scales_offset);
+    end = put_number(end, 5, place->scales_bytes);
+    end = put_number(end, 6, place->output_offset);
+    end = put_number(end, 7, place->output_bytes);
+    size_t bytes = (size_t)(end - inner);
+    to = put_varint(put_tag(to, number, EINSUM_CLIENT_WIRE_BYTES), bytes);
+    memcpy(to, inner, bytes);
+    return to + bytes;
+}
+
 void einsum_client_frame_write(struct einsum_client_frame *frame,
                                const struct einsum_client_request *request, uint64_t request_id,
-                               bool streamed)
+                               bool streamed, const struct einsum_client_place *place)
 {
     bool project = request->operation == EINSUM_CLIENT_OUTPUT_PROJECT;
-    const struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
+    bool placed = place && place->given;
+    struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
+    if (placed)
+        tensors.first.bytes = tensors.second.bytes = 0;
     uint8_t *end = put_tensor_start(frame->tail, project ? 9 : 14, tensors.second.bytes);
     frame->tail_bytes = (size_t)(end - frame->tail);
 
     uint8_t body[EINSUM_CLIENT_HEAD_BYTES_MAX - EINSUM_CLIENT_TAIL_BYTES_MAX];
     end = project ? put_output_project_scalars(body, request, request_id)
                   : put_scalars(body, request, request_id);
+    if (placed)
+        end = put_place(end, project ? 11 : 16, place);
     end = put_tensor_start(end, project ? 8 : 13, tensors.first.bytes);
     size_t body_bytes = (size_t)(end - body);
 

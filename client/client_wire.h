@@ -7,7 +7,7 @@
 
 #include "einsum_client.h"
 
-enum { EINSUM_CLIENT_HEAD_BYTES_MAX = 512, EINSUM_CLIENT_TAIL_BYTES_MAX = 16 };
+enum { EINSUM_CLIENT_HEAD_BYTES_MAX = 640, EINSUM_CLIENT_TAIL_BYTES_MAX = 16 };
 
 // The two tensors of a request, in the order in which they are sent.
 struct einsum_client_tensors {
@@ -19,6 +19,17 @@ struct einsum_client_tensors {
 };
 struct einsum_client_tensors einsum_client_tensors_of(const struct einsum_client_request *request);
 
+// Where a request's tensors lie in shared memory, in place of the message: a SharedTensors.
+struct einsum_client_place {
+    bool given;
+    uint8_t region[16];
+    uint64_t activations_offset, activations_bytes; // of attention: its output
+    uint64_t scales_offset, scales_bytes;           // of attention: positions
+    uint64_t output_offset, output_bytes;
+    // Of client_shared.c: memory that holds what the caller has elsewhere; NULL: all lies there.
+    uint8_t *staged, *staged_output;
+};
+
 // What of a request is not tensor: `head` goes before the first, `tail` between the two. Both end
 // with the tag and length of the tensor that follows; an empty tensor has neither.
 struct einsum_client_frame {
@@ -28,10 +39,11 @@ struct einsum_client_frame {
 };
 
 // `request_id` goes on the wire in place of the request's own. `streamed` wraps it as
-// EinsumStreamRequest. The strings must be within the limits of the next two.
+// EinsumStreamRequest. The strings must be within the limits of the next two. With a `place` that is
+// given, it takes the tensors' place; NULL: none.
 void einsum_client_frame_write(struct einsum_client_frame *frame,
                                const struct einsum_client_request *request, uint64_t request_id,
-                               bool streamed);
+                               bool streamed, const struct einsum_client_place *place);
 enum { EINSUM_CLIENT_WEIGHT_BYTES_MAX = 256, EINSUM_CLIENT_EQUATION_BYTES_MAX = 64 };
 
 // A place in a message: what is left of it, or of a field within it.

@@ -131,6 +131,16 @@ json_t *ctl_weight_json(const struct einsum_client_weight *weight);
         "kernel", "NAME", "one of those that info shows; default the server's choice"              \
     }
 
+// Likewise; read by the next.
+#define CTL_OPTION_TRANSPORT                                                                       \
+    {                                                                                              \
+        "transport", "T",                                                                          \
+            "grpc (default), shm (gRPC, tensors in shared memory), ring (all of it there), or "    \
+            "auto: the best that the server offers"                                                \
+    }
+NODISCARD bool ctl_transport(const struct ctl_args *args, int option,
+                             struct einsum_client_options *options);
+
 // Random tensors of one request: activations and scales, or attention and positions.
 struct ctl_inputs {
     uint8_t *activations, *scales; // to be freed

@@ -27,6 +27,8 @@ enum {
     OPT_RETRY,
     OPT_SEED,
     OPT_KERNEL,
+    OPT_TRANSPORT,
+    OPT_SPIN,
     OPT_PRIORITY,
 };
 
@@ -52,6 +54,9 @@ static const struct ctl_option options[] = {
     [OPT_RETRY] = {"retry", NULL, "try again what the server refuses; default count it"},
     [OPT_SEED] = {"seed", "N", "default 1"},
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
+    [OPT_TRANSPORT] = CTL_OPTION_TRANSPORT,
+    [OPT_SPIN] = {"spin", "US",
+                  "of a ring: microseconds to look for an answer before sleeping; default 50"},
     [OPT_PRIORITY] = {"priority", "P", "low, normal (default) or high"},
     {0},
 };
@@ -93,7 +98,7 @@ static bool read_options(const struct ctl_args *args, struct bench_command *comm
 {
     struct bench_options *bench = &command->bench;
     double duration = 10, warmup = 1;
-    uint64_t connections = 1;
+    uint64_t connections = 1, spin_us = 50;
     if (!ctl_real(args, OPT_RATE, 1e-3, 1e9, &bench->rate))
         return false;
     uint64_t concurrency = bench->rate > 0 ? 4096 : 8;
@@ -113,6 +118,10 @@ static bool read_options(const struct ctl_args *args, struct bench_command *comm
     bench->warmup_ns = (uint64_t)(warmup * 1e9);
     ctl_client_options(command->ctl, &command->client);
     command->client.connections = (uint32_t)connections;
+    if (!ctl_transport(args, OPT_TRANSPORT, &command->client) ||
+        !ctl_number(args, OPT_SPIN, 0, 10000, &spin_us))
+        return false;
+    command->client.spin_us = (uint32_t)spin_us;
     if (!ctl_has(args, OPT_RETRY))
         command->client.attempts_max = 1;
     uint64_t streams = connections < concurrency ? connections : concurrency;
@@ -208,7 +217,8 @@ static void print_result(const struct bench_options *bench, const struct bench_r
                bench->concurrency);
     else
         printf("closed loop %u in flight", bench->concurrency);
-    printf("%s, %zu weights, %.1f s%s\n", bench->streams ? ", streamed" : "", bench->weights_n,
+    printf("%s by %s, %zu weights, %.1f s%s\n", bench->streams ? ", streamed" : "",
+           einsum_client_transport_name(einsum_client_transport(bench->client)), bench->weights_n,
            (double)result->elapsed_ns / 1e9, result->interrupted ? ", interrupted" : "");
     printf("calls       %.0f /s   tokens %.0f /s   %llu calls\n", per_s(result->calls, result),
            per_s(result->tokens, result), (unsigned long long)result->calls);
@@ -337,19 +347,21 @@ static json_t *result_json(const struct bench_command *command, const struct ben
     for (size_t i = 0; i < bench->tokens_n; i++)
         json_array_append_new(tokens, json_integer(bench->tokens[i]));
     return json_pack(
-        "{s:s, s:b, s:I, s:f, s:o, s:I, s:I, s:b, s:I, s:f, s:f, s:f, s:f, s:o, s:o, s:I,"
+        "{s:s, s:s, s:b, s:I, s:f, s:o, s:I, s:I, s:b, s:I, s:f, s:f, s:f, s:f, s:o, s:o, s:I,"
         " s:{s:f, s:f, s:f, s:f, s:o}, s:o}",
-        "loop", bench->rate > 0 ? "open" : "closed", "stream", bench->streams > 0, "concurrency",
-        (json_int_t)bench->concurrency, "rate", bench->rate, "tokens", tokens, "weights",
-        (json_int_t)bench->weights_n, "elapsed_ns", (json_int_t)result->elapsed_ns, "interrupted",
-        result->interrupted, "calls", (json_int_t)result->calls, "calls_per_s",
-        per_s(result->calls, result), "tokens_per_s", per_s(result->tokens, result),
-        "sent_bytes_per_s", per_s(result->sent_bytes, result), "received_bytes_per_s",
-        per_s(result->received_bytes, result), "latency_ns", latency_json(&result->latency),
-        "errors", errors, "attempts", (json_int_t)result->attempts, "batch", "requests_mean",
-        mean(result->batch_requests, result), "tokens_mean", mean(result->batch_tokens, result),
-        "queue_ns_mean", mean(result->queue_ns, result), "run_ns_mean",
-        mean(result->run_ns, result), "buckets", buckets, "server", server_json(command));
+        "loop", bench->rate > 0 ? "open" : "closed", "transport",
+        einsum_client_transport_name(einsum_client_transport(bench->client)), "stream",
+        bench->streams > 0, "concurrency", (json_int_t)bench->concurrency, "rate", bench->rate,
+        "tokens", tokens, "weights", (json_int_t)bench->weights_n, "elapsed_ns",
+        (json_int_t)result->elapsed_ns, "interrupted", result->interrupted, "calls",
+        (json_int_t)result->calls, "calls_per_s", per_s(result->calls, result), "tokens_per_s",
+        per_s(result->tokens, result), "sent_bytes_per_s", per_s(result->sent_bytes, result),
+        "received_bytes_per_s", per_s(result->received_bytes, result), "latency_ns",
+        latency_json(&result->latency), "errors", errors, "attempts", (json_int_t)result->attempts,
+        "batch", "requests_mean", mean(result->batch_requests, result), "tokens_mean",
+        mean(result->batch_tokens, result), "queue_ns_mean", mean(result->queue_ns, result),
+        "run_ns_mean", mean(result->run_ns, result), "buckets", buckets, "server",
+        server_json(command));
 }
 
 // ---- the command --------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ enum {
     OPT_TENSORS,
     OPT_KERNEL,
     OPT_ATTENTION,
+    OPT_TRANSPORT,
     OPT_ROPE
 };
 enum { TOKENS_MAX = 32, REPEAT_MAX = 10000 };
@@ -49,6 +50,7 @@ static const struct ctl_option options[] = {
     [OPT_TENSORS] = {"tensors", "PATTERN", "of tensor names; default *.attn.wo_a.weight"},
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
     [OPT_ATTENTION] = {"attention", NULL, "check OutputProject: BF16 attention and positions in"},
+    [OPT_TRANSPORT] = CTL_OPTION_TRANSPORT,
     CTL_OPTIONS_ROPE(OPT_ROPE, "with --attention, of all weights: ",
                      "in place of theta, .safetensors or .npy here"),
     {0},
@@ -556,9 +558,12 @@ static enum ctl_exit run_check(struct ctl *ctl, const struct ctl_args *args)
     check.name_prefix = check.name_prefix ? check.name_prefix : "";
     check.tokens_n = ctl_number_list("tokens", tokens ? tokens : "1,8,64", 1, EINSUM_TOKENS_MAX,
                                      check.tokens, TOKENS_MAX);
+    struct einsum_client_options client;
+    ctl_client_options(ctl, &client);
     if (check.tokens_n == 0 || !ctl_number(args, OPT_WEIGHTS, 1, SIZE_MAX, &weights_max) ||
         !ctl_number(args, OPT_REPEAT, 1, REPEAT_MAX, &check.repeat) ||
-        !ctl_number(args, OPT_SEED, 0, UINT64_MAX, &check.seed) || !ctl_connect(ctl, NULL))
+        !ctl_number(args, OPT_SEED, 0, UINT64_MAX, &check.seed) ||
+        !ctl_transport(args, OPT_TRANSPORT, &client) || !ctl_connect(ctl, &client))
         return CTL_USAGE;
     ctl_catch_signals();
     enum ctl_exit code = read_rope(&check, args);

@@ -138,6 +138,23 @@ bool ctl_word(const struct ctl_args *args, int option, const char *const *words,
     return false;
 }
 
+bool ctl_transport(const struct ctl_args *args, int option, struct einsum_client_options *options)
+{
+    static const char *const words[] = {"", "grpc", "shm", "ring", "auto", NULL};
+    static const enum einsum_client_transport transports[] = {
+        EINSUM_CLIENT_TRANSPORT_TCP, EINSUM_CLIENT_TRANSPORT_TCP, EINSUM_CLIENT_TRANSPORT_SHARED,
+        EINSUM_CLIENT_TRANSPORT_RING, EINSUM_CLIENT_TRANSPORT_AUTO};
+    int word = 1;
+    if (!ctl_word(args, option, words, &word))
+        return false;
+    options->transport = transports[word];
+    if (options->transport == EINSUM_CLIENT_TRANSPORT_TCP)
+        return true;
+    options->shared_memory = "auto";
+    options->shared_memory_bytes = 1 << 30; // cut to what the server allows
+    return true;
+}
+
 // ---- errors and JSON ----------------------------------------------------------------------------
 
 void ctl_client_options(const struct ctl *ctl, struct einsum_client_options *options)

@@ -32,6 +32,10 @@ static json_t *counters_json(const struct einsum_client_info *info)
         {"phase_batches", info->counters.phase_batches},
         {"copy_in_ns", info->counters.copy_in_ns},
         {"kernel_ns", info->counters.kernel_ns},
+        {"copied_in_bytes", info->counters.copied_in_bytes},
+        {"copied_out_bytes", info->counters.copied_out_bytes},
+        {"shared_requests", info->counters.shared_requests},
+        {"ring_requests", info->counters.ring_requests},
         {"copy_out_ns", info->counters.copy_out_ns},
         {"graph_replays", info->counters.graph_replays},
         {"eager_launches", info->counters.eager_launches},
@@ -77,6 +81,26 @@ static json_t *limits_json(const struct einsum_client_info *info)
                      (json_int_t)info->limits.connection_requests_max);
 }
 
+// null: not offered.
+static json_t *shared_memory_json(const struct einsum_client_info *info)
+{
+    if (!info->shared_memory.socket[0])
+        return json_null();
+    return json_pack(
+        "{s:s, s:b, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "socket",
+        info->shared_memory.socket, "direct", info->shared_memory.direct, "connections_max",
+        (json_int_t)info->shared_memory.connections_max, "connection_regions_max",
+        (json_int_t)info->shared_memory.connection_regions_max, "regions_max",
+        (json_int_t)info->shared_memory.regions_max, "ring_entries_max",
+        (json_int_t)info->shared_memory.ring_entries_max, "region_bytes_max",
+        (json_int_t)info->shared_memory.region_bytes_max, "regions_bytes_max",
+        (json_int_t)info->shared_memory.regions_bytes_max, "connections",
+        (json_int_t)info->shared_memory.connections, "regions",
+        (json_int_t)info->shared_memory.regions, "rings", (json_int_t)info->shared_memory.rings,
+        "connections_refused", (json_int_t)info->shared_memory.connections_refused, "regions_bytes",
+        (json_int_t)info->shared_memory.regions_bytes);
+}
+
 static json_t *info_json(const struct einsum_client_info *info)
 {
     json_t *buckets = json_array();
@@ -89,13 +113,13 @@ static json_t *info_json(const struct einsum_client_info *info)
     for (uint32_t i = 0; i < info->libraries_n; i++)
         json_object_set_new(libraries, info->libraries[i].name,
                             json_string(info->libraries[i].version));
-    return json_pack("{s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o}",
-                     "version", info->version, "state", info->state, "engine", info->engine,
-                     "device", info->device, "kernel", info->kernel, "engine_threads",
-                     (json_int_t)info->engine_threads, "lanes", (json_int_t)info->lanes,
-                     "uptime_ns", (json_int_t)info->uptime_ns, "buckets", buckets, "limits",
-                     limits_json(info), "memory", memory_json(info), "counters",
-                     counters_json(info), "libraries", libraries, "kernels", kernels);
+    return json_pack(
+        "{s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "version",
+        info->version, "state", info->state, "engine", info->engine, "device", info->device,
+        "kernel", info->kernel, "engine_threads", (json_int_t)info->engine_threads, "lanes",
+        (json_int_t)info->lanes, "uptime_ns", (json_int_t)info->uptime_ns, "buckets", buckets,
+        "limits", limits_json(info), "memory", memory_json(info), "counters", counters_json(info),
+        "libraries", libraries, "kernels", kernels, "shared_memory", shared_memory_json(info));
 }
 
 static void print_memory(const struct einsum_client_info *info)
@@ -111,6 +135,16 @@ static void print_memory(const struct einsum_client_info *info)
         printf("%s %u of %u tokens %s", i ? "," : "", info->memory.graphs[i].graphs,
                info->memory.graphs[i].bucket, ctl_bytes(info->memory.graphs[i].device_bytes, a));
     printf("\n");
+}
+
+static void print_shared_memory(const struct einsum_client_info *info)
+{
+    char a[CTL_TEXT_BYTES], b[CTL_TEXT_BYTES];
+    if (info->shared_memory.socket[0])
+        printf("shared      by unix:%s: %u connections, %u regions (%s of %s), %u rings\n",
+               info->shared_memory.socket, info->shared_memory.connections,
+               info->shared_memory.regions, ctl_bytes(info->shared_memory.regions_bytes, a),
+               ctl_bytes(info->shared_memory.regions_bytes_max, b), info->shared_memory.rings);
 }
 
 static void print_info(const struct einsum_client_info *info)
@@ -138,6 +172,7 @@ static void print_info(const struct einsum_client_info *info)
         info->limits.queue_requests_max, ctl_bytes(info->limits.queue_bytes_max, a),
         info->limits.connections_max, info->limits.connection_requests_max,
         info->limits.stream_requests_max);
+    print_shared_memory(info);
     printf("requests    %llu: %llu answered, %llu refused, %llu invalid, %llu late, %llu "
            "cancelled, %llu failed\n",
            (unsigned long long)info->counters.requests, (unsigned long long)info->counters.answered,

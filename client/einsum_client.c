@@ -69,6 +69,11 @@ enum einsum_client_status einsum_client_error_set(struct einsum_client_error *er
     return status;
 }
 
+void einsum_client_enter_own_thread(void)
+{
+    on_own_thread = true;
+}
+
 bool einsum_client_on_own_thread(void)
 {
     return on_own_thread;
@@ -374,6 +379,9 @@ void einsum_client_options_init(struct einsum_client_options *options)
         .retry_pause_ms = 20,
         .retry_pause_ms_max = 2000,
         .stall_ms = 10000,
+        .transport = EINSUM_CLIENT_TRANSPORT_AUTO,
+        .shared_memory_bytes = 64 << 20,
+        .spin_us = 50,
     };
 }
 
@@ -392,6 +400,9 @@ static enum einsum_client_status check_options(const struct einsum_client_option
         {"retry_pause_ms", options->retry_pause_ms, 1, 3600000},
         {"retry_pause_ms_max", options->retry_pause_ms_max, options->retry_pause_ms, 3600000},
         {"stall_ms", options->stall_ms, 100, 3600000},
+        {"transport", (uint64_t)options->transport, 0, EINSUM_CLIENT_TRANSPORT_RING},
+        {"shared_memory_bytes", options->shared_memory_bytes, 1 << 20, 1ull << 40},
+        {"spin_us", options->spin_us, 0, 10000},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
         if (ranges[i].value < ranges[i].min || ranges[i].value > ranges[i].max)
@@ -472,6 +483,7 @@ static void free_client(struct einsum_client *client)
 {
     pthread_cond_destroy(&client->idle);
     pthread_mutex_destroy(&client->lock);
+    free((char *)client->options.shared_memory);
     free((char *)client->options.user_agent);
     free(client->target);
     free(client->endpoint);
@@ -497,16 +509,24 @@ static struct einsum_client *new_client(const char *endpoint,
     const char *user_agent = options->user_agent ? options->user_agent : "einsum-client";
     client->options = *options;
     client->options.user_agent = strdup(user_agent);
+    client->options.shared_memory = options->shared_memory ? strdup(options->shared_memory) : NULL;
     client->endpoint = strdup(endpoint);
     client->target = target_of(endpoint);
     client->random = (einsum_client_now_ns() ^ (uint64_t)getpid() << 32) | 1;
     client->next_ticket = 1;
     pthread_mutex_init(&client->lock, NULL);
     pthread_cond_init(&client->idle, NULL);
-    if (client->options.user_agent && client->endpoint && client->target)
+    if (client->options.user_agent && client->endpoint && client->target &&
+        (client->options.shared_memory || !options->shared_memory))
         return client;
     free_client(client);
     return NULL;
+}
+
+const char *einsum_client_transport_name(enum einsum_client_transport transport)
+{
+    static const char *const names[] = {"auto", "tcp", "unix", "shm", "ring"};
+    return names[(size_t)transport < sizeof names / sizeof *names ? transport : 0];
 }
 
 enum einsum_client_status einsum_client_create(const char *endpoint,
@@ -536,6 +556,13 @@ enum einsum_client_status einsum_client_create(const char *endpoint,
         free_client(client);
         client = NULL;
     }
+    if (status == EINSUM_CLIENT_OK && options->shared_memory) {
+        status = einsum_client_shared_create(client, error);
+        if (status != EINSUM_CLIENT_OK) {
+            einsum_client_destroy(client);
+            client = NULL;
+        }
+    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     *client_out = client;
     return status;
@@ -556,6 +583,8 @@ void einsum_client_destroy(struct einsum_client *client)
         pthread_cond_wait(&client->idle, &client->lock);
     pthread_mutex_unlock(&client->lock);
 
+    if (client->shared)
+        einsum_client_shared_destroy(client);
     grpc_completion_queue_shutdown(client->queue);
     pthread_join(client->thread, NULL);
     close_channels(client, client->options.connections);

@@ -39,6 +39,13 @@
 // (negative pushback) ends it. gRPC's own retries are off: two layers that both retry multiply. The
 // operation is pure, so that trying again is safe; loads and unloads are tried once.
 //
+// Shared memory. With options.shared_memory a client of a daemon on the same host puts tensors into
+// memory that both have mapped, and sends requests by a ring that lies there as well: no byte
+// crosses a socket. Tensors that the caller allocates with einsum_client_memory_alloc are used where
+// they are; others are copied there and back, once each. What does not fit falls back to gRPC, as
+// do digests, outputs taken as chunks, and streams. Callbacks of requests that go by the ring run on
+// a second thread of the client's.
+//
 // Speed. Stock glibc malloc gives gRPC's freed read buffers back to the system and faults them in
 // again: up to twice slower from 1 MB on. How memory is allocated is the application's choice, not
 // a library's, so put this at the top of main, before any thread (einsumctl does):
@@ -114,6 +121,15 @@ EINSUM_CLIENT_API const char *einsum_client_status_name(enum einsum_client_statu
 
 // ---- a client -----------------------------------------------------------------------------------
 
+// How requests travel.
+enum einsum_client_transport {
+    EINSUM_CLIENT_TRANSPORT_AUTO = 0,   // in options: the best that the server offers
+    EINSUM_CLIENT_TRANSPORT_TCP = 1,    // gRPC
+    EINSUM_CLIENT_TRANSPORT_UNIX = 2,   // gRPC
+    EINSUM_CLIENT_TRANSPORT_SHARED = 3, // gRPC, tensors in shared memory
+    EINSUM_CLIENT_TRANSPORT_RING = 4,   // all in shared memory
+};
+
 struct einsum_client_options {
     uint32_t deadline_ms;        // of calls that set none; default 30000
     uint32_t load_deadline_ms;   // of einsum_client_load and self_test; default 0: no deadline
@@ -125,6 +141,13 @@ struct einsum_client_options {
     uint32_t retry_pause_ms_max; // and no longer than this; default 2000
     uint32_t stall_ms;      // a TCP peer that takes no byte for so long is cut off; default 10000
     const char *user_agent; // put before gRPC's own; default NULL
+    // "unix:/PATH" of the daemon's control socket for shared memory, or "auto": as the server tells.
+    // Default NULL: none is shared. With it, creating a client connects.
+    const char *shared_memory;
+    enum einsum_client_transport transport; // to use with it; default AUTO
+    uint64_t shared_memory_bytes;           // that the client shares; default 64 MiB
+    uint32_t spin_us; // that who waits for the ring looks for an answer before it sleeps, while
+                      // answers come that fast; default 50
 };
 EINSUM_CLIENT_API void einsum_client_options_init(struct einsum_client_options *options);
 
@@ -133,9 +156,21 @@ struct einsum_client;
 // `endpoint` is "HOST:PORT", "[V6]:PORT" or "unix:/PATH". `options` NULL: the defaults. Does not
 // connect yet: the first call does. HTTP proxies in the environment are not used. INVALID_ARGUMENT:
 // an endpoint of another form or an option out of range; RESOURCE_EXHAUSTED: no memory or thread.
+// Where options.transport asks for shared memory, fails if there is none to be had.
 EINSUM_CLIENT_API EINSUM_CLIENT_NODISCARD enum einsum_client_status
 einsum_client_create(const char *endpoint, const struct einsum_client_options *options,
                      struct einsum_client **client, struct einsum_client_error *error);
+
+// How ordinary requests travel now; never AUTO. Changes when the daemon goes or comes back.
+EINSUM_CLIENT_API enum einsum_client_transport
+einsum_client_transport(const struct einsum_client *client);
+// "tcp", "unix", "shm" or "ring".
+EINSUM_CLIENT_API const char *einsum_client_transport_name(enum einsum_client_transport transport);
+
+// Memory for tensors that the daemon reads and writes where it lies; aligned to 64 bytes. NULL: no
+// memory is shared, or none is left. Freed by the next, or with the client.
+EINSUM_CLIENT_API void *einsum_client_memory_alloc(struct einsum_client *client, uint64_t bytes);
+EINSUM_CLIENT_API void einsum_client_memory_free(struct einsum_client *client, void *memory);
 
 // Cancels what is in flight, waits for its callbacks, and frees the client. All streams have been
 // finished, and no other thread is in a call of this client's. Not from a callback. NULL is fine.
@@ -454,7 +489,16 @@ struct einsum_client_info {
         uint64_t queue_ns, phase_batches, copy_in_ns, kernel_ns, copy_out_ns;
         uint64_t graph_replays, eager_launches;
         uint64_t bucket_batches[EINSUM_CLIENT_BUCKETS_MAX]; // as buckets; 0 where not told
+        uint64_t copied_in_bytes, copied_out_bytes, shared_requests, ring_requests;
     } counters;
+    struct {
+        char socket[EINSUM_CLIENT_TEXT_BYTES]; // empty: not offered
+        bool direct;
+        uint32_t connections_max, connection_regions_max, regions_max, ring_entries_max;
+        uint64_t region_bytes_max, regions_bytes_max;
+        uint32_t connections, regions, rings;
+        uint64_t connections_refused, regions_bytes;
+    } shared_memory;
     uint32_t libraries_n;
     struct einsum_client_library libraries[EINSUM_CLIENT_LIBRARIES_MAX];
     uint32_t kernels_n;

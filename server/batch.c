@@ -47,11 +47,12 @@ static struct room room_for(const struct job *job)
     uint64_t output = einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
                                           job->weight->format.output_dim);
     uint64_t second_offset = align_up(activation_bytes(job), CACHE_LINE_BYTES);
+    uint64_t input = second_offset + align_up(scale_or_rotation_bytes(job), CACHE_LINE_BYTES);
     return (struct room){
         .tokens = operand->tokens,
         .second_offset = second_offset,
-        .input_bytes = second_offset + align_up(scale_or_rotation_bytes(job), CACHE_LINE_BYTES),
-        .output_bytes = align_up(output, CACHE_LINE_BYTES),
+        .input_bytes = job->input_given ? 0 : input,
+        .output_bytes = job->output_given ? 0 : align_up(output, CACHE_LINE_BYTES),
     };
 }
 
@@ -300,8 +301,12 @@ static void set_input(struct job *job, const uint8_t *input, const struct room *
 static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, struct job *job,
                                  const struct room *room)
 {
-    set_input(job, (const uint8_t *)batch->input + batch->input_used, room);
-    job->operand.output = (uint8_t *)batch->output + batch->output_used;
+    job->input = (const uint8_t *)batch->input + batch->input_used;
+    job->output = (const uint8_t *)batch->output + batch->output_used;
+    if (!job->input_given)
+        set_input(job, job->input, room);
+    if (!job->output_given)
+        job->operand.output = (uint8_t *)batch->output + batch->output_used;
     job->batch = batch;
     job->input_bytes = room->input_bytes;
     job->output_bytes = room->output_bytes;
@@ -483,7 +488,8 @@ static enum status reserve(struct batcher *batcher, struct job *job, bool *waits
         return error_set(err, STATUS_UNAVAILABLE, "the device is lost");
     }
     struct place place = find_place_locked(batcher, job, &room, waits != NULL);
-    bool wake = batcher_must_wake_locked(batcher); // a batch may have been closed
+    // A batch may have been closed.
+    bool wake = !job->quiet && batcher_must_wake_locked(batcher);
     pthread_mutex_unlock(&batcher->lock);
 
     if (wake)
@@ -564,10 +570,10 @@ struct job *batcher_take_waiting(struct batcher *batcher)
     return taken;
 }
 
-// Whether a turn of the scheduler's is due that nobody has set out to take.
-static bool commit(struct batcher *batcher, struct job *job)
+void batcher_commit(struct batcher *batcher, struct job *job)
 {
     struct batch *batch = job->batch;
+    bool quiet = job->quiet;
     uint64_t queued_ns = now_ns();
     job->queued_ns = queued_ns;
     job_advance(job, JOB_DECODING, JOB_QUEUED);
@@ -577,32 +583,25 @@ static bool commit(struct batcher *batcher, struct job *job)
         batch->first_commit_ns = queued_ns;
     batch->jobs[batch->jobs_n++] = job;
     batch->filling--;
+    // A turn is due that nobody has set out to take.
     bool due = batcher_launch_at_ns_locked(batcher) < batcher->scheduler_wakes_at_ns;
     pthread_mutex_unlock(&batcher->lock);
-    return due;
-}
 
-void batcher_commit(struct batcher *batcher, struct job *job)
-{
-    if (commit(batcher, job))
+    if (due && !quiet)
         batcher_turn(batcher);
-}
-
-void batcher_commit_quietly(struct batcher *batcher, struct job *job)
-{
-    commit(batcher, job);
 }
 
 // Gives back the room of the job if nothing lies behind it. An empty batch has all of its room.
 static void batch_shrink_locked(struct batch *batch, const struct job *job)
 {
-    const uint8_t *input_end = (const uint8_t *)job->operand.activations + job->input_bytes;
     if (batch->held == 0) {
         batch->input_used = batch->output_used = 0;
-    } else if (input_end == (const uint8_t *)batch->input + batch->input_used) {
-        batch->input_used -= job->input_bytes;
-        batch->output_used -= job->output_bytes;
+        return;
     }
+    if (job->input + job->input_bytes == (const uint8_t *)batch->input + batch->input_used)
+        batch->input_used -= job->input_bytes;
+    if (job->output + job->output_bytes == (const uint8_t *)batch->output + batch->output_used)
+        batch->output_used -= job->output_bytes;
 }
 
 void batcher_abandon(struct batcher *batcher, struct job *job)

@@ -61,7 +61,8 @@ void batcher_destroy(struct batcher *batcher);
 // Any thread. Finds room for a job (IDLE, operand.tokens >= 1, shapes checked by the caller) and
 // sets the operand's pointers: activations, scales and output each at 64 bytes. For attention:
 // activations has room for attention_bytes() and rotations, at 64 bytes, for one of each token;
-// layouts, scale type and scales are set to what kernels/attention.h leaves in place.
+// layouts, scale type and scales are set to what kernels/attention.h leaves in place. Of what the
+// job brings along (input_given, output_given) nothing is set.
 // The job is then DECODING: fill it, then commit or abandon.
 // RESOURCE_EXHAUSTED: full, with retry advice; INVALID_ARGUMENT: it would not fit an empty batch;
 // UNAVAILABLE: the device is lost.
@@ -72,12 +73,9 @@ NODISCARD enum status batcher_reserve_or_wait(struct batcher *batcher, struct jo
                                               struct error *err);
 // Takes a turn, see batcher_turn, if one is due: the job may be done, and told so, on return.
 void batcher_commit(struct batcher *batcher, struct job *job);
-// Takes no turn and wakes nobody: the caller calls batcher_turn soon, once for all that it has
-// committed.
-void batcher_commit_quietly(struct batcher *batcher, struct job *job);
 // Any thread. While the scheduler's thread sleeps, does its work here: launches what may leave and
 // answers what is done by then, which saves two wake-ups where the engine is quick. Wakes it if
-// anything is left for it. Not from on_done or on_room.
+// anything is left for it. Owed after jobs that are `quiet`. Not from on_done or on_room.
 void batcher_turn(struct batcher *batcher);
 void batcher_abandon(struct batcher *batcher, struct job *job); // the job is IDLE again
 

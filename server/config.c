@@ -28,6 +28,7 @@
 #include "kernels/einsum.h"
 #include "rope.h"
 #include "selftest.h"
+#include "sharing.h"
 
 enum {
     FILE_BYTES_MAX = 1 << 20,
@@ -168,6 +169,24 @@ static const struct key config_keys[] = {
     {U64(transport_bytes_max, 0, 1ull << 40, "0", "bytes",
          "in gRPC's own buffers, a last resort; 0: 1 GiB and 64 of the largest requests")},
     {U32(rpc_threads, 0, 256, "0", "threads", "that serve gRPC; 0: one per 4 cores, at least 1")},
+
+    {SECTION("shared memory, for callers on this host"),
+     STRING(shared_memory_listen, 0, 511, "\"\"",
+            "\"unix:/PATH\" of a socket over which callers register memory; \"\": none is shared")},
+    {U32(shared_connections_max, 1, 65536, "64", "connections",
+         "to that socket open at once; past these, new ones are closed")},
+    {U32(shared_connection_regions_max, 1, SHARING_CONNECTION_REGIONS_MAX, "4", "regions",
+         "that one connection may have registered; past these, RESOURCE_EXHAUSTED")},
+    {U32(shared_regions_max, 1, 65536, "64", "regions",
+         "of all connections together; past these, RESOURCE_EXHAUSTED")},
+    {U64(shared_region_bytes_max, 4096, 1ull << 40, "268435456", "bytes",
+         "of one region; larger ones are RESOURCE_EXHAUSTED")},
+    {U64(shared_bytes_max, 4096, 1ull << 40, "1073741824", "bytes",
+         "of all regions together; past these, RESOURCE_EXHAUSTED")},
+    {U32(ring_entries_max, 1, 4096, "1024", "requests",
+         "that one ring may have in flight, a power of two; one thread serves all rings")},
+    {U32(ring_spin_us, 0, 10000, "50", "microseconds",
+         "that it looks for more before it sleeps, while requests come that fast; 0: none")},
 
     {SECTION("the engine"),
      CHOICE(engine, engines, "\"auto\"",
@@ -702,6 +721,22 @@ static enum status check_listens(const struct config *config, struct error *err)
     return STATUS_OK;
 }
 
+static enum status check_shared(const struct config *config, struct error *err)
+{
+    static const char key[] = "shared_memory_listen";
+    const char *address = config->shared_memory_listen;
+    if (address[0] == '\0')
+        return STATUS_OK;
+    if (strncmp(address, "unix:", strlen("unix:")) != 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, key,
+                           "expected \"unix:/PATH\", got \"%.200s\"", address);
+    for (size_t i = 0; i < config->listen_n; i++)
+        if (strcmp(config->listen[i], address) == 0)
+            return error_field(err, STATUS_INVALID_ARGUMENT, key,
+                               "the same as listen[%zu]: \"%.200s\"", i, address);
+    return check_listen(key, address, err);
+}
+
 static void fill_buckets(struct config *config)
 {
     uint32_t bucket = 1;
@@ -748,6 +783,8 @@ static enum status check_ropes(const struct config *config, struct error *err)
 static enum status check_together(const struct config *config, struct error *err)
 {
     enum status status = check_listens(config, err);
+    if (status == STATUS_OK)
+        status = check_shared(config, err);
     if (status)
         return status;
     if (config->request_tokens_max > config->batch_tokens_max)

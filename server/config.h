@@ -54,6 +54,16 @@ struct config {
     uint64_t transport_bytes_max;     // in gRPC's own buffers; 0 (default): automatic
     uint32_t rpc_threads;             // gRPC completion queues; 0: one per 4 cores, at least 1
 
+    // shared memory, for callers on this host
+    char *shared_memory_listen;      // "unix:/PATH" of the control socket; "" (default): none
+    uint32_t shared_connections_max; // default 64
+    uint32_t shared_connection_regions_max; // default 4
+    uint32_t shared_regions_max;            // of all connections; default 64
+    uint64_t shared_region_bytes_max;       // of one region; default 256 MiB
+    uint64_t shared_bytes_max;              // of all regions; default 1 GiB
+    uint32_t ring_entries_max;              // of one ring; default 1024
+    uint32_t ring_spin_us; // that the ring thread waits before it sleeps; default 50
+
     // the engine
     char *engine;             // "auto" (default), "cpu", "cuda", "null"
     char *kernel;             // "auto" (default) or a kernel's name

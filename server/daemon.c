@@ -19,6 +19,7 @@
 #include "rope.h"
 #include "rpc.h"
 #include "service.h"
+#include "sharing.h"
 #include "verify.h"
 #include "weights.h"
 #include "wire.h"
@@ -89,6 +90,29 @@ static void resolve_batch_bytes(struct config *config, const struct weights_tota
         config->batch_output_bytes =
             align_up(einsum_output_bytes(EINSUM_OUTPUT_FP32, tokens, groups, output_dim) + slack,
                      (uint64_t)sysconf(_SC_PAGESIZE));
+}
+
+NODISCARD static enum status bind_addresses(struct daemon *daemon, struct error *err)
+{
+    const struct config *config = daemon->config;
+    const struct listener_options listen = {
+        .key = "listen",
+        .addresses = (const char *const *)config->listen,
+        .addresses_n = config->listen_n,
+        .unix_socket_mode = config->unix_socket_mode,
+        .connections_max = config->connections_max,
+    };
+    enum status status = listener_create(&daemon->loop, &listen, &daemon->context.listener, err);
+    if (status != STATUS_OK || config->shared_memory_listen[0] == '\0')
+        return status;
+    const struct sharing_options sharing = {
+        .loop = &daemon->loop,
+        .address = config->shared_memory_listen,
+        .unix_socket_mode = config->unix_socket_mode,
+        .connections_max = config->shared_connections_max,
+        .connection_regions_max = config->shared_connection_regions_max,
+    };
+    return sharing_create(&sharing, &daemon->context.sharing, err);
 }
 
 NODISCARD static enum status open_engine(struct daemon *daemon, struct error *err)
@@ -273,10 +297,50 @@ NODISCARD static enum status self_test(struct daemon *daemon, struct error *err)
     return test.error.status;
 }
 
+// After the engine, which is told of what callers register.
+NODISCARD static enum status create_regions(struct daemon *daemon, struct error *err)
+{
+    const struct config *config = daemon->config;
+    struct service_context *context = &daemon->context;
+    if (!context->sharing)
+        return STATUS_OK;
+    const struct regions_options options = {
+        .ops = context->engine_ops,
+        .engine = context->engine,
+        .regions_max = config->shared_regions_max,
+        .region_bytes_max = config->shared_region_bytes_max,
+        .bytes_max = config->shared_bytes_max,
+        .on_unused = sharing_on_unused,
+        .context = context->sharing,
+    };
+    return regions_create(&options, &context->regions, err);
+}
+
+static void add_rpc_connection(void *rpc, int fd)
+{
+    rpc_add_connection(rpc, fd);
+}
+
 static void on_calls_drained(void *argument)
 {
     struct daemon *daemon = argument;
     uv_async_send(&daemon->drained);
+}
+
+NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *err)
+{
+    struct service_context *context = &daemon->context;
+    const struct rings_options options = {
+        .context = context,
+        .entries_max = daemon->config->ring_entries_max,
+        .spin_us = daemon->config->ring_spin_us,
+        .on_broken = sharing_on_broken,
+        .on_broken_context = context->sharing,
+    };
+    enum status status = rings_create(&options, &context->rings, err);
+    if (status == STATUS_OK)
+        status = sharing_start(context->sharing, context->regions, context->rings, err);
+    return status;
 }
 
 NODISCARD static enum status start_serving(struct daemon *daemon, struct error *err)
@@ -309,7 +373,11 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
     if (status != STATUS_OK)
         return status;
     health_set(context->health, HEALTH_SERVING);
-    return listener_start(context->listener, daemon->rpc, err);
+    if (context->sharing)
+        status = start_sharing(daemon, err);
+    if (status == STATUS_OK)
+        status = listener_start(context->listener, add_rpc_connection, daemon->rpc, err);
+    return status;
 }
 
 // ---- drain
@@ -338,6 +406,10 @@ static void on_lame_duck_over(uv_timer_t *timer)
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, lame_duck);
     daemon->drain_started = true;
     listener_stop(daemon->context.listener);
+    if (daemon->context.sharing) {
+        sharing_stop(daemon->context.sharing);
+        rings_drain(daemon->context.rings);
+    }
     control_stop(daemon->context.control);
     rpc_drain(daemon->rpc);
     uv_timer_start(&daemon->grace, on_grace_over, daemon->config->drain_grace_ms, 0);
@@ -440,6 +512,8 @@ static void stop(struct daemon *daemon)
     struct service_context *context = &daemon->context;
     if (context->listener)
         listener_stop(context->listener);
+    if (context->sharing)
+        sharing_stop(context->sharing);
     if (daemon->rpc) {
         if (!daemon->drain_started) { // the start failed at its last step
             rpc_drain(daemon->rpc);
@@ -449,9 +523,19 @@ static void stop(struct daemon *daemon)
     }
     if (context->listener)
         listener_drop_connections(context->listener);
+    if (context->rings)
+        rings_wait_idle(context->rings, daemon->config->drain_grace_ms);
+    if (context->sharing)
+        sharing_drop_connections(context->sharing);
+    if (context->rings)
+        rings_destroy(context->rings);
     destroy_loop(daemon);
     if (context->listener)
         listener_destroy(context->listener);
+    if (context->sharing)
+        sharing_destroy(context->sharing);
+    if (context->regions)
+        regions_destroy(context->regions);
     if (context->control)
         control_destroy(context->control);
     if (context->health)
@@ -471,14 +555,13 @@ static void stop(struct daemon *daemon)
 NODISCARD static enum status start(struct daemon *daemon, struct error *err)
 {
     struct service_context *context = &daemon->context;
-    const struct config *config = daemon->config;
     enum status status = control_create(&daemon->loop, &context->control, err);
     if (status == STATUS_OK)
-        status = listener_create(&daemon->loop, (const char *const *)config->listen,
-                                 config->listen_n, config->unix_socket_mode,
-                                 config->connections_max, &context->listener, err);
+        status = bind_addresses(daemon, err);
     if (status == STATUS_OK)
         status = open_engine(daemon, err);
+    if (status == STATUS_OK)
+        status = create_regions(daemon, err);
     if (status == STATUS_OK)
         status = load_weights(daemon, err);
     if (status == STATUS_OK)

@@ -104,3 +104,20 @@ void engine_host_memory_free(void *memory, uint64_t bytes)
     int failed = munmap(memory, bytes);
     ASSERT(!failed);
 }
+
+enum status engine_host_memory_register(struct engine *engine, void *memory, uint64_t bytes,
+                                        struct error *err)
+{
+    (void)engine;
+    (void)memory;
+    (void)bytes;
+    (void)err;
+    return STATUS_OK;
+}
+
+void engine_host_memory_unregister(struct engine *engine, void *memory, uint64_t bytes)
+{
+    (void)engine;
+    (void)memory;
+    (void)bytes;
+}

@@ -43,7 +43,9 @@ struct engine_weight_source {
 
 enum { ENGINE_KERNELS_MAX = 8, ENGINE_BUCKETS_MAX = 64 };
 
-// One request's share of a batch. All pointers of the operand lie in the batch's memory.
+// One request's share of a batch. All pointers of the operand lie in the batch's memory, or in memory
+// that memory_register has been told of. The owner of that may write to it meanwhile: results are
+// then worth nothing, and that is all that may come of it.
 struct engine_segment {
     const struct engine_weight *weight;
     struct einsum_operand operand;
@@ -114,6 +116,12 @@ struct engine_ops {
                                           struct error *err);
     void (*memory_free)(struct engine *engine, void *memory, uint64_t bytes);
 
+    // Makes memory of somebody else, whole pages of it, such that operands may lie there. May take
+    // milliseconds; any thread. NULL, both: operands must lie in the batch's memory.
+    NODISCARD enum status (*memory_register)(struct engine *engine, void *memory, uint64_t bytes,
+                                             struct error *err);
+    void (*memory_unregister)(struct engine *engine, void *memory, uint64_t bytes);
+
     // In the scheduler's turn: one thread at a time, of a polled engine always the same. `batch` and
     // all that it points to stay put until poll says done.
     void (*submit)(struct engine *engine, uint32_t lane, const struct engine_batch *batch);
@@ -145,3 +153,8 @@ bool engine_may_sum_by_wgmma(const struct engine_ops *ops, const struct engine *
 // are any, and touched. RESOURCE_EXHAUSTED.
 NODISCARD enum status engine_host_memory_alloc(uint64_t bytes, void **memory, struct error *err);
 void engine_host_memory_free(void *memory, uint64_t bytes);
+
+// memory_register and memory_unregister of the same: the host reaches all that is mapped.
+NODISCARD enum status engine_host_memory_register(struct engine *engine, void *memory,
+                                                  uint64_t bytes, struct error *err);
+void engine_host_memory_unregister(struct engine *engine, void *memory, uint64_t bytes);

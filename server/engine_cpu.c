@@ -664,6 +664,8 @@ const struct engine_ops engine_cpu = {
     .weight_bytes = cpu_weight_bytes_held,
     .memory_alloc = cpu_memory_alloc,
     .memory_free = cpu_memory_free,
+    .memory_register = engine_host_memory_register,
+    .memory_unregister = engine_host_memory_unregister,
     .submit = cpu_submit,
     .poll = cpu_poll,
 };

@@ -164,7 +164,7 @@ static enum status check_device(int device, const char *kernel, struct cudaDevic
     return STATUS_OK;
 }
 
-// "portable-decode, hopper from 33 tokens: compute capability 9.0: ..."
+// "portable-decode, hopper from 17 tokens: compute capability 9.0: ..."
 static void describe_choice(const struct cudaDeviceProp *device_info, const char *kernel,
                             const struct cuda_choice *few, char text[ENGINE_KERNEL_TEXT])
 {

@@ -1,6 +1,6 @@
 // The engine that computes nothing: a batch is done the moment it is submitted, and its output is
-// what the memory held before, zeros. It measures everything else, so that it takes the same road
-// as an engine that computes: wake, then poll.
+// what the memory held before: zeros, or what a caller left in memory of its own. It measures
+// everything else, so that it takes the same road as an engine that computes: wake, then poll.
 //
 // Threads: open, close, submit and poll as engine.h says; it has none of its own.
 #include <stdlib.h>
@@ -130,6 +130,8 @@ const struct engine_ops engine_null = {
     .weight_bytes = null_weight_bytes,
     .memory_alloc = null_memory_alloc,
     .memory_free = null_memory_free,
+    .memory_register = engine_host_memory_register,
+    .memory_unregister = engine_host_memory_unregister,
     .submit = null_submit,
     .poll = null_poll,
 };

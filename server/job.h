@@ -41,8 +41,13 @@ struct job {
     // its layouts and scale type, too.
     struct weight *weight; // a reference
     struct einsum_operand operand;
-    uint32_t kernel;      // see struct engine_segment
-    bool attention;       // what arrives is attention's output and rotations: kernels/attention.h
+    uint32_t kernel; // see struct engine_segment
+    bool attention;  // what arrives is attention's output and rotations: kernels/attention.h
+    // operand's pointers to inputs or output are set by then, to memory that the engine has been
+    // told of (memory_register) and that stays until the job is answered: no room is needed there.
+    bool input_given, output_given;
+    // Reserving and committing wake nobody: the owner calls batcher_turn soon after, once for all.
+    bool quiet;
     uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
     uint64_t received_ns;
     enum job_priority priority;
@@ -66,6 +71,7 @@ struct job {
     uint64_t share_start, share_end;
     struct job *next_waiting;
     struct batch *batch;
+    const uint8_t *input, *output; // its room in the batch, of so many bytes:
     uint64_t input_bytes, output_bytes;
 };
 

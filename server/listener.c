@@ -17,7 +17,6 @@
 #include <unistd.h>
 
 #include "log.h"
-#include "rpc.h"
 
 enum {
     BACKLOG = 1024,
@@ -50,7 +49,9 @@ struct endpoint {
 struct listener {
     uv_loop_t *loop;
     uv_timer_t pause;
-    struct rpc *rpc;
+    const char *key; // of the configuration
+    void (*take)(void *context, int fd);
+    void *context;
     struct endpoint *endpoints;
     size_t endpoints_n;
     struct connection *live;
@@ -138,7 +139,7 @@ static void take_connection(struct endpoint *endpoint, int fd)
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     }
     atomic_fetch_add_explicit(&listener->accepted, 1, memory_order_relaxed);
-    rpc_add_connection(listener->rpc, fd);
+    listener->take(listener->context, fd);
 }
 
 static void on_readable(uv_poll_t *poll, int status, int events);
@@ -176,13 +177,14 @@ static void on_readable(uv_poll_t *poll, int status, int events)
 
 // ---- binding
 
-NODISCARD static enum status bind_failed(const char *address, struct error *err)
+NODISCARD static enum status bind_failed(const struct endpoint *endpoint, struct error *err)
 {
+    const char *key = endpoint->listener->key;
     if (errno == EADDRINUSE)
-        return error_field(err, STATUS_ALREADY_EXISTS, "listen", "%s is in use by another process",
-                           address);
-    return error_field(err, STATUS_FAILED_PRECONDITION, "listen", "%s cannot be bound: %s", address,
-                       strerror(errno));
+        return error_field(err, STATUS_ALREADY_EXISTS, key, "%s is in use by another process",
+                           endpoint->text);
+    return error_field(err, STATUS_FAILED_PRECONDITION, key, "%s cannot be bound: %s",
+                       endpoint->text, strerror(errno));
 }
 
 // A socket file outlives a killed daemon, and binding over a living one would silently take its
@@ -194,10 +196,10 @@ NODISCARD static enum status lock_path(struct endpoint *endpoint, struct error *
     snprintf(lock, sizeof lock, "%s.lock", endpoint->path);
     endpoint->lock_fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (endpoint->lock_fd < 0)
-        return error_field(err, STATUS_FAILED_PRECONDITION, "listen", "%s cannot be opened: %s",
-                           lock, strerror(errno));
+        return error_field(err, STATUS_FAILED_PRECONDITION, endpoint->listener->key,
+                           "%s cannot be opened: %s", lock, strerror(errno));
     if (flock(endpoint->lock_fd, LOCK_EX | LOCK_NB) != 0)
-        return error_field(err, STATUS_ALREADY_EXISTS, "listen",
+        return error_field(err, STATUS_ALREADY_EXISTS, endpoint->listener->key,
                            "unix:%s is in use by another process", endpoint->path);
     return STATUS_OK;
 }
@@ -207,7 +209,7 @@ NODISCARD static enum status bind_unix(struct endpoint *endpoint, const char *pa
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof address.sun_path)
-        return error_field(err, STATUS_INVALID_ARGUMENT, "listen",
+        return error_field(err, STATUS_INVALID_ARGUMENT, endpoint->listener->key,
                            "unix:%s is longer than %zu characters", path,
                            sizeof address.sun_path - 1);
     strcpy(address.sun_path, path);
@@ -219,23 +221,23 @@ NODISCARD static enum status bind_unix(struct endpoint *endpoint, const char *pa
     struct stat stale;
     if (lstat(path, &stale) == 0) {
         if (!S_ISSOCK(stale.st_mode))
-            return error_field(err, STATUS_ALREADY_EXISTS, "listen",
+            return error_field(err, STATUS_ALREADY_EXISTS, endpoint->listener->key,
                                "unix:%s is there already and is not a socket", path);
         unlink(path);
     }
     endpoint->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     if (endpoint->fd < 0)
-        return bind_failed(endpoint->text, err);
+        return bind_failed(endpoint, err);
     mode_t mask = umask(0777); // nobody gets in between bind and chmod
     int bound = bind(endpoint->fd, (struct sockaddr *)&address, sizeof address);
     int bind_errno = errno;
     umask(mask);
     errno = bind_errno;
     if (bound != 0)
-        return bind_failed(endpoint->text, err);
+        return bind_failed(endpoint, err);
     struct stat made;
     if (chmod(path, mode) != 0 || lstat(path, &made) != 0)
-        return bind_failed(endpoint->text, err);
+        return bind_failed(endpoint, err);
     endpoint->device = made.st_dev;
     endpoint->inode = made.st_ino;
     return STATUS_OK;
@@ -262,7 +264,8 @@ NODISCARD static enum status bind_tcp(struct endpoint *endpoint, const char *tex
     snprintf(host, sizeof host, "%s", text[0] == '[' ? text + 1 : text);
     char *colon = strrchr(host, ':');
     if (!colon)
-        return error_field(err, STATUS_INVALID_ARGUMENT, "listen", "%s has no port", text);
+        return error_field(err, STATUS_INVALID_ARGUMENT, endpoint->listener->key, "%s has no port",
+                           text);
     *colon = '\0';
     if (text[0] == '[' && colon > host && colon[-1] == ']')
         colon[-1] = '\0';
@@ -271,7 +274,7 @@ NODISCARD static enum status bind_tcp(struct endpoint *endpoint, const char *tex
     struct addrinfo *found = NULL;
     int error = getaddrinfo(host[0] ? host : NULL, colon + 1, &hints, &found);
     if (error != 0)
-        return error_field(err, STATUS_INVALID_ARGUMENT, "listen", "%s: %s", text,
+        return error_field(err, STATUS_INVALID_ARGUMENT, endpoint->listener->key, "%s: %s", text,
                            gai_strerror(error));
     endpoint->fd = socket(found->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     // REUSEADDR lets a restarted daemon pass its own connections in TIME_WAIT; it does not let two
@@ -284,7 +287,7 @@ NODISCARD static enum status bind_tcp(struct endpoint *endpoint, const char *tex
     freeaddrinfo(found);
     errno = bind_errno;
     if (!bound)
-        return bind_failed(text, err);
+        return bind_failed(endpoint, err);
     describe_tcp(endpoint);
     return STATUS_OK;
 }
@@ -317,12 +320,11 @@ static void close_endpoint(struct endpoint *endpoint)
     endpoint->lock_fd = -1;
 }
 
-enum status listener_create(uv_loop_t *loop, const char *const *addresses, size_t addresses_n,
-                            uint32_t unix_socket_mode, uint32_t connections_max,
+enum status listener_create(uv_loop_t *loop, const struct listener_options *options,
                             struct listener **out, struct error *err)
 {
     struct listener *listener = calloc(1, sizeof *listener);
-    struct endpoint *endpoints = calloc(addresses_n, sizeof *endpoints);
+    struct endpoint *endpoints = calloc(options->addresses_n, sizeof *endpoints);
     if (!listener || !endpoints) {
         free(listener);
         free(endpoints);
@@ -330,15 +332,17 @@ enum status listener_create(uv_loop_t *loop, const char *const *addresses, size_
     }
     listener->loop = loop;
     listener->endpoints = endpoints;
-    listener->connections_max = connections_max;
+    listener->key = options->key;
+    listener->connections_max = options->connections_max;
     enum status status = STATUS_OK;
-    for (size_t i = 0; i < addresses_n; i++) {
+    for (size_t i = 0; i < options->addresses_n; i++) {
         struct endpoint *endpoint = &endpoints[i];
         *endpoint = (struct endpoint){.listener = listener, .fd = -1, .lock_fd = -1};
         listener->endpoints_n++;
-        bool is_unix = strncmp(addresses[i], "unix:", 5) == 0;
-        status = is_unix ? bind_unix(endpoint, addresses[i] + 5, unix_socket_mode, err)
-                         : bind_tcp(endpoint, addresses[i], err);
+        const char *address = options->addresses[i];
+        bool is_unix = strncmp(address, "unix:", 5) == 0;
+        status = is_unix ? bind_unix(endpoint, address + 5, options->unix_socket_mode, err)
+                         : bind_tcp(endpoint, address, err);
         if (status != STATUS_OK)
             goto close_endpoints;
     }
@@ -354,17 +358,19 @@ close_endpoints:
     return status;
 }
 
-enum status listener_start(struct listener *listener, struct rpc *rpc, struct error *err)
+enum status listener_start(struct listener *listener, void (*take)(void *context, int fd),
+                           void *context, struct error *err)
 {
-    listener->rpc = rpc;
+    listener->take = take;
+    listener->context = context;
     for (size_t i = 0; i < listener->endpoints_n; i++) {
         struct endpoint *endpoint = &listener->endpoints[i];
         if (listen(endpoint->fd, BACKLOG) != 0) // a port bound by two is found out only here
-            return bind_failed(endpoint->text, err);
+            return bind_failed(endpoint, err);
         int error = uv_poll_init(listener->loop, &endpoint->readable, endpoint->fd);
         if (error != 0)
-            return error_field(err, STATUS_FAILED_PRECONDITION, "listen", "%s cannot be polled: %s",
-                               endpoint->text, uv_strerror(error));
+            return error_field(err, STATUS_FAILED_PRECONDITION, endpoint->listener->key,
+                               "%s cannot be polled: %s", endpoint->text, uv_strerror(error));
         endpoint->polled = true;
         uv_poll_start(&endpoint->readable, UV_READABLE, on_readable);
     }

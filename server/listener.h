@@ -1,6 +1,6 @@
 // Where callers come in: our own sockets on the main loop, so that connections can be counted and
 // limited, a taken port or socket path is an error, and buffers are sized for tensors. Accepted
-// sockets go to gRPC.
+// sockets go to gRPC, or to sharing.c.
 //
 // gRPC never tells when a connection ends, so the listener keeps a duplicate of each socket,
 // watches it for the hang-up, and closes it then. Main thread only, but for the counters.
@@ -11,16 +11,21 @@
 #include "status.h"
 
 struct listener;
-struct rpc;
 
-// Binds every address ("HOST:PORT", "[V6]:PORT", "unix:PATH"), without listening yet.
-// ALREADY_EXISTS: another process has one.
-NODISCARD enum status listener_create(uv_loop_t *loop, const char *const *addresses,
-                                      size_t addresses_n, uint32_t unix_socket_mode,
-                                      uint32_t connections_max, struct listener **listener,
-                                      struct error *err);
-// From now on connections come in and go to `rpc`.
-NODISCARD enum status listener_start(struct listener *listener, struct rpc *rpc, struct error *err);
+struct listener_options {
+    const char *key; // of the configuration that the addresses are from, for errors; static
+    const char *const *addresses; // "HOST:PORT", "[V6]:PORT", "unix:PATH"; borrowed for create
+    size_t addresses_n;
+    uint32_t unix_socket_mode;
+    uint32_t connections_max;
+};
+
+// Binds every address, without listening yet. ALREADY_EXISTS: another process has one.
+NODISCARD enum status listener_create(uv_loop_t *loop, const struct listener_options *options,
+                                      struct listener **listener, struct error *err);
+// From now on connections come in and go to `take`, on the main thread, which owns the socket.
+NODISCARD enum status listener_start(struct listener *listener, void (*take)(void *context, int fd),
+                                     void *context, struct error *err);
 // No further ones. The unix sockets are unlinked. Again is harmless.
 void listener_stop(struct listener *listener);
 // Before the loop runs for the last time; destroy comes after it.

@@ -47,29 +47,43 @@ NODISCARD static enum status fill_rotations(const struct projection *projection,
     return STATUS_OK;
 }
 
+NODISCARD static enum status fill(struct projection *projection, const grpc_byte_buffer *message,
+                                  struct error *err)
+{
+    struct projection_bytes bytes = projection_bytes(message);
+    // Batch memory is the daemon's to write; the operand calls it const since engines only read it.
+    const struct einsum_operand *operand = &projection->job.operand;
+    struct wire_range second = projection->activation_scales;
+    if (projection->job.attention) {
+        second = projection->positions;
+        enum status status = fill_rotations(
+            projection, bytes, (struct attention_rotation *)(uintptr_t)operand->rotations, err);
+        if (status != STATUS_OK)
+            return status;
+    } else {
+        wire_copy(bytes.slices, bytes.slices_n, second, (void *)(uintptr_t)operand->scales);
+    }
+    wire_copy(bytes.slices, bytes.slices_n, projection->activations,
+              (void *)(uintptr_t)operand->activations);
+    atomic_fetch_add_explicit(&call_context(projection->call)->copies.in_bytes,
+                              projection->activations.bytes + second.bytes, memory_order_relaxed);
+    return STATUS_OK;
+}
+
 // After this the scheduler may finish the job at any moment; or it failed, and the job is given up.
 NODISCARD static enum status fill_and_commit(struct projection *projection,
                                              const grpc_byte_buffer *message, struct error *err)
 {
-    struct batcher *batcher = call_context(projection->call)->batcher;
-    struct projection_bytes bytes = projection_bytes(message);
-    // Batch memory is the daemon's to write; the operand calls it const since engines only read it.
-    const struct einsum_operand *operand = &projection->job.operand;
-    enum status status = STATUS_OK;
-    if (projection->job.attention)
-        status = fill_rotations(projection, bytes,
-                                (struct attention_rotation *)(uintptr_t)operand->rotations, err);
+    struct service_context *context = call_context(projection->call);
+    enum status status =
+        projection->placement.region
+            ? placement_fill(&projection->placement, &projection->job, &context->copies, err)
+            : fill(projection, message, err);
+    if (status == STATUS_OK)
+        batcher_commit(context->batcher, &projection->job);
     else
-        wire_copy(bytes.slices, bytes.slices_n, projection->activation_scales,
-                  (void *)(uintptr_t)operand->scales);
-    if (status != STATUS_OK) {
-        batcher_abandon(batcher, &projection->job);
-        return status;
-    }
-    wire_copy(bytes.slices, bytes.slices_n, projection->activations,
-              (void *)(uintptr_t)operand->activations);
-    batcher_commit(batcher, &projection->job);
-    return STATUS_OK;
+        batcher_abandon(context->batcher, &projection->job);
+    return status;
 }
 
 bool projection_has_room(const struct projection *projection)
@@ -86,7 +100,8 @@ NODISCARD static enum status submit(struct projection *projection, grpc_byte_buf
                                                  &projection->job, &waits, err);
     if (status == STATUS_OK && waits) {
         // on_room wakes this very thread, so it is not too late to keep the message
-        projection->message = grpc_byte_buffer_copy(message);
+        if (!projection->placement.region)
+            projection->message = grpc_byte_buffer_copy(message);
         return STATUS_OK;
     }
     if (status == STATUS_OK)
@@ -109,7 +124,8 @@ bool projection_continue(struct projection *projection)
     } else {
         status = fill_and_commit(projection, message, &err);
     }
-    grpc_byte_buffer_destroy(message);
+    if (message)
+        grpc_byte_buffer_destroy(message);
     if (status != STATUS_OK) // a job that was committed may be the scheduler's by now
         job->error = err;
     return status == STATUS_OK;
@@ -121,6 +137,24 @@ static uint64_t deadline_ns(const struct projection *projection)
     uint64_t cap_ms = call_context(projection->call)->config->deadline_ms_max;
     uint64_t cap = projection->job.received_ns + cap_ms * 1000000u;
     return given < cap ? given : cap;
+}
+
+// Finds the region that the request names; none is needed without tokens.
+NODISCARD static enum status place(struct projection *projection,
+                                   const struct wire_request *request, struct error *err)
+{
+    struct service_context *context = call_context(projection->call);
+    atomic_fetch_add_explicit(&context->counters.shared, 1, memory_order_relaxed);
+    if (!context->regions)
+        return error_field(err, STATUS_FAILED_PRECONDITION, "shared",
+                           "this server shares no memory (shared_memory_listen)");
+    struct region *region =
+        request->shared.region_bytes ? region_find(context->regions, request->shared.region) : NULL;
+    if (!region)
+        return error_field(err, STATUS_NOT_FOUND, "shared.region",
+                           "no such region: never registered, or gone with its connection");
+    return placement_set(&projection->placement, region, &request->shared, request->digest_only,
+                         &projection->job, err);
 }
 
 enum status projection_start(struct projection *projection, const struct wire_request *request,
@@ -144,7 +178,9 @@ enum status projection_start(struct projection *projection, const struct wire_re
                                &projection->job, err);
     if (status != STATUS_OK)
         return status;
-    if (attention) {
+    if (request->shared.given) {
+        status = place(projection, request, err);
+    } else if (attention) {
         struct projection_bytes bytes = projection_bytes(message);
         status = request_check_positions(bytes.slices, bytes.slices_n, request->positions,
                                          projection->job.weight, err);
@@ -153,6 +189,8 @@ enum status projection_start(struct projection *projection, const struct wire_re
         status = submit(projection, message, err);
         *running = status == STATUS_OK;
     }
+    if (!*running)
+        placement_drop(&projection->placement);
     if (status != STATUS_OK) {
         weight_unref(projection->job.weight);
         projection->job.weight = NULL;
@@ -195,6 +233,7 @@ void projection_release(struct projection *projection)
         batcher_release(call_context(call)->batcher, job);
     if (projection->message) // the device was lost while it waited
         grpc_byte_buffer_destroy(projection->message);
+    placement_drop(&projection->placement);
     weight_unref(projection->job.weight);
     if (projection->streamed)
         free(projection);
@@ -306,6 +345,7 @@ static struct copy *copy_if_scarce(const struct projection *projection)
     }
     copy->bytes = bytes;
     memcpy(copy->output, projection->job.operand.output, bytes);
+    atomic_fetch_add_explicit(&context->copies.out_bytes, bytes, memory_order_relaxed);
     atomic_store_explicit(&copy->context, context, memory_order_release);
     return copy;
 }
@@ -316,6 +356,10 @@ grpc_byte_buffer *projection_respond(struct projection *projection)
     struct copy *copy;
     if (projection->digest_only) {
         message = respond_with_digest(projection);
+    } else if (projection->placement.region) {
+        placement_finish(&projection->placement, &projection->job,
+                         &call_context(projection->call)->copies);
+        message = respond_with_head(projection, NULL);
     } else if ((copy = copy_if_scarce(projection)) != NULL) {
         grpc_slice output =
             grpc_slice_new_with_user_data(copy->output, copy->bytes, on_copy_sent, copy);

@@ -3,12 +3,11 @@
 //
 // The tensors are copied once, from gRPC's slices into the batch. The output is not copied: the
 // response's last slice points into the batch's memory, on loan to gRPC until it has been sent.
-// While the job is under way or its output on loan, the projection holds its call.
+// Tensors in shared memory are not copied at all, see placement.h. While the job is under way or its output on loan, the projection holds its call.
 #pragma once
 
 #include "call.h"
-#include "job.h"
-#include "wire.h"
+#include "placement.h"
 
 struct projection {
     struct job job; // its on_done is the owner's to set
@@ -20,6 +19,7 @@ struct projection {
     grpc_byte_buffer *message;
     struct wire_range activations, activation_scales; // of attention: its output; none
     struct wire_range positions;                      // of attention alone
+    struct placement placement;                       // in place of message and ranges
 };
 
 // The slices of a message as it came; NULL: none.

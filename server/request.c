@@ -134,6 +134,13 @@ NODISCARD static enum status check_bytes(const char *field, uint64_t expected, u
                        "expected %" PRIu64 " bytes (%s), got %" PRIu64, expected, shape, got);
 }
 
+// Of a tensor in the message, or in shared memory.
+static uint64_t sent_bytes(const struct wire_request *request, const struct wire_range *in_message,
+                           const struct wire_range *in_region)
+{
+    return (request->shared.given ? in_region : in_message)->bytes;
+}
+
 NODISCARD static enum status check_tensors(const struct wire_request *request,
                                            const struct einsum_weight_format *format,
                                            const struct einsum_operand *operand, struct error *err)
@@ -148,9 +155,9 @@ NODISCARD static enum status check_tensors(const struct wire_request *request,
                            blocks);
     char shape[96];
     snprintf(shape, sizeof shape, "T %u * G %u * R %u", tokens, groups, format->reduced_dim);
-    enum status status =
-        check_bytes("activations", einsum_activation_bytes(tokens, groups, format->reduced_dim),
-                    request->activations.bytes, shape, err);
+    enum status status = check_bytes(
+        "activations", einsum_activation_bytes(tokens, groups, format->reduced_dim),
+        sent_bytes(request, &request->activations, &request->shared.activations), shape, err);
     if (status != STATUS_OK)
         return status;
     snprintf(shape, sizeof shape, "T %u%s * G %u * K %u * %u byte%s", tokens,
@@ -160,7 +167,7 @@ NODISCARD static enum status check_tensors(const struct wire_request *request,
     return check_bytes(
         "activation_scales",
         einsum_scale_bytes(operand->scale_layout, operand->scale_type, tokens, groups, blocks),
-        request->activation_scales.bytes, shape, err);
+        sent_bytes(request, &request->activation_scales, &request->shared.scales), shape, err);
 }
 
 NODISCARD static enum status check_rope(const struct weight *weight, struct error *err)
@@ -186,14 +193,15 @@ NODISCARD static enum status check_attention(const struct wire_request *request,
     char shape[96];
     snprintf(shape, sizeof shape, "T %u * %u heads * %d * 2 bytes", tokens,
              groups * (format->reduced_dim / ATTENTION_HEAD_DIM), ATTENTION_HEAD_DIM);
-    enum status status =
-        check_bytes("attention", attention_bytes(tokens, groups, format->reduced_dim),
-                    request->attention.bytes, shape, err);
+    enum status status = check_bytes(
+        "attention", attention_bytes(tokens, groups, format->reduced_dim),
+        sent_bytes(request, &request->attention, &request->shared.activations), shape, err);
     if (status != STATUS_OK)
         return status;
     snprintf(shape, sizeof shape, "T %u * 8 bytes", tokens);
-    return check_bytes("positions", (uint64_t)tokens * sizeof(int64_t), request->positions.bytes,
-                       shape, err);
+    return check_bytes("positions", (uint64_t)tokens * sizeof(int64_t),
+                       sent_bytes(request, &request->positions, &request->shared.scales), shape,
+                       err);
 }
 
 NODISCARD static enum status check_tokens(uint32_t tokens, uint32_t tokens_max, struct error *err)
@@ -230,6 +238,28 @@ NODISCARD static enum status check_output_project(const struct wire_request *req
     return status;
 }
 
+// Tensors lie in one place. Where in the region, and whether there is one, is placement.c's to check.
+NODISCARD static enum status check_one_place(const struct wire_request *request, struct error *err)
+{
+    if (!request->shared.given)
+        return STATUS_OK;
+    const struct {
+        const char *field;
+        uint64_t bytes;
+    } in_message[] = {
+        {"activations", request->activations.bytes},
+        {"activation_scales", request->activation_scales.bytes},
+        {"attention", request->attention.bytes},
+        {"positions", request->positions.bytes},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(in_message); i++)
+        if (in_message[i].bytes > 0)
+            return error_field(err, STATUS_INVALID_ARGUMENT, in_message[i].field,
+                               "%" PRIu64 " bytes in the message, and shared memory named as well",
+                               in_message[i].bytes);
+    return STATUS_OK;
+}
+
 NODISCARD static enum status check_priority(const struct wire_request *request, struct job *job,
                                             struct error *err)
 {
@@ -247,6 +277,8 @@ enum status request_check(const struct wire_request *request, struct weights *we
     bool attention = request->kind == WIRE_OUTPUT_PROJECT;
     enum status status = attention ? check_choice(&output_types, request->output_type, err)
                                    : check_choices(request, err);
+    if (status == STATUS_OK)
+        status = check_one_place(request, err);
     if (status == STATUS_OK)
         status = check_priority(request, job, err);
     if (status != STATUS_OK)
@@ -274,22 +306,29 @@ enum status request_check(const struct wire_request *request, struct weights *we
     return STATUS_OK;
 }
 
+enum status request_check_position(int64_t position, uint64_t index, const struct weight *weight,
+                                   struct error *err)
+{
+    uint32_t positions_max = rope_describe(weight->rope)->positions_max;
+    if (position >= 0 && position < positions_max)
+        return STATUS_OK;
+    return error_field(err, STATUS_INVALID_ARGUMENT, "positions",
+                       "[%" PRIu64 "] is %" PRId64 ", expected 0 to below the %u of weight \"%s\"",
+                       index, position, positions_max, weight->name);
+}
+
 enum status request_check_positions(const grpc_slice *slices, size_t slices_n,
                                     struct wire_range positions, const struct weight *weight,
                                     struct error *err)
 {
-    uint32_t positions_max = rope_describe(weight->rope)->positions_max;
     struct wire_cursor cursor;
     wire_cursor_init(&cursor, slices, slices_n);
     wire_skip(&cursor, positions.offset);
-    for (uint64_t t = 0; t < positions.bytes / sizeof(int64_t); t++) {
+    enum status status = STATUS_OK;
+    for (uint64_t t = 0; t < positions.bytes / sizeof(int64_t) && status == STATUS_OK; t++) {
         int64_t position;
         wire_take(&cursor, sizeof position, &position);
-        if (position < 0 || position >= positions_max)
-            return error_field(err, STATUS_INVALID_ARGUMENT, "positions",
-                               "[%" PRIu64 "] is %" PRId64
-                               ", expected 0 to below the %u of weight \"%s\"",
-                               t, position, positions_max, weight->name);
+        status = request_check_position(position, t, weight, err);
     }
-    return STATUS_OK;
+    return status;
 }

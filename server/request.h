@@ -19,6 +19,10 @@ NODISCARD enum status request_check(const struct wire_request *request, struct w
                                     uint32_t request_tokens_max, struct job *job,
                                     struct error *err);
 
+// Whether the weight's rope has this position, the request's `index`th.
+NODISCARD enum status request_check_position(int64_t position, uint64_t index,
+                                             const struct weight *weight, struct error *err);
+
 // Whether every position of a checked OutputProjectRequest is one that the weight's rope has. The
 // slices are those that the request was read from.
 NODISCARD enum status request_check_positions(const grpc_slice *slices, size_t slices_n,

@@ -5,17 +5,21 @@
 
 #include "call.h"
 #include "engine.h"
+#include "placement.h"
 
 struct batcher;
 struct config;
 struct control;
 struct health;
 struct listener;
+struct rings;
+struct sharing;
 struct weights;
 
 // Requests by how they ended. Relaxed: each is a number to look at, none guards anything.
 struct service_counters {
     _Atomic uint64_t received;
+    _Atomic uint64_t shared;    // of those, with tensors in shared memory
     _Atomic uint64_t answered;  // with an output or a digest
     _Atomic uint64_t refused;   // RESOURCE_EXHAUSTED, UNAVAILABLE
     _Atomic uint64_t invalid;   // the caller's mistakes
@@ -33,9 +37,13 @@ struct service_context {
     struct control *control; // runs what may block: loads, self-tests
     struct health *health;
     struct listener *listener;
+    struct regions *regions; // NULL, as the next two: no memory is shared
+    struct rings *rings;
+    struct sharing *sharing;
     uint64_t message_bytes_max; // received
     uint64_t started_ns;
     struct service_counters counters;
+    struct copy_counters copies;
     _Atomic uint64_t copied_bytes; // of outputs copied out of batches and not yet sent
     _Atomic bool draining;
 };

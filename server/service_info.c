@@ -13,6 +13,7 @@
 #include "log.h"
 #include "message.h"
 #include "service.h"
+#include "sharing.h"
 #include "verify.h"
 #include "weights.h"
 #include "wire.h"
@@ -49,6 +50,11 @@ static Einsum__V1__Counters read_counters(struct service_context *context,
     message.eager_launches = engine->eager_launches;
     message.bucket_batches = batches->bucket_batches;
     message.n_bucket_batches = context->config->buckets_n;
+    message.copied_in_bytes = atomic_load_explicit(&context->copies.in_bytes, memory_order_relaxed);
+    message.copied_out_bytes =
+        atomic_load_explicit(&context->copies.out_bytes, memory_order_relaxed);
+    message.shared_requests = atomic_load_explicit(&counters->shared, memory_order_relaxed);
+    message.ring_requests = context->rings ? rings_stats(context->rings).requests : 0;
     return message;
 }
 
@@ -100,6 +106,28 @@ static Einsum__V1__Memory read_memory(const struct service_context *context,
         graphs->pointers[memory.n_graphs++] = message;
     }
     return memory;
+}
+
+static Einsum__V1__SharedMemory read_shared_memory(const struct service_context *context)
+{
+    const struct config *config = context->config;
+    struct sharing_stats sharing = sharing_stats(context->sharing);
+    struct regions_stats regions = regions_stats(context->regions);
+    Einsum__V1__SharedMemory message = EINSUM__V1__SHARED_MEMORY__INIT;
+    message.socket = config->shared_memory_listen + strlen("unix:");
+    message.direct = context->engine_ops->memory_register != NULL;
+    message.connections_max = config->shared_connections_max;
+    message.connection_regions_max = config->shared_connection_regions_max;
+    message.regions_max = config->shared_regions_max;
+    message.region_bytes_max = config->shared_region_bytes_max;
+    message.regions_bytes_max = config->shared_bytes_max;
+    message.connections = sharing.connections;
+    message.connections_refused = sharing.connections_refused;
+    message.regions = regions.regions;
+    message.regions_bytes = regions.bytes;
+    message.rings = rings_stats(context->rings).rings;
+    message.ring_entries_max = config->ring_entries_max;
+    return message;
 }
 
 static const char *state_name(const struct service_context *context)
@@ -163,6 +191,11 @@ static void on_server_info(struct call *call, grpc_byte_buffer *bytes)
     response.libraries = library_pointers;
     response.n_libraries = ARRAY_LEN(libraries);
     response.state = (char *)(uintptr_t)state_name(context);
+    Einsum__V1__SharedMemory shared_memory;
+    if (context->sharing) {
+        shared_memory = read_shared_memory(context);
+        response.shared_memory = &shared_memory;
+    }
     call_finish(call, message_pack(&response.base), NULL);
 }
 

@@ -217,6 +217,8 @@ enum field_kind {
     FIELD_BOOL,
     FIELD_TEXT,
     FIELD_RANGE,
+    FIELD_REGION, // the 16 bytes of its name
+    FIELD_SHARED, // a SharedTensors
 };
 
 struct field_rule {
@@ -251,6 +253,7 @@ static const struct field_rule einsum_rules[] = {
     [13] = FIELD(FIELD_RANGE, activations),
     [14] = FIELD(FIELD_RANGE, activation_scales),
     [15] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
+    [16] = FIELD(FIELD_SHARED, shared),
     [17] = FIELD(FIELD_UINT32, priority),
 };
 
@@ -260,7 +263,22 @@ static const struct field_rule output_project_rules[] = {
     [5] = FIELD(FIELD_UINT32, group_begin), [6] = FIELD(FIELD_UINT32, group_end),
     [7] = FIELD(FIELD_BOOL, digest_only),   [8] = FIELD(FIELD_RANGE, attention),
     [9] = FIELD(FIELD_RANGE, positions),    [10] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
-    [12] = FIELD(FIELD_UINT32, priority),
+    [11] = FIELD(FIELD_SHARED, shared),     [12] = FIELD(FIELD_UINT32, priority),
+};
+
+#define SHARED(name, kind, member)                                                                 \
+    {                                                                                              \
+        "shared." name, kind, offsetof(struct wire_request, shared.member), 0                      \
+    }
+
+static const struct field_rule shared_rules[] = {
+    [1] = SHARED("region", FIELD_REGION, region),
+    [2] = SHARED("activations_offset", FIELD_UINT64, activations.offset),
+    [3] = SHARED("activations_bytes", FIELD_UINT64, activations.bytes),
+    [4] = SHARED("scales_offset", FIELD_UINT64, scales.offset),
+    [5] = SHARED("scales_bytes", FIELD_UINT64, scales.bytes),
+    [6] = SHARED("output_offset", FIELD_UINT64, output.offset),
+    [7] = SHARED("output_bytes", FIELD_UINT64, output.bytes),
 };
 
 static const struct {
@@ -273,11 +291,10 @@ static const struct {
                              "output_project"},
 };
 
-static const struct field_rule *find_rule(enum wire_kind kind, uint32_t number)
+static const struct field_rule *find_rule(const struct field_rule *rules, size_t rules_n,
+                                          uint32_t number)
 {
-    if (number >= messages[kind].rules_n || !messages[kind].rules[number].name)
-        return NULL;
-    return &messages[kind].rules[number];
+    return number < rules_n && rules[number].name ? &rules[number] : NULL;
 }
 
 static enum status expect_type(const struct wire_field *field, const char *name,
@@ -306,11 +323,26 @@ static enum status take_text(struct wire_cursor *cursor, const struct wire_field
     return STATUS_OK;
 }
 
+static enum status take_region(struct wire_cursor *cursor, const struct wire_field *field,
+                               const struct field_rule *rule, struct wire_request *request,
+                               struct error *err)
+{
+    if (field->range.bytes != WIRE_REGION_BYTES)
+        return error_field(err, STATUS_INVALID_ARGUMENT, rule->name, "%llu bytes, expected %d",
+                           (unsigned long long)field->range.bytes, WIRE_REGION_BYTES);
+    wire_take(cursor, WIRE_REGION_BYTES, request->shared.region);
+    request->shared.region_bytes = WIRE_REGION_BYTES;
+    return STATUS_OK;
+}
+
+static enum status read_shared(struct wire_cursor *cursor, const struct wire_field *field,
+                               struct wire_request *request, struct error *err);
+
 static enum status take_field(struct wire_cursor *cursor, uint64_t end,
                               const struct field_rule *rule, struct wire_field *field,
                               struct wire_request *request, struct error *err)
 {
-    bool in_bytes = rule->kind == FIELD_TEXT || rule->kind == FIELD_RANGE;
+    bool in_bytes = rule->kind >= FIELD_TEXT;
     enum status status = expect_type(field, rule->name, in_bytes ? WIRE_BYTES : WIRE_VARINT, err);
     if (status)
         return status;
@@ -337,6 +369,10 @@ static enum status take_field(struct wire_cursor *cursor, uint64_t end,
         memcpy(to, &field->range, sizeof field->range);
         wire_skip(cursor, field->range.bytes);
         break;
+    case FIELD_REGION:
+        return take_region(cursor, field, rule, request, err);
+    case FIELD_SHARED:
+        return read_shared(cursor, field, request, err);
     }
     return STATUS_OK;
 }
@@ -351,21 +387,37 @@ static enum status skip_field(struct wire_cursor *cursor, uint64_t end, struct w
 }
 
 // Reads on into what `request` holds already: a submessage sent in pieces is merged this way.
-static enum status read_request(struct wire_cursor *cursor, uint64_t end,
-                                struct wire_request *request, struct error *err)
+static enum status read_fields(struct wire_cursor *cursor, uint64_t end,
+                               const struct field_rule *rules, size_t rules_n,
+                               struct wire_request *request, struct error *err)
 {
     while (cursor->offset < end) {
         struct wire_field field;
         enum status status = wire_read_tag(cursor, end, &field, err);
         if (status)
             return status;
-        const struct field_rule *rule = find_rule(request->kind, field.number);
+        const struct field_rule *rule = find_rule(rules, rules_n, field.number);
         status = rule ? take_field(cursor, end, rule, &field, request, err)
                       : skip_field(cursor, end, &field, err);
         if (status)
             return status;
     }
     return STATUS_OK;
+}
+
+static enum status read_request(struct wire_cursor *cursor, uint64_t end,
+                                struct wire_request *request, struct error *err)
+{
+    return read_fields(cursor, end, messages[request->kind].rules, messages[request->kind].rules_n,
+                       request, err);
+}
+
+static enum status read_shared(struct wire_cursor *cursor, const struct wire_field *field,
+                               struct wire_request *request, struct error *err)
+{
+    request->shared.given = true;
+    return read_fields(cursor, field->range.offset + field->range.bytes, shared_rules,
+                       ARRAY_LEN(shared_rules), request, err);
 }
 
 // Text is not cleared whole, which would be most of the work: its terminator is enough.

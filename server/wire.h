@@ -53,7 +53,20 @@ void wire_take(struct wire_cursor *cursor, uint64_t bytes, void *to);
 // The length of the longest prefix that is text: UTF-8 without NUL.
 size_t wire_text_prefix(const void *text, size_t bytes);
 
-enum { WIRE_WEIGHT_BYTES_MAX = 256, WIRE_EQUATION_BYTES_MAX = 64, WIRE_KERNEL_BYTES_MAX = 64 };
+enum {
+    WIRE_WEIGHT_BYTES_MAX = 256,
+    WIRE_EQUATION_BYTES_MAX = 64,
+    WIRE_KERNEL_BYTES_MAX = 64,
+    WIRE_REGION_BYTES = 16,
+};
+
+// A SharedTensors: ranges of the region, as sent.
+struct wire_shared {
+    bool given;
+    uint32_t region_bytes; // 0 if there was none, else WIRE_REGION_BYTES
+    uint8_t region[WIRE_REGION_BYTES];
+    struct wire_range activations, scales, output; // of attention: its output, positions
+};
 
 enum wire_kind { WIRE_EINSUM, WIRE_OUTPUT_PROJECT };
 
@@ -71,6 +84,7 @@ struct wire_request {
     bool digest_only;
     struct wire_range activations, activation_scales; // of an EinsumRequest
     struct wire_range attention, positions;           // of an OutputProjectRequest
+    struct wire_shared shared;                        // of either, in place of the ranges above
 };
 
 // Reads a message of `kind`. INVALID_ARGUMENT for bytes that are not one. `slices` may be empty:

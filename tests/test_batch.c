@@ -261,7 +261,11 @@ static struct job *commit(int index, uint32_t tokens)
 // Launched in this thread's turn, if the scheduler sleeps.
 static void commit_by_turn(int index, uint32_t tokens)
 {
-    batcher_commit_quietly(batcher, reserve(index, tokens));
+    struct error err;
+    struct job *job = job_init(index, tokens);
+    job->quiet = true;
+    ck_assert_int_eq(batcher_reserve(batcher, job, &err), STATUS_OK);
+    batcher_commit(batcher, job);
     batcher_turn(batcher);
 }
 
@@ -985,6 +989,48 @@ START_TEST(abandoned_room_comes_back_if_it_was_the_last)
 }
 END_TEST
 
+// What a job brings along takes no room, and stays where it is.
+START_TEST(given_memory_is_used_where_it_is)
+{
+    start(&base);
+    static uint8_t input[8 * REDUCED_DIM], scales[8], output[8 * OUTPUT_BYTES];
+    struct job *first = reserve(0, 1), *given[3];
+    const uint8_t *room = (const uint8_t *)first->operand.activations + first->input_bytes;
+    const uint8_t *output_room = (const uint8_t *)first->operand.output + first->output_bytes;
+    for (int i = 0; i < 3; i++) {
+        struct error err;
+        given[i] = job_init(1 + i, 2);
+        given[i]->input_given = i != 1;
+        given[i]->output_given = i != 0;
+        given[i]->operand.activations = input;
+        given[i]->operand.scales = scales;
+        given[i]->operand.output = output;
+        ck_assert_int_eq(batcher_reserve(batcher, given[i], &err), STATUS_OK);
+    }
+    ck_assert_ptr_eq(given[0]->operand.activations, input);
+    ck_assert_ptr_eq(given[0]->operand.output, output_room);
+    ck_assert_ptr_eq(given[1]->operand.activations, room);
+    ck_assert_ptr_eq(given[1]->operand.output, output);
+    ck_assert_ptr_eq(given[2]->operand.scales, scales);
+    ck_assert_ptr_eq(given[2]->operand.output, output);
+    batcher_abandon(batcher, given[2]);
+    batcher_abandon(batcher, given[1]); // each gives back what it took
+    struct job *last = reserve(4, 1);
+    ck_assert_ptr_eq(last->operand.activations, room);
+    batcher_commit(batcher, first);
+    batcher_commit(batcher, given[0]);
+    batcher_commit(batcher, last);
+    const struct engine_batch *batch = wait_submitted(1);
+    ck_assert_uint_eq(batch->segments_n, 3);
+    ck_assert_uint_eq(batch->tokens, 4);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    wait_release(1, STATUS_OK);
+    wait_release(4, STATUS_OK);
+    all_buffers_free(&base, 10);
+}
+END_TEST
+
 // Launching and answering by who commits, while the scheduler's thread sleeps.
 START_TEST(a_turn_does_the_schedulers_work)
 {
@@ -1652,6 +1698,7 @@ static struct stress stress;
 
 struct stress_job {
     struct job job;
+    uint8_t own_input[6 * REDUCED_DIM], own_scales[6], own_output[6 * OUTPUT_BYTES];
     uint8_t number;
     _Atomic int done, room;
 };
@@ -1760,7 +1807,16 @@ static bool stress_reserve(struct stress_job *it, bool may_wait, uint64_t *rando
         .connection = (uint32_t)(dice >> 36) % 5,
         .priority = (enum job_priority)((dice >> 44) % 4),
         .on_room = stress_on_room,
+        .input_given = (dice >> 40) % 4 == 0,
+        .output_given = (dice >> 42) % 4 == 0,
+        .quiet = (dice >> 44) % 2 == 0,
     };
+    if (it->job.input_given) {
+        it->job.operand.activations = it->own_input;
+        it->job.operand.scales = it->own_scales;
+    }
+    if (it->job.output_given)
+        it->job.operand.output = it->own_output;
     bool waits = false;
     enum status status = may_wait ? batcher_reserve_or_wait(batcher, &it->job, &waits, &err)
                                   : batcher_reserve(batcher, &it->job, &err);
@@ -1795,17 +1851,16 @@ static bool stress_fill(struct stress_job *it, uint64_t *random)
     uint64_t dice = random_next(random);
     if (dice % 16 == 0) {
         batcher_abandon(batcher, &it->job);
+        batcher_turn(batcher);
         atomic_fetch_add(&stress.abandoned, 1);
         return false;
     }
     if (dice % 16 == 1)
         atomic_store(&it->job.cancelled, true);
-    if (dice >> 8 & 1) {
-        batcher_commit(batcher, &it->job);
-    } else {
-        batcher_commit_quietly(batcher, &it->job);
+    bool turn = it->job.quiet;
+    batcher_commit(batcher, &it->job);
+    if (turn)
         batcher_turn(batcher);
-    }
     return true;
 }
 
@@ -1941,6 +1996,7 @@ int main(void)
     tcase_add_test(rules, late_and_cancelled_jobs_are_dropped_before_launch);
     tcase_add_test(rules, a_batch_of_dropped_jobs_is_not_launched);
     tcase_add_test(rules, abandoned_room_comes_back_if_it_was_the_last);
+    tcase_add_test(rules, given_memory_is_used_where_it_is);
     tcase_add_test(rules, a_turn_does_the_schedulers_work);
     tcase_add_test(rules, an_open_batch_abandoned_whole_starts_afresh);
     tcase_add_test(rules, an_engines_error_reaches_every_job_of_the_batch);

@@ -96,7 +96,7 @@ static size_t write_message(const struct einsum_client_request *request, bool st
                             uint8_t *message)
 {
     struct einsum_client_frame frame;
-    einsum_client_frame_write(&frame, request, 1234567890123456789u, streamed);
+    einsum_client_frame_write(&frame, request, 1234567890123456789u, streamed, NULL);
     uint8_t *to = message;
     memcpy(to, frame.head, frame.head_bytes);
     to += frame.head_bytes;

@@ -95,7 +95,11 @@ static const char everything[] =
     "{\"listen\": [\"0.0.0.0:1\", \"[::1]:65535\", \"unix:/run/e.sock\"],"
     " \"unix_socket_mode\": \"0600\", \"connections_max\": 2, \"connection_requests_max\": 3,"
     " \"stream_requests_max\": 4, \"rpc_threads\": 5, \"calls_max\": 25, \"transport_bytes_max\": "
-    "26, \"engine\": \"null\", \"kernel\": \"avx2\","
+    "26, \"shared_memory_listen\": \"unix:/run/s.sock\", \"shared_connections_max\": 28,"
+    " \"shared_connection_regions_max\": 16, \"shared_regions_max\": 29,"
+    " \"shared_region_bytes_max\": 8192, \"shared_bytes_max\": 16384,"
+    " \"ring_entries_max\": 128, \"ring_spin_us\": 30,"
+    " \"engine\": \"null\", \"kernel\": \"avx2\","
     " \"compute_threads\": 6, \"lanes\": 7, \"phase_sample\": 27,"
     " \"request_tokens_max\": 8, \"batch_tokens_max\": 24,"
     " \"buckets\": [9, 24], \"batch_requests_max\": 10, \"max_queue_delay_us\": 11,"
@@ -113,6 +117,18 @@ static const char everything[] =
     " \"load_threads\": 21, \"drain_grace_ms\": 22, \"lame_duck_ms\": 23,"
     " \"self_test_at_start\": false, \"log_level\": \"debug\", \"log_format\": \"json\"}";
 
+static void ck_shared(const struct config *config)
+{
+    ck_assert_str_eq(config->shared_memory_listen, "unix:/run/s.sock");
+    ck_assert_uint_eq(config->shared_connections_max, 28);
+    ck_assert_uint_eq(config->shared_connection_regions_max, 16);
+    ck_assert_uint_eq(config->shared_regions_max, 29);
+    ck_assert_uint_eq(config->shared_region_bytes_max, 8192);
+    ck_assert_uint_eq(config->shared_bytes_max, 16384);
+    ck_assert_uint_eq(config->ring_entries_max, 128);
+    ck_assert_uint_eq(config->ring_spin_us, 30);
+}
+
 static void ck_everything(const struct config *config)
 {
     ck_assert_uint_eq(config->listen_n, 3);
@@ -126,6 +142,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->rpc_threads, 5);
     ck_assert_uint_eq(config->calls_max, 25);
     ck_assert_uint_eq(config->transport_bytes_max, 26);
+    ck_shared(config);
     ck_assert_str_eq(config->engine, "null");
     ck_assert_str_eq(config->kernel, "avx2");
     ck_assert_uint_eq(config->compute_threads, 6);
@@ -295,6 +312,13 @@ static const struct {
     {"load_threads", 0, 256},
     {"drain_grace_ms", 0, 86400000},
     {"lame_duck_ms", 0, 86400000},
+    {"shared_connections_max", 1, 65536},
+    {"shared_connection_regions_max", 1, 16},
+    {"shared_regions_max", 1, 65536},
+    {"shared_region_bytes_max", 4096, 1ull << 40},
+    {"shared_bytes_max", 4096, 1ull << 40},
+    {"ring_entries_max", 1, 4096},
+    {"ring_spin_us", 0, 10000},
 };
 
 START_TEST(integers_take_their_range_and_nothing_else)
@@ -409,6 +433,10 @@ static const struct {
     {"{\"buckets\": [1.5, 512]}", "buckets[0]", "got 1.5"},
     {"{\"lanes\": 4, \"batches\": 3}", "batches", "at least lanes (4), got 3"},
     {"{\"listen\": [\"a:1\", \"b:1\", \"a:1\"]}", "listen[2]", "the same as listen[0]"},
+    {"{\"shared_memory_listen\": \"/a\"}", "shared_memory_listen", "expected \"unix:/PATH\""},
+    {"{\"shared_memory_listen\": \"unix:a\"}", "shared_memory_listen", "an absolute path"},
+    {"{\"listen\": [\"unix:/a\"], \"shared_memory_listen\": \"unix:/a\"}", "shared_memory_listen",
+     "the same as listen[0]"},
     {"{\"listen\": [\"unix:/a:0\", \"unix:/a:0\"]}", "listen[1]", "the same as listen[0]"},
 };
 

@@ -467,6 +467,51 @@ START_TEST(table_cuts_many_tokens_into_tiles)
 }
 END_TEST
 
+// Slices of a weight fill the device with whole tiles, of the fewer rows the fewer groups there are.
+static const struct dealt {
+    uint32_t room, tokens, groups;
+    bool hopper;
+    uint32_t units, tile_units, workers;
+    bool whole;
+} dealt[] = {
+    {8, 1, 8, false, 2048, 16, 128, true},
+    {8, 1, 4, false, 1024, 8, 128, true},
+    {8, 8, 2, false, 512, 4, 128, true},
+    {8, 8, 1, false, 256, 4, 64, true},
+    {16, 16, 1, false, 256, 4, 64, true},
+    {32, 32, 2, false, 512, 8, 64, true},     // four warps at most share so many tokens
+    {64, 64, 8, false, 2048, 32, 128, false}, // two workers a tile
+    {32, 32, 8, true, 2048, 16, 128, true},
+    {32, 32, 4, true, 1024, 16, 128, false}, // wgmma takes 64 rows at least
+};
+
+START_TEST(table_deals_tiles)
+{
+    const struct dealt *it = &dealt[_i];
+    struct cuda_bucket bucket = bucket_of(it->room);
+    if (it->hopper) {
+        bucket.hopper_tokens = 32;
+        bucket.hopper_workers = 132;
+        bucket.hopper_warps_k = 2;
+        bucket.hopper_from = CUDA_HOPPER_TOKENS_MIN;
+    }
+    struct cuda_weight weight = {
+        .format = format_of(it->groups, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128)};
+    struct cuda_segment segment = segment_of(&weight, it->tokens, 0, it->groups, 1);
+    uint32_t order[1];
+    struct cuda_table *table = malloc(cuda_table_bytes(&bucket, 1));
+    cuda_table_build(&bucket, &segment, 1, order, table);
+    const struct cuda_run *run = &table->runs[0];
+    ck_assert_uint_eq(table->decode_runs, it->hopper ? 0 : 1);
+    ck_assert_uint_eq(table->hopper_runs, it->hopper ? 1 : 0);
+    ck_assert_uint_eq(it->hopper ? table->hopper_units : table->decode_units, it->units);
+    ck_assert_uint_eq(run->tile_units, it->tile_units);
+    ck_assert_uint_eq(it->hopper ? run->workers : table->decode_workers, it->workers);
+    ck_assert_int_eq(it->units / it->workers % it->tile_units == 0, it->whole);
+    free(table);
+}
+END_TEST
+
 START_TEST(table_of_nothing_is_empty)
 {
     struct cuda_bucket bucket = bucket_of(8);
@@ -494,6 +539,7 @@ int main(void)
     TCase *table = tcase_create("table");
     tcase_add_loop_test(table, table_holds_every_token_once, 0, 60);
     tcase_add_loop_test(table, table_numbers_units, 0, 8);
+    tcase_add_loop_test(table, table_deals_tiles, 0, sizeof dealt / sizeof dealt[0]);
     tcase_add_test(table, table_of_nothing_is_empty);
     tcase_add_loop_test(table, table_cuts_many_tokens_into_tiles, 0, sizeof many / sizeof many[0]);
     tcase_add_loop_test(table, table_honours_kernels_asked_for, 0,

@@ -138,6 +138,31 @@ START_TEST(each_scale_layout_has_its_size_and_no_other)
 }
 END_TEST
 
+// Tensors lie in the message or in shared memory, never in both; the sizes are held to the same.
+START_TEST(shared_tensors_take_the_messages_place)
+{
+    struct wire_request request = good_request();
+    struct wire_range activations = request.activations, scales = request.activation_scales;
+    request.shared =
+        (struct wire_shared){.given = true, .activations = activations, .scales = scales};
+    struct job job;
+    struct error err;
+    ck_assert_int_eq(request_check(&request, weights, TOKENS_MAX, &job, &err),
+                     STATUS_INVALID_ARGUMENT);
+    ck_assert_str_eq(err.field, "activations");
+    request.activations.bytes = 0;
+    ck_assert_int_eq(request_check(&request, weights, TOKENS_MAX, &job, &err),
+                     STATUS_INVALID_ARGUMENT);
+    ck_assert_str_eq(err.field, "activation_scales");
+    request.activation_scales.bytes = 0;
+    expect_ok(&request, &job);
+    request.shared.scales.bytes++;
+    ck_assert_int_eq(request_check(&request, weights, TOKENS_MAX, &job, &err),
+                     STATUS_INVALID_ARGUMENT);
+    ck_assert_str_eq(err.field, "activation_scales");
+}
+END_TEST
+
 START_TEST(a_slice_of_the_groups_needs_its_own_bytes_alone)
 {
     struct wire_request request = good_request();
@@ -496,6 +521,7 @@ int main(void)
     tcase_add_loop_test(tests, each_scale_layout_has_its_size_and_no_other, 0,
                         ARRAY_LEN(scale_cases));
     tcase_add_test(tests, a_slice_of_the_groups_needs_its_own_bytes_alone);
+    tcase_add_test(tests, shared_tensors_take_the_messages_place);
     tcase_add_test(tests, no_tokens_is_a_request_too);
     tcase_add_test(tests, an_unset_priority_is_normal);
     tcase_add_test(tests, a_name_may_be_spelled_as_in_the_checkpoint);

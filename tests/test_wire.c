@@ -269,10 +269,18 @@ static const struct refusal {
     {BYTES("\x6a\xff\xff\xff\xff\x7f"), "activations", "length that runs past the end"},
     {BYTES("\x6a\x80\x80\x80\x80\x80\x00"), "activations", "varint too long"},
     {BYTES("\x72"), "activation_scales", "truncated varint"},
-    {BYTES("\x82\x01\x02\x00"), "", "length that runs past the end"},
-    {BYTES("\x85\x01\x00\x00\x00"), "", "truncated fixed-size value"},
-    {BYTES("\x81\x01\x00\x00\x00\x00\x00\x00\x00"), "", "truncated fixed-size value"},
-    {BYTES("\x80\x01\x80"), "", "truncated varint, at byte 2"},
+    {BYTES("\x92\x01\x02\x00"), "", "length that runs past the end"},
+    {BYTES("\x95\x01\x00\x00\x00"), "", "truncated fixed-size value"},
+    {BYTES("\x91\x01\x00\x00\x00\x00\x00\x00\x00"), "", "truncated fixed-size value"},
+    {BYTES("\x90\x01\x80"), "", "truncated varint, at byte 2"},
+    {BYTES("\x80\x01\x01"), "shared", "wire type 0, expected 2"},
+    {BYTES("\x82\x01\x02\x00"), "shared", "length that runs past the end"},
+    {BYTES("\x82\x01\x03\x10\x80\x80\x00"), "shared.activations_offset", "truncated varint"},
+    {BYTES("\x82\x01\x02\x0b\x0c"), "", "group"},
+    {BYTES("\x82\x01\x03\x0a\x01x"), "shared.region", "1 bytes, expected 16"},
+    {BYTES("\x82\x01\x13\x0a\x11 1234567 1234567x"), "shared.region", "17 bytes, expected 16"},
+    {BYTES("\x82\x01\x04\x0a\x10xx"), "shared.region", "length that runs past the end"},
+    {BYTES("\x82\x01\x02\x3a\x00"), "shared.output_bytes", "wire type 2, expected 0"},
     {BYTES("\x12\x03\x61\x00\x62"), "weight", "NUL in text, at byte 3"},
     {BYTES("\x12\x01\xff"), "weight", "not UTF-8, at byte 2"},
     {BYTES("\x1a\x02\x61\xc3"), "equation", "not UTF-8, at byte 3"},
@@ -327,17 +335,63 @@ END_TEST
 START_TEST(skips_what_it_does_not_know)
 {
     static const uint8_t bytes[] = {
-        0x80, 0x01, 0xff, 0x01,                         // 16: varint
-        0x82, 0x01, 0x03, 0x08, 0x08, 0x08,             // 16: bytes
+        0x90, 0x01, 0xff, 0x01,                         // 18: varint
+        0x92, 0x01, 0x03, 0x08, 0x08, 0x08,             // 18: bytes
         0x48, 0x05,                                     // tokens = 5
-        0x85, 0x01, 1,    2,    3,    4,                // 16: fixed32
-        0x81, 0x01, 1,    2,    3,    4,    5, 6, 7, 8, // 16: fixed64
+        0x95, 0x01, 1,    2,    3,    4,                // 18: fixed32
+        0x91, 0x01, 1,    2,    3,    4,    5, 6, 7, 8, // 18: fixed64
         0xf8, 0xff, 0xff, 0xff, 0x0f, 0x2a,             // 2^29 - 1: varint
     };
     struct wire_request request;
     ck_assert_int_eq(read_flat(bytes, sizeof bytes, false, &request, NULL), STATUS_OK);
     struct wire_request expected = {.tokens = 5};
     assert_same_request(&request, &expected);
+}
+END_TEST
+
+// In either message, cut anywhere; what is not sent is 0.
+START_TEST(reads_shared_tensors_as_protobuf_c_writes_them)
+{
+    static uint8_t name[WIRE_REGION_BYTES + 1] = "0123456789abcdef";
+    Einsum__V1__SharedTensors shared = EINSUM__V1__SHARED_TENSORS__INIT;
+    shared.region = (ProtobufCBinaryData){WIRE_REGION_BYTES, name};
+    shared.activations_offset = 64;
+    shared.activations_bytes = UINT64_MAX;
+    shared.scales_bytes = 1;
+    shared.output_offset = 1ull << 40;
+    shared.output_bytes = 77;
+    Einsum__V1__EinsumRequest einsum = EINSUM__V1__EINSUM_REQUEST__INIT;
+    einsum.shared = &shared;
+    einsum.tokens = 9;
+    Einsum__V1__OutputProjectRequest project = EINSUM__V1__OUTPUT_PROJECT_REQUEST__INIT;
+    project.shared = &shared;
+    project.tokens = 9;
+    const ProtobufCMessage *messages[] = {&einsum.base, &project.base};
+    for (int kind = WIRE_EINSUM; kind <= WIRE_OUTPUT_PROJECT; kind++) {
+        uint8_t bytes[256];
+        size_t n = protobuf_c_message_pack(messages[kind], bytes);
+        for (size_t piece = 1; piece <= n; piece++) {
+            struct cut cut;
+            cut_evenly(&cut, bytes, n, piece);
+            struct wire_request request;
+            struct error err;
+            ck_assert_int_eq(
+                wire_read_request(cut.slices, cut.slices_n, (enum wire_kind)kind, &request, &err),
+                STATUS_OK);
+            cut_free(&cut);
+            const struct wire_shared *got = &request.shared;
+            ck_assert(got->given);
+            ck_assert_uint_eq(request.tokens, 9);
+            ck_assert_uint_eq(got->region_bytes, WIRE_REGION_BYTES);
+            ck_assert_mem_eq(got->region, name, WIRE_REGION_BYTES);
+            ck_assert_uint_eq(got->activations.offset, 64);
+            ck_assert_uint_eq(got->activations.bytes, UINT64_MAX);
+            ck_assert_uint_eq(got->scales.offset, 0);
+            ck_assert_uint_eq(got->scales.bytes, 1);
+            ck_assert_uint_eq(got->output.offset, 1ull << 40);
+            ck_assert_uint_eq(got->output.bytes, 77);
+        }
+    }
 }
 END_TEST
 
@@ -750,6 +804,7 @@ int main(void)
     tcase_add_loop_test(reading, names_the_fault, 0, (int)ARRAY_LEN(refusals));
     tcase_add_test(reading, takes_text_of_the_longest_length);
     tcase_add_test(reading, skips_what_it_does_not_know);
+    tcase_add_test(reading, reads_shared_tensors_as_protobuf_c_writes_them);
     tcase_add_test(reading, takes_the_last_of_a_repeated_field);
     tcase_add_test(reading, cuts_numbers_to_their_type);
     tcase_add_test(reading, merges_a_stream_request_sent_in_pieces);

@@ -76,6 +76,18 @@ __device__ inline void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint3
 #endif
 }
 
+// Adds; returns what was there. What the block has written before, a barrier of the block ago, is
+// seen by who adds after this.
+__device__ inline uint32_t add_acquire_release(uint32_t *to, uint32_t add)
+{
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(to), "r"(add)
+                 : "memory");
+    return before;
+}
+
 // The next kernel in the stream may start as soon as every block has come here.
 __device__ inline void let_next_kernel_start()
 {

@@ -7,7 +7,8 @@
 // Per batch:        cuda_table_build into pinned memory, copy it to the device, replay
 //
 // A captured launch serves any mix of weights, layouts and types, since all that differs lies in the
-// table. Launches on one stream share a workspace; streams that overlap need one each.
+// table. Launches that can overlap need a workspace each: those of different streams, and on one stream
+// CUDA_OVERLAPS in turn, unless every launch is one that does not overlap the kernel ahead (cuda_launch).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -62,7 +63,7 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
 // Tokens of one weight from which prefill's tiles are faster than decode's streaming.
 enum { CUDA_PREFILL_TOKENS_MIN = 65 };
 // The same for Hopper's arm, and all others.
-enum { CUDA_HOPPER_TOKENS_MIN = 33 };
+enum { CUDA_HOPPER_TOKENS_MIN = 17 };
 // Tokens from which Hopper's arm takes a weight's tiles: half a tile of them, and one.
 enum { CUDA_HOPPER_MANY_TOKENS_MIN = 129 };
 
@@ -114,6 +115,7 @@ struct cuda_bucket {
     uint32_t prefill_blocks;
     uint32_t prefill_from;               // tokens of one weight from which they go to prefill
     uint32_t hopper_rows, hopper_tokens; // of a tile
+    uint32_t hopper_warps_k;             // if not 0, Hopper's tiles are cut as decode's
     uint32_t hopper_workers;             // 0: the device is no Hopper
     uint32_t hopper_from;                // the same for what Hopper's arm takes; UINT32_MAX: never
     uint32_t many_blocks, many_cluster;  // how many, and of how many that share tokens; 0: never
@@ -138,6 +140,10 @@ cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bo
 // Whether the bucket's tables can name weights' tiles.
 bool cuda_bucket_has_many(const struct cuda_bucket *bucket);
 
+// How many launches behind one another may be under way at once: one more than blocks of any kernel here
+// fit an SM, at least.
+enum { CUDA_OVERLAPS = 8 };
+
 // Scratch of a launch: zero before the first, left ready for the next.
 uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket);
 
@@ -158,7 +164,7 @@ uint32_t cuda_table_launches(const struct cuda_table *table);
 bool cuda_bucket_can_launch(const struct cuda_bucket *bucket, uint32_t launches);
 
 // Computes what is in `table` (device memory) for these kernels. They are launched with programmatic
-// stream serialization and wait for the kernel ahead in the stream before their first store, not
+// stream serialization and wait for the kernel ahead in the stream before their first output, not
 // before: table, weights, activations and scales must be in place when that kernel starts. Where
 // attention is among them, its kernel goes first and overlaps with none before or after it.
 cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,

@@ -392,9 +392,7 @@ __device__ __forceinline__ bool gather(float (&acc)[S::SUMS], hopper_smem<S> &sm
     uint32_t last = worker_of(p.tile_begin + run.tile_units - 1, units, workers);
     sync_some(BARRIER_CONSUMERS, CONSUMERS);
     if (thread == 0) {
-        __threadfence(); // what the block has written, before the count
-        uint32_t arrivals = atomicAdd(&counters[first], 1) + 1;
-        __threadfence();
+        uint32_t arrivals = add_acquire_release(&counters[first], 1) + 1;
         if (arrivals == last - first + 1)
             counters[first] = 0; // for the next launch
         else
@@ -404,17 +402,21 @@ __device__ __forceinline__ bool gather(float (&acc)[S::SUMS], hopper_smem<S> &sm
     sync_some(BARRIER_CONSUMERS, CONSUMERS);
     if (smem.arrivals == 0)
         return false;
+    bool two = last == first + 1; // the order of two is all the same
 #pragma unroll 1
-    for (uint32_t other = first; other <= last; other++)
+    for (uint32_t other = first; other <= last; other++) {
+        if (two && other == blockIdx.x)
+            continue;
+        bool add = two || other != first;
 #pragma unroll
         for (uint32_t i = 0; i < FOURS; i++) {
             float4 v = __ldcg(place(other, other == first, i));
-            bool add = other != first;
             acc[4 * i] = add ? acc[4 * i] + v.x : v.x;
             acc[4 * i + 1] = add ? acc[4 * i + 1] + v.y : v.y;
             acc[4 * i + 2] = add ? acc[4 * i + 2] + v.z : v.z;
             acc[4 * i + 3] = add ? acc[4 * i + 3] + v.w : v.w;
         }
+    }
     return true;
 }
 
@@ -521,14 +523,14 @@ __device__ __forceinline__ void consume(hopper_smem<S> &smem, const cuda_table *
             consume_piece<S, true>(acc, smem, run, p, count);
         else
             consume_piece<S, false>(acc, smem, run, p, count);
-        if (waits) { // nothing has been written yet
-            waits = false;
-            wait_for_kernel_ahead();
-        }
         if (p.end - p.begin != run.tile_units &&
             !gather<S>(acc, smem, table, run, p, walk.workers, partials, counters))
             continue;
         bool any_fp32 = sync_some_or(BARRIER_CONSUMERS, CONSUMERS, fp32); // the outputs are known
+        if (waits) { // no output has been written yet
+            waits = false;
+            wait_for_kernel_ahead();
+        }
         store<S>(acc, smem, run, p, any_fp32);
         // Of tokens that exist: what lies where others would may well be NaN.
         for_sums<S>(acc, run, p, [&](uint32_t first, uint64_t, const float *v) {
@@ -603,6 +605,8 @@ variant variant_for(uint32_t tokens_max)
 
 extern "C" cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count)
 {
+    if (bucket->tokens_max <= CUDA_FEW_TOKENS_MAX)
+        return cuda_few_init(bucket, sm_count);
     variant v = variant_for(bucket->tokens_max);
     cudaError_t error =
         cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.smem_bytes);
@@ -615,6 +619,8 @@ extern "C" cudaError_t cuda_hopper_init(struct cuda_bucket *bucket, int sm_count
 
 extern "C" uint64_t cuda_hopper_partial_bytes(const struct cuda_bucket *bucket)
 {
+    if (bucket->tokens_max <= CUDA_FEW_TOKENS_MAX)
+        return cuda_few_partial_bytes(bucket);
     return (uint64_t)bucket->hopper_workers * 2 * bucket->hopper_rows * bucket->hopper_tokens * 4;
 }
 
@@ -622,11 +628,10 @@ extern "C" cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket,
                                           const struct cuda_table *table, uint32_t *counters,
                                           float *partials, bool overlaps, cudaStream_t stream)
 {
+    if (bucket->tokens_max <= CUDA_FEW_TOKENS_MAX)
+        return cuda_few_launch(bucket, table, counters, partials, overlaps, stream);
     variant v = variant_for(bucket->tokens_max);
-    // Of a single run the first tile's rows; not beyond what the smallest table takes.
-    uint64_t there = cuda_table_bytes(bucket, 1) / 128;
-    uint64_t lines = 1 + v.tokens * sizeof(cuda_row) / 128;
-    uint32_t table_lines = (uint32_t)(lines < there ? lines : there);
+    uint32_t table_lines = cuda_table_lines(bucket, v.tokens);
     void *arguments[] = {&table, &table_lines, &partials, &counters};
     return cuda_launch_kernel(v.kernel, bucket->hopper_workers, THREADS, v.smem_bytes, arguments,
                               overlaps, stream);

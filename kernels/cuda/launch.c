@@ -81,6 +81,13 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
     return error;
 }
 
+uint32_t cuda_table_lines(const struct cuda_bucket *bucket, uint32_t tokens)
+{
+    uint64_t there = cuda_table_bytes(bucket, 1) / 128;
+    uint64_t lines = 1 + ((uint64_t)tokens * sizeof(struct cuda_row) + 127) / 128;
+    return (uint32_t)(lines < there ? lines : there);
+}
+
 cudaError_t cuda_launch_kernel(const void *kernel, uint32_t blocks, uint32_t threads,
                                uint32_t smem_bytes, void **arguments, bool overlaps,
                                cudaStream_t stream)

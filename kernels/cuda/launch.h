@@ -19,6 +19,14 @@ uint64_t cuda_decode_partial_bytes(const struct cuda_bucket *bucket);
 uint64_t cuda_hopper_partial_bytes(const struct cuda_bucket *bucket);
 enum { CUDA_COUNTERS = 1024 };
 
+// Hopper's arm in buckets of few tokens (few.cu); hopper.cu passes on what is not its own.
+enum { CUDA_FEW_TOKENS_MAX = 32 };
+cudaError_t cuda_few_init(struct cuda_bucket *bucket, int sm_count);
+uint64_t cuda_few_partial_bytes(const struct cuda_bucket *bucket);
+cudaError_t cuda_few_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
+                            uint32_t *counters, float *partials, bool overlaps,
+                            cudaStream_t stream);
+
 // `overlaps`: with the kernel ahead.
 cudaError_t cuda_attention_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
                                   cudaStream_t stream);
@@ -34,6 +42,10 @@ cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket, const struct cu
 cudaError_t cuda_hopper_many_launch(const struct cuda_bucket *bucket,
                                     const struct cuda_table *table, bool overlaps,
                                     cudaStream_t stream);
+
+// What to read of a table before its first line is known: of a single run the rows of `tokens` tokens, not
+// beyond what the smallest table takes. In lines of 128 bytes.
+uint32_t cuda_table_lines(const struct cuda_bucket *bucket, uint32_t tokens);
 
 // A launch of any of them; `smem_bytes` of dynamic shared memory.
 cudaError_t cuda_launch_kernel(const void *kernel, uint32_t blocks, uint32_t threads,

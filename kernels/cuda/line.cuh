@@ -20,7 +20,7 @@ __device__ __forceinline__ uint32_t find_run(const cuda_run *runs, uint32_t n, u
 // whose piece holds a unit.
 __device__ __forceinline__ uint32_t unit_of(uint32_t worker, uint32_t units, uint32_t workers)
 {
-    return (uint32_t)((uint64_t)units * worker / workers);
+    return units / workers * worker + units % workers * worker / workers; // no 64-bit division
 }
 
 __device__ __forceinline__ uint32_t worker_of(uint32_t unit, uint32_t units, uint32_t workers)

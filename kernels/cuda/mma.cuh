@@ -198,30 +198,34 @@ __device__ __forceinline__ void for_k128(W w, B b, P product)
     });
 }
 
-// K = 128 of an [16*MT, 8*NT] tile: acc += scale * (sum of 128 or, for BLOCK 32, of each 32), with
-// scale(m, n, i, step) that of accumulator i.
-template <int MT, int NT, int BLOCK, class W, class B, class S>
-__device__ __forceinline__ void mma_k128_rescaled(float (&acc)[MT][NT][4], W w, B b, S scale)
+// K = 128 of an [16*MT, 8*NT] tile: acc += scale * (sum of 128 or, for BLOCK 32, of each 32), where scale is
+//     rows(m, n, step)   of accumulator rows g and g+8, asked for once a product
+//     tokens(n, step)    times that of tokens 2t and 2t+1
+template <int MT, int NT, int BLOCK, class W, class B, class R, class T>
+__device__ __forceinline__ void mma_k128_rescaled(float (&acc)[MT][NT][4], W w, B b, R rows,
+                                                  T tokens)
 {
+    auto add = [](float(&to)[4], const float(&sum)[4], float2 row, float2 token) {
+        to[0] = fmaf(sum[0], row.x * token.x, to[0]);
+        to[1] = fmaf(sum[1], row.x * token.y, to[1]);
+        to[2] = fmaf(sum[2], row.y * token.x, to[2]);
+        to[3] = fmaf(sum[3], row.y * token.y, to[3]);
+    };
     float sum[MT][NT][4] = {};
-    for_k128<MT, NT>(
-        w, b, [&](auto m, auto n, auto step, const w_operand &ws, const a_operand &as) {
-            mma_unscaled(sum[m][n], ws, as);
-            if constexpr (BLOCK == 32) {
+    for_k128<MT, NT>(w, b,
+                     [&](auto m, auto n, auto step, const w_operand &ws, const a_operand &as) {
+                         mma_unscaled(sum[m][n], ws, as);
+                         if constexpr (BLOCK == 32) {
+                             add(acc[m][n], sum[m][n], rows(m, n, step), tokens(n, step));
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    acc[m][n][i] = fmaf(sum[m][n][i], scale(m, n, i, step), acc[m][n][i]);
-                    sum[m][n][i] = 0;
-                }
-            }
-        });
+                             for (int i = 0; i < 4; i++)
+                                 sum[m][n][i] = 0;
+                         }
+                     });
     if constexpr (BLOCK == 128)
-        unrolled<MT>([&](auto m) {
-            unrolled<NT>([&](auto n) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    acc[m][n][i] = fmaf(sum[m][n][i], scale(m, n, i, 0), acc[m][n][i]);
-            });
+        unrolled<NT>([&](auto n) {
+            float2 token = tokens(n, 0);
+            unrolled<MT>([&](auto m) { add(acc[m][n], sum[m][n], rows(m, n, 0), token); });
         });
 }
 
@@ -242,22 +246,32 @@ __device__ __forceinline__ void mma_k128_ue8m0(float (&acc)[MT][NT][4], W w, B b
 #else
     constexpr uint32_t ALL = 0xFFFFFFFF;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t row[MT][2], token[NT][2];
-    unrolled<MT>([&](auto m) {
-        row[m][0] = __shfl_sync(ALL, scale_w[m / 2], 4 * g + 2 * (m % 2) + 0); // row g
-        row[m][1] = __shfl_sync(ALL, scale_w[m / 2], 4 * g + 2 * (m % 2) + 1); // row g+8
-    });
-    unrolled<NT>([&](auto n) {
-        token[n][0] = __shfl_sync(ALL, scale_a[n / 4], 4 * (2 * t + 0) + n % 4);
-        token[n][1] = __shfl_sync(ALL, scale_a[n / 4], 4 * (2 * t + 1) + n % 4);
-    });
     auto power = [](uint32_t word, int step) { // narrow codes: neither 0 nor NaN
         return __uint_as_float((word >> (8 * step) & 0xFF) << 23);
     };
-    auto scale = [&](auto m, auto n, int i, int step) {
-        return power(row[m][i / 2], step) * power(token[n][i % 2], step);
+    auto row_words = [&](auto m) {
+        return make_uint2(__shfl_sync(ALL, scale_w[m / 2], 4 * g + 2 * (m % 2) + 0),  // row g
+                          __shfl_sync(ALL, scale_w[m / 2], 4 * g + 2 * (m % 2) + 1)); // row g+8
     };
-    mma_k128_rescaled<MT, NT, BLOCK>(acc, w, b, scale);
+    auto token_words = [&](auto n) {
+        return make_uint2(__shfl_sync(ALL, scale_a[n / 4], 4 * (2 * t + 0) + n % 4),
+                          __shfl_sync(ALL, scale_a[n / 4], 4 * (2 * t + 1) + n % 4));
+    };
+    auto powers = [&](uint2 words, int step) {
+        return make_float2(power(words.x, step), power(words.y, step));
+    };
+    uint2 row[MT];
+    unrolled<MT>([&](auto m) { row[m] = row_words(m); });
+    auto rows = [&](auto m, int, int step) { return powers(row[m], step); };
+    if constexpr (BLOCK == 128) { // fetched when the products are done: registers are short
+        mma_k128_rescaled<MT, NT, BLOCK>(
+            acc, w, b, rows, [&](auto n, int step) { return powers(token_words(n), step); });
+    } else {
+        uint2 token[NT];
+        unrolled<NT>([&](auto n) { token[n] = token_words(n); });
+        mma_k128_rescaled<MT, NT, BLOCK>(acc, w, b, rows,
+                                         [&](auto n, int step) { return powers(token[n], step); });
+    }
 #endif
 }
 

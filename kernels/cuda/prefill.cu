@@ -210,12 +210,17 @@ __device__ __forceinline__ bool accumulate(float (&acc)[MT][NT][4], prefill_smem
                 };
                 if (BLOCK == 128)
                     fetch(0);
-                auto scale = [&](int m, int n, int i, int step) {
-                    if (BLOCK == 32 && m == 0 && n == 0 && i == 0)
-                        fetch(step);
-                    return scale_w[2 * m + i / 2] * floats[step * TOKENS + n * 8 + i % 2];
-                };
-                mma_k128_rescaled<MT, NT, BLOCK>(acc, w, b, scale);
+                mma_k128_rescaled<MT, NT, BLOCK>(
+                    acc, w, b,
+                    [&](int m, int n, int step) {
+                        if (BLOCK == 32 && m == 0 && n == 0)
+                            fetch(step);
+                        return make_float2(scale_w[2 * m], scale_w[2 * m + 1]);
+                    },
+                    [&](int n, int step) {
+                        return make_float2(floats[step * TOKENS + n * 8],
+                                           floats[step * TOKENS + n * 8 + 1]);
+                    });
             } else {
                 auto scale = [&](int n, int i) { return floats[n * 8 + i % 2]; };
                 uint32_t half = stage % 2;
@@ -287,7 +292,7 @@ __global__ void __launch_bounds__(THREADS, 2) prefill_kernel(const cuda_table *_
             wide_tile(run, rows, at.tokens, at.g, at.d_begin, ROWS, smem.tile, TILE_STRIDE);
             __syncthreads();
         }
-        store_tile(run, rows, at.tokens, at.g, at.d_begin, ROWS, smem.tile, TILE_STRIDE);
+        store_tile(run, rows, at.tokens, at.g, at.d_begin, ROWS, smem.tile, TILE_STRIDE, [] {});
         __syncthreads();
     }
     if (waits) // who waits for this kernel counts on that one too

@@ -180,13 +180,6 @@ static uint32_t divide_up(uint32_t a, uint32_t b)
     return (a + b - 1) / b;
 }
 
-// Warps that share a panel: a tile of 64 rows for few tokens, of 128 for many, whose activations
-// cost more to read again.
-static uint32_t warps_k(uint32_t tokens_of_tile)
-{
-    return tokens_of_tile <= 32 ? 2 : 1;
-}
-
 // The segments of one reading of a weight, or what they become.
 struct reading {
     enum cuda_kernel kernel;
@@ -199,14 +192,42 @@ static void add_decode_runs(const struct cuda_bucket *bucket, struct cuda_table 
     uint32_t rows = run.rows;
     for (uint32_t done = 0; done < rows; done += run.rows, run.row_begin += run.rows) {
         run.rows = rows - done < bucket->decode_tokens ? rows - done : bucket->decode_tokens;
-        // Kernels have code for 8 tokens and for all; nothing between.
-        run.warps_k = warps_k(run.rows <= 8 ? 8 : bucket->decode_tokens);
-        run.tiles_d = divide_up(run.output_dim, CUDA_DECODE_WARPS / run.warps_k * CUDA_PANEL_ROWS);
-        run.tile_units = divide_up(run.reduced_dim / CUDA_K_BLOCK, run.warps_k);
-        run.unit_begin = table->decode_units;
-        table->decode_units += run.groups * run.tiles_d * run.tile_units;
         table->runs[table->decode_runs++] = run;
     }
+}
+
+// How many warps can share a panel: each reads another block of a chunk of activations (decode.cuh).
+static uint32_t warps_k_max(const struct cuda_bucket *bucket, const struct cuda_run *run)
+{
+    // Kernels have code for 8 tokens and for all; nothing between.
+    uint32_t tokens = run->rows <= 8 ? 8 : bucket->decode_tokens;
+    if (tokens > 32)
+        return 1; // long tiles: activations cost more to read again
+    uint32_t pairs = bucket->decode_tokens <= 8 ? CUDA_DECODE_PAIRS_FEW : CUDA_DECODE_PAIRS;
+    uint32_t blocks = pairs / tokens;
+    if (run->mode == CUDA_MODE_FP32_32)
+        blocks /= 2;
+    return blocks < CUDA_DECODE_WARPS ? blocks : CUDA_DECODE_WARPS;
+}
+
+// Cuts runs into tiles of 128 rows over the warps that share a panel. Returns how many tiles.
+static uint32_t cut_streamed_runs(const struct cuda_bucket *bucket, struct cuda_run *runs,
+                                  uint32_t n, uint32_t warps_k, uint32_t *units)
+{
+    uint32_t tiles = 0;
+    *units = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        struct cuda_run *run = &runs[i];
+        uint32_t most = warps_k_max(bucket, run);
+        uint32_t share = warps_k < most ? warps_k : most;
+        run->warps_k_log2 = log2_of(share);
+        run->tiles_d = divide_up(run->output_dim, CUDA_DECODE_WARPS / share * CUDA_PANEL_ROWS);
+        run->tile_units = divide_up(run->reduced_dim / CUDA_K_BLOCK, share);
+        run->unit_begin = *units;
+        tiles += run->groups * run->tiles_d;
+        *units += run->groups * run->tiles_d * run->tile_units;
+    }
+    return tiles;
 }
 
 static void add_prefill_run(struct cuda_table *table, struct cuda_run run)
@@ -221,11 +242,13 @@ static void add_prefill_run(struct cuda_table *table, struct cuda_run run)
 static void add_hopper_run(const struct cuda_bucket *bucket, struct cuda_table *table,
                            struct cuda_run run)
 {
-    run.tiles_d = divide_up(run.output_dim, bucket->hopper_rows);
-    run.tile_units = run.reduced_dim / CUDA_K_BLOCK;
-    run.unit_begin = table->hopper_units;
-    table->hopper_units +=
-        run.groups * run.tiles_d * divide_up(run.rows, bucket->hopper_tokens) * run.tile_units;
+    if (bucket->hopper_warps_k == 0) {
+        run.tiles_d = divide_up(run.output_dim, bucket->hopper_rows);
+        run.tile_units = run.reduced_dim / CUDA_K_BLOCK;
+        run.unit_begin = table->hopper_units;
+        table->hopper_units +=
+            run.groups * run.tiles_d * divide_up(run.rows, bucket->hopper_tokens) * run.tile_units;
+    }
     table->runs[table_runs(table)] = run;
     table->hopper_runs++;
 }
@@ -283,11 +306,43 @@ static uint32_t choose_workers(uint32_t most, uint32_t units, uint32_t tile_unit
     return most;
 }
 
+// Whole tiles if they about fill the device or are short.
+static uint32_t choose_stream_workers(uint32_t most, uint32_t tiles, uint32_t units,
+                                      uint32_t tile_units)
+{
+    if (tile_units > 0 && tiles <= most && (tile_units <= 8 || tiles >= most / 4 * 3))
+        return tiles;
+    return choose_workers(most, units, tile_units);
+}
+
+// Tiles of as few rows as it takes to fill the device with whole ones.
+static void deal_decode(const struct cuda_bucket *bucket, struct cuda_table *table)
+{
+    uint32_t most = bucket->decode_workers, n = table->decode_runs;
+    uint32_t warps_k = 2;
+    uint32_t tiles = cut_streamed_runs(bucket, table->runs, n, warps_k, &table->decode_units);
+    while (tiles < most / 4 * 3 && warps_k < CUDA_DECODE_WARPS) {
+        warps_k *= 2;
+        tiles = cut_streamed_runs(bucket, table->runs, n, warps_k, &table->decode_units);
+    }
+    table->decode_workers =
+        choose_stream_workers(most, tiles, table->decode_units, tile_units_of(table->runs, n));
+}
+
 // Tiles in turn, if that leaves few places idle in the last round.
 static void deal_hopper(const struct cuda_bucket *bucket, struct cuda_table *table,
                         struct cuda_run *runs)
 {
     uint32_t most = bucket->hopper_workers, units = table->hopper_units;
+    if (bucket->hopper_warps_k > 0) {
+        uint32_t n = table->hopper_runs;
+        uint32_t tiles =
+            cut_streamed_runs(bucket, runs, n, bucket->hopper_warps_k, &table->hopper_units);
+        for (uint32_t i = 0; i < n; i++)
+            runs[i].workers =
+                choose_stream_workers(most, tiles, table->hopper_units, tile_units_of(runs, n));
+        return;
+    }
     uint32_t tile_units = tile_units_of(runs, table->hopper_runs);
     uint32_t tiles = tile_units > 0 ? units / tile_units : 0;
     uint32_t places = divide_up(tiles, most) * most;
@@ -422,8 +477,7 @@ void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segmen
     uint32_t n = sort_segments(segments, segments_n, order);
     add_runs(bucket, segments, order, n, CUDA_KERNEL_DECODE, table);
     if (table->decode_runs > 0)
-        table->decode_workers = choose_workers(bucket->decode_workers, table->decode_units,
-                                               tile_units_of(table->runs, table->decode_runs));
+        deal_decode(bucket, table);
     add_runs(bucket, segments, order, n, CUDA_KERNEL_PREFILL, table);
     add_runs(bucket, segments, order, n, CUDA_KERNEL_HOPPER, table);
     if (table->hopper_runs > 0)

@@ -7,7 +7,7 @@
 // Decode's work is a line of units, each 16 KiB of E4M3 weights: run after run, in a run tile after
 // tile (group, rows of D), in a tile along R. Each worker, a thread block, takes an equal piece of
 // the line, so that the device is filled whatever the shape; who shares a tile adds up in a fixed
-// order (decode.cu).
+// order (decode.cuh).
 #pragma once
 
 #include <stdint.h>
@@ -18,6 +18,8 @@ enum {
     CUDA_FRAGMENT_BYTES = 512, // 32 lanes of 16 bytes
     CUDA_DECODE_WARPS = 8,
     CUDA_DECODE_TOKENS_MAX = 64,
+    CUDA_DECODE_PAIRS = 128,       // (K block, token): what comes at once of activations
+    CUDA_DECODE_PAIRS_FEW = 64,    // the same of kernels for 8 tokens
     CUDA_PREFILL_ROWS = 128,       // of D in a tile
     CUDA_PREFILL_TOKENS = 64,      // in a tile
     CUDA_HOPPER_IDLE_FRACTION = 6, // of places that may be idle if tiles are dealt whole
@@ -71,7 +73,7 @@ struct cuda_run {
     uint32_t unit_begin;      // its first unit; prefill, Hopper's many: its first tile
     uint32_t tile_units;      // of one tile; prefill: 1; Hopper's many: tokens of one
     uint32_t tiles_d;         // tiles along D
-    uint32_t warps_k;         // decode: warps that share a panel of D, each with its part of R
+    uint32_t warps_k_log2;    // decode: warps that share a panel of D, each with its part of R
     uint16_t mode;            // enum cuda_mode
     uint16_t block_d_log2;
     uint16_t scales_fp32; // of the weight

@@ -91,21 +91,24 @@ __device__ inline void wide_tile(const cuda_run &run, const cuda_row *rows, uint
     }
 }
 
-// Writes tile[token][stride] to the outputs of its tokens. Four neighbours a thread: D is a
-// multiple of 32.
+// Writes tile[token][stride] to the outputs of its tokens. Four neighbours a thread: D is a multiple of
+// 32, d_count a power of two. Calls ready() before it stores.
+template <class F>
 __device__ inline void store_tile(const cuda_run &run, const cuda_row *rows, uint32_t tokens,
                                   uint32_t g, uint32_t d_begin, uint32_t d_count, const float *tile,
-                                  uint32_t stride)
+                                  uint32_t stride, F ready)
 {
-    uint32_t fours = d_count / 4;
+    uint32_t fours = d_count / 4, fours_log2 = __ffs((int)fours) - 1;
     for (uint32_t i = threadIdx.x; i < tokens * fours; i += blockDim.x) {
-        uint32_t token = i / fours, d = d_begin + i % fours * 4;
+        uint32_t token = i >> fours_log2, column = (i & (fours - 1)) * 4, d = d_begin + column;
         if (d >= run.output_dim)
             continue;
-        float4 v = *(const float4 *)(tile + token * stride + i % fours * 4);
+        float4 v = *(const float4 *)(tile + token * stride + column);
         uint64_t at = (uint64_t)g * run.output_dim + d;
         uint64_t output = rows[token].output;
-        if (rows[token].flags & CUDA_ROW_OUTPUT_FP32) {
+        bool fp32 = rows[token].flags & CUDA_ROW_OUTPUT_FP32;
+        ready();
+        if (fp32) {
             *((float4 *)output + at / 4) = v;
             continue;
         }

@@ -25,7 +25,7 @@ for source in attention decode prefill; do
 done
 # Dynamic shared memory is no property of a cubin: the sources assert it, and say the bound here.
 sed -n 's/.*CUDA_SMEM_BYTES_MAX = \([0-9]*\).*/\1/p' "$root/kernels/cuda/table.h" > "$build/smem"
-grep -q 'static_assert(sizeof(decode_smem) <= CUDA_SMEM_BYTES_MAX' "$root/kernels/cuda/decode.cu"
+grep -q 'static_assert(sizeof(decode_smem<8>) <= CUDA_SMEM_BYTES_MAX' "$root/kernels/cuda/decode.cuh"
 grep -q 'static_assert(sizeof(prefill_smem) <= 49 \* 1024' "$root/kernels/cuda/prefill.cu"
 
 python3 - "$build" << 'PYTHON'
@@ -59,7 +59,7 @@ rows, ok = [], int((build / "smem").read_text()) <= LIMIT
 print(f"{'kernel':<16} {'registers':>9} {'stack':>6} {'spilled':>8} {'QMMA.SF':>8} {'QMMA':>6} "
       f"{'HMMA':>6} {'local':>6} {'all':>7}")
 for mangled, count in sorted(opcodes.items()):
-    found = re.search(r"(attention|decode|prefill)_kernel(?:ILi(\d+)E)?", mangled)
+    found = re.search(r"(attention|decode|prefill)_kernel(?:I(?:Lb0E)?Li(\d+)E)?", mangled)
     if not found:
         continue
     short = found[1] + (f"<{found[2]}>" if found[2] else "")

@@ -328,11 +328,13 @@ static double measure(chain &c, what what)
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (launcher *l : c.launchers)
+    for (uint32_t i = 0; i < c.layers; i++) {
+        launcher *l = c.launchers[i];
         if (what == ATTENTION)
             CHECK(cuda_attention_launch(&l->bucket, l->table, stream));
         else
-            CHECK(cuda_launch(&l->bucket, c.launches, l->table, l->workspace, stream));
+            CHECK(cuda_launch(&l->bucket, c.launches, l->table, l->workspace_of(i), stream));
+    }
     CHECK(cudaStreamEndCapture(stream, &graph));
     CHECK(cudaGraphInstantiate(&exec, graph, 0));
     cudaEvent_t begin, end;
