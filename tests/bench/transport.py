@@ -144,7 +144,8 @@ class Site:
         return daemon
 
     def _start_null(self) -> dict[str, str]:
-        self.daemon("null", engine="null", self_test_at_start=False)
+        shared = f"unix:{self.directory}/null-shared.sock"
+        self.daemon("null", engine="null", self_test_at_start=False, shared_memory_listen=shared)
         return self.addresses["null"]
 
     def _start_real(self) -> dict[str, str]:
@@ -202,8 +203,6 @@ def case(function: Callable[[Site], None]) -> Callable[[Site], None]:
     return function
 
 
-# Where shared memory and the ring come in: `einsumctl bench --transport NAME` over the unix socket
-# of "null", beside "unix" in `calls`, `bytes` and `latency`, with bars of their own.
 TRANSPORTS = ("tcp", "unix")
 
 
@@ -284,6 +283,43 @@ def stream(site: Site) -> None:
             rate["null", "stream"] / rate["null", "unary"],
             1.8,
         )
+
+
+@case
+def shared(site: Site) -> None:
+    """shared memory and its ring beside a unix socket, null engine: calls/s, p50 and p99"""
+    for tokens, bar in ((32, 8), (256, 40)):
+        taken = site.compare(
+            {
+                name: lambda name=name: site.bench(
+                    "null", "unix", "--tokens", tokens, "--concurrency", 8, "--transport", name
+                )
+                for name in ("grpc", "shm", "ring")
+            }
+        )
+        rate = {name: median(values, "calls_per_s") for name, values in taken.items()}
+        for name in ("shm", "ring"):
+            site.result.note(f"calls/s, {tokens} tokens, 8 in flight, {name}", rate[name])
+            label = f"calls/s, {tokens} tokens, {name} over unix socket"
+            if name == "shm":
+                site.result.at_least(label, rate[name] / rate["grpc"], bar)
+            else:
+                site.result.note(label, rate[name] / rate["grpc"])
+    alone = {
+        name: lambda name=name: site.bench(
+            "null", "unix", "--tokens", 1, "--concurrency", 1, "--transport", name
+        )
+        for name in ("grpc", "shm", "ring")
+    }
+    taken = site.compare(alone)
+    for name in alone:
+        for point, bar in (("p50", 25), ("p99", 60)):
+            value = median(taken[name], "latency_ns", point) / 1e3
+            label = f"{point} us, 1 token alone, unix, {name}"
+            if name == "ring":
+                site.result.at_most(label, value, bar)
+            else:
+                site.result.note(label, value)
 
 
 @case
@@ -518,17 +554,21 @@ def copies(site: Site) -> None:
         return
     counter = Copies(site.directory)
     site.daemon(
-        "counted", engine="null", self_test_at_start=False, extra_environment=counter.environment
-    )
-    for transport in TRANSPORTS:
+        "counted", engine="null", self_test_at_start=False,
+        extra_environment=counter.environment,
+        shared_memory_listen=f"unix:{site.directory}/counted-shared.sock",
+    )  # fmt: skip
+    ways = [(transport, "grpc", 1.02) for transport in TRANSPORTS]
+    for transport, way, bar in [*ways, ("unix", "shm", 0.02), ("unix", "ring", 0.02)]:
         address = site.address("counted", transport)
+        options = ("--concurrency", 4, "--transport", way)
         for tokens in (1, 256):
             before, was = counter.bytes(), ctl("--endpoint", address, "info")["counters"]
-            site.bench("counted", transport, "--tokens", tokens, "--concurrency", 4)
+            site.bench("counted", transport, "--tokens", tokens, *options)
             after, now = counter.bytes(), ctl("--endpoint", address, "info")["counters"]
             sent = (now["answered"] - was["answered"]) * tokens * TOKEN_BYTES
-            label = f"copied for each byte of input, {tokens} tokens, {transport}"
-            site.result.at_most(label, (after - before) / sent, 1.02)
+            label = f"copied for each byte of input, {tokens} tokens, {transport}, {way}"
+            site.result.at_most(label, (after - before) / sent, bar)
 
 
 # ---- an independent load generator
