@@ -207,7 +207,9 @@ static uint32_t warps_k_max(const struct cuda_bucket *bucket, const struct cuda_
     uint32_t blocks = pairs / tokens;
     if (run->mode == CUDA_MODE_FP32_32)
         blocks /= 2;
-    return blocks < CUDA_DECODE_WARPS ? blocks : CUDA_DECODE_WARPS;
+    if (blocks > CUDA_DECODE_WARPS)
+        return CUDA_DECODE_WARPS;
+    return blocks > 0 ? blocks : 1;
 }
 
 // Cuts runs into tiles of 128 rows over the warps that share a panel. Returns how many tiles.
