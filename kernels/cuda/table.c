@@ -207,9 +207,7 @@ static uint32_t warps_k_max(const struct cuda_bucket *bucket, const struct cuda_
     uint32_t blocks = pairs / tokens;
     if (run->mode == CUDA_MODE_FP32_32)
         blocks /= 2;
-    if (blocks > CUDA_DECODE_WARPS)
-        return CUDA_DECODE_WARPS;
-    return blocks > 0 ? blocks : 1;
+    return blocks < CUDA_DECODE_WARPS ? blocks : CUDA_DECODE_WARPS;
 }
 
 // Cuts runs into tiles of 128 rows over the warps that share a panel. Returns how many tiles.
@@ -221,9 +219,11 @@ static uint32_t cut_streamed_runs(const struct cuda_bucket *bucket, struct cuda_
     for (uint32_t i = 0; i < n; i++) {
         struct cuda_run *run = &runs[i];
         uint32_t most = warps_k_max(bucket, run);
-        uint32_t share = warps_k < most ? warps_k : most;
+        uint32_t share = 1; // of the panel
+        while (2 * share <= warps_k && 2 * share <= most)
+            share *= 2;
         run->warps_k_log2 = log2_of(share);
-        run->tiles_d = divide_up(run->output_dim, CUDA_DECODE_WARPS / share * CUDA_PANEL_ROWS);
+        run->tiles_d = divide_up(run->output_dim, CUDA_DECODE_WARPS * CUDA_PANEL_ROWS / share);
         run->tile_units = divide_up(run->reduced_dim / CUDA_K_BLOCK, share);
         run->unit_begin = *units;
         tiles += run->groups * run->tiles_d;
