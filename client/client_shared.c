@@ -233,23 +233,6 @@ static enum einsum_client_status lost(struct einsum_client_error *error, const c
                                    path, what, strerror(errno));
 }
 
-static bool send_request(int socket, const struct einsum_shared_request *request, int fd)
-{
-    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fd)] = {0};
-    struct iovec piece = {(void *)request, sizeof *request};
-    struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
-    if (fd >= 0) {
-        message.msg_control = control;
-        message.msg_controllen = sizeof control;
-        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-        header->cmsg_level = SOL_SOCKET;
-        header->cmsg_type = SCM_RIGHTS;
-        header->cmsg_len = CMSG_LEN(sizeof fd);
-        memcpy(CMSG_DATA(header), &fd, sizeof fd);
-    }
-    return sendmsg(socket, &message, MSG_NOSIGNAL) == (ssize_t)sizeof *request;
-}
-
 // `*fd` gets a descriptor that came along, or -1.
 static bool receive_reply(int socket, struct einsum_shared_reply *reply, int *fd)
 {
@@ -288,7 +271,8 @@ static enum einsum_client_status ask(struct einsum_client_shared *shared, int so
 {
     *reply_fd = -1;
     memset(reply, 0, sizeof *reply);
-    if (!send_request(socket, request, fd) || !receive_reply(socket, reply, reply_fd))
+    if (!einsum_shared_send(socket, request, sizeof *request, fd, 0) ||
+        !receive_reply(socket, reply, reply_fd))
         return lost(error, shared->path, "no answer");
     if (reply->status == 0)
         return EINSUM_CLIENT_OK;

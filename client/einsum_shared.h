@@ -42,6 +42,8 @@
 #include <sched.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
+#include <sys/socket.h>
 
 #define EINSUM_SHARED_MAGIC 0x316d6873u // "shm1": also the version
 
@@ -132,6 +134,25 @@ _Static_assert(sizeof(struct einsum_shared_reply) == 352, "what goes over the so
 _Static_assert(sizeof(struct einsum_ring_header) == 512, "what lies in the ring");
 _Static_assert(sizeof(struct einsum_ring_submission) == 128, "what lies in the ring");
 _Static_assert(sizeof(struct einsum_ring_completion) == 512, "what lies in the ring");
+
+// A message over the control socket, with a descriptor unless `fd` is negative. `flags`: sendmsg's,
+// beside MSG_NOSIGNAL. Whether all of it was taken.
+static inline bool einsum_shared_send(int socket, const void *bytes, size_t n, int fd, int flags)
+{
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fd)] = {0};
+    struct iovec piece = {(void *)(uintptr_t)bytes, n};
+    struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
+    if (fd >= 0) {
+        message.msg_control = control;
+        message.msg_controllen = sizeof control;
+        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(sizeof fd);
+        memcpy(CMSG_DATA(header), &fd, sizeof fd);
+    }
+    return sendmsg(socket, &message, flags | MSG_NOSIGNAL) == (ssize_t)n;
+}
 
 static inline uint32_t einsum_ring_get(const struct einsum_ring_word *word)
 {

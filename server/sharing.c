@@ -107,24 +107,6 @@ struct answer {
 };
 static const struct answer nothing = {.fd = -1};
 
-// MSG_DONTWAIT: who does not read its replies is cut off.
-static bool send_reply(int socket, const struct einsum_shared_reply *reply, int fd)
-{
-    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fd)] = {0};
-    struct iovec piece = {(void *)(uintptr_t)reply, sizeof *reply};
-    struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
-    if (fd >= 0) {
-        message.msg_control = control;
-        message.msg_controllen = sizeof control;
-        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-        header->cmsg_level = SOL_SOCKET;
-        header->cmsg_type = SCM_RIGHTS;
-        header->cmsg_len = CMSG_LEN(sizeof fd);
-        memcpy(CMSG_DATA(header), &fd, sizeof fd);
-    }
-    return sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof *reply;
-}
-
 static void reply(struct connection *connection, const struct answer *answer,
                   const struct error *err)
 {
@@ -140,7 +122,8 @@ static void reply(struct connection *connection, const struct answer *answer,
         snprintf(reply.field, sizeof reply.field, "%.*s", (int)sizeof reply.field - 1, err->field);
         snprintf(reply.text, sizeof reply.text, "%.*s", (int)sizeof reply.text - 1, err->text);
     }
-    if (!send_reply(connection->fd, &reply, answer->fd))
+    // MSG_DONTWAIT: who does not read its replies is cut off.
+    if (!einsum_shared_send(connection->fd, &reply, sizeof reply, answer->fd, MSG_DONTWAIT))
         end_connection(connection);
 }
 

@@ -158,23 +158,6 @@ static int connect_socket(void)
     return fd;
 }
 
-static void send_piece(int socket, const uint8_t *bytes, size_t n, int fd)
-{
-    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fd)] = {0};
-    struct iovec piece = {(void *)(uintptr_t)bytes, n};
-    struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
-    if (fd >= 0) {
-        message.msg_control = control;
-        message.msg_controllen = sizeof control;
-        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-        header->cmsg_level = SOL_SOCKET;
-        header->cmsg_type = SCM_RIGHTS;
-        header->cmsg_len = CMSG_LEN(sizeof fd);
-        memcpy(CMSG_DATA(header), &fd, sizeof fd);
-    }
-    (void)!sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT); // it may have been cut off
-}
-
 static void drain(int socket)
 {
     struct pollfd readable = {.fd = socket, .events = POLLIN};
@@ -202,10 +185,10 @@ static void fuzz_requests(const uint8_t *bytes, size_t n, uint8_t how)
         bytes += 2, n -= 2;
         for (size_t c = 0; c < changes && n >= 2; c++, bytes += 2, n -= 2)
             raw[bytes[0] % 64] ^= bytes[1];
-        send_piece(socket, raw, sizeof request, how >> i & 2 ? fd : -1);
+        einsum_shared_send(socket, raw, sizeof request, how >> i & 2 ? fd : -1, MSG_DONTWAIT);
     }
     if (n > 0)
-        send_piece(socket, bytes, n, how & 0x80 ? fd : -1);
+        einsum_shared_send(socket, bytes, n, how & 0x80 ? fd : -1, MSG_DONTWAIT);
     drain(socket);
     close(socket);
     close(fd);
