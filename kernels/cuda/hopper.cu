@@ -420,13 +420,6 @@ __device__ __forceinline__ bool gather(float (&acc)[S::SUMS], hopper_smem<S> &sm
     return true;
 }
 
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high)
-{
-    uint32_t pair; // rounds to nearest even
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
 // Stores a warp's 16 rows of 8 tokens, v as mma.cuh's acc. Lanes trade until each holds four
 // neighbours of one token: token 2t + g%2, rows 8 * (g/2%2) + 4 * (g/4).
 __device__ __forceinline__ void store_bf16(uint64_t output, uint64_t at, bool valid, const float *v)

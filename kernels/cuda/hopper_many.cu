@@ -424,13 +424,6 @@ __device__ __forceinline__ void consume_tile(float (&acc)[BOXES][64], many_smem 
     }
 }
 
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high)
-{
-    uint32_t pair; // rounds to nearest even
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
 // The first of a thread's two tokens in a box; the other is 8 further.
 __device__ __forceinline__ uint32_t token_of(uint32_t box)
 {

@@ -91,6 +91,13 @@ __device__ inline void wide_tile(const cuda_run &run, const cuda_row *rows, uint
     }
 }
 
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high)
+{
+    uint32_t pair; // rounds to nearest even
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 // Writes tile[token][stride] to the outputs of its tokens. Four neighbours a thread: D is a multiple of
 // 32, d_count a power of two. Calls ready() before it stores.
 template <class F>
@@ -112,9 +119,6 @@ __device__ inline void store_tile(const cuda_run &run, const cuda_row *rows, uin
             *((float4 *)output + at / 4) = v;
             continue;
         }
-        uint2 packed; // rounds to nearest even
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed.x) : "f"(v.y), "f"(v.x));
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed.y) : "f"(v.w), "f"(v.z));
-        *((uint2 *)output + at / 4) = packed;
+        *((uint2 *)output + at / 4) = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
     }
 }
