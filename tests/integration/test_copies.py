@@ -43,10 +43,12 @@ def copied_of_input(site: Site, copies: Copies, requests: list, streamed: bool) 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["unary", "stream"])
 def test_one_copy_in_none_out(tmp_path: Path, rng: np.random.Generator, streamed: bool) -> None:
+    """With a buffer for each request; where they are scarce replies are copied out, see below."""
     copies = Copies(tmp_path)
     with serving(
-        tmp_path, small_weights(1), 256, extra_environment=copies.environment, engine="null"
-    ) as site:
+        tmp_path, small_weights(1), 256, extra_environment=copies.environment, engine="null",
+        batches=2 * REQUESTS,
+    ) as site:  # fmt: skip
         copied = copied_of_input(site, copies, requests_of(site, rng), streamed)
     assert 1 - SLACK < copied < 1 + SLACK
 
