@@ -297,6 +297,25 @@ static void run_decode(const void *bytes)
     compute_runs(CUDA_KERNEL_DECODE, table, 0, table->decode_runs);
 }
 
+// Those of one mode know no other.
+static void run_decode_of(const void *bytes, enum cuda_mode mode)
+{
+    const struct cuda_table *table = table_of(bytes);
+    for (uint32_t i = 0; i < table->decode_runs; i++)
+        ASSERT(table->runs[i].mode == mode);
+    run_decode(bytes);
+}
+
+static void run_decode_ue8m0(const void *bytes)
+{
+    run_decode_of(bytes, CUDA_MODE_UE8M0_128);
+}
+
+static void run_decode_fp32(const void *bytes)
+{
+    run_decode_of(bytes, CUDA_MODE_FP32_128);
+}
+
 static void run_prefill(const void *bytes)
 {
     const struct cuda_table *table = table_of(bytes);
@@ -488,12 +507,15 @@ cudaError_t cuda_attention_launch(const struct cuda_bucket *bucket, const struct
     return launch(__func__, bucket, run_attention, false, table, NULL, NULL, 0, stream);
 }
 
-cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
-                               uint32_t *counters, float *partials, bool overlaps,
-                               cudaStream_t stream)
+cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket, uint32_t form,
+                               const struct cuda_table *table, uint32_t *counters, float *partials,
+                               bool overlaps, cudaStream_t stream)
 {
     ASSERT(bucket->decode_workers > 0);
-    return launch(__func__, bucket, run_decode, overlaps, table, counters, partials,
+    void (*run)(const void *) = form == CUDA_LAUNCH_DECODE_UE8M0  ? run_decode_ue8m0
+                                : form == CUDA_LAUNCH_DECODE_FP32 ? run_decode_fp32
+                                                                  : run_decode;
+    return launch(__func__, bucket, run, overlaps, table, counters, partials,
                   cuda_decode_partial_bytes(bucket), stream);
 }
 

@@ -259,6 +259,15 @@ START_TEST(table_holds_every_token_once)
                 ck_assert(!fp32);
         }
     }
+    uint32_t decode = cuda_table_launches(table) & CUDA_LAUNCH_DECODE;
+    ck_assert_int_eq(decode == 0, table->decode_runs == 0);
+    for (uint32_t i = 0; i < table->decode_runs; i++) {
+        uint32_t mode = table->runs[i].mode;
+        if (decode == CUDA_LAUNCH_DECODE_UE8M0)
+            ck_assert_uint_eq(mode, CUDA_MODE_UE8M0_128);
+        if (decode == CUDA_LAUNCH_DECODE_FP32)
+            ck_assert_uint_eq(mode, CUDA_MODE_FP32_128);
+    }
     free(table);
 }
 END_TEST
@@ -364,7 +373,9 @@ START_TEST(table_honours_kernels_asked_for)
         rows += table->runs[i].rows;
     ck_assert_uint_eq(rows, tokens);
     ck_assert_uint_eq(cuda_table_launches(table),
-                      (it->decode_runs ? (uint32_t)CUDA_LAUNCH_DECODE : 0) |
+                      (it->decode_runs == 0 ? 0
+                       : bf16               ? (uint32_t)CUDA_LAUNCH_DECODE
+                                            : (uint32_t)CUDA_LAUNCH_DECODE_UE8M0) |
                           (it->prefill_runs ? (uint32_t)CUDA_LAUNCH_PREFILL : 0) |
                           (it->hopper_runs ? (uint32_t)CUDA_LAUNCH_HOPPER : 0));
     free(table);

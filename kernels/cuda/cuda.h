@@ -150,13 +150,15 @@ uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket);
 // The kernels of a launch, or'ed together: a graph is captured for each set that a table may need.
 enum cuda_launch {
     CUDA_LAUNCH_ATTENTION = 1,
-    CUDA_LAUNCH_DECODE = 2,
-    CUDA_LAUNCH_PREFILL = 4,
-    CUDA_LAUNCH_HOPPER = 8,
-    CUDA_LAUNCH_HOPPER_MANY = 16,
-    CUDA_LAUNCH_SETS = 32, // how many there are
+    CUDA_LAUNCH_DECODE_UE8M0 = 2, // all of its runs are of CUDA_MODE_UE8M0_128
+    CUDA_LAUNCH_DECODE_FP32 = 4,  // of CUDA_MODE_FP32_128
+    CUDA_LAUNCH_DECODE = 6,       // of any
+    CUDA_LAUNCH_PREFILL = 8,
+    CUDA_LAUNCH_HOPPER = 16,
+    CUDA_LAUNCH_HOPPER_MANY = 32,
+    CUDA_LAUNCH_SETS = 64, // how many there are
     // Beside them: the kernel ahead writes the table or the activations, so none overlaps it.
-    CUDA_LAUNCH_WRITTEN = 32,
+    CUDA_LAUNCH_WRITTEN = 64,
 };
 
 // What a table needs; and whether a bucket's tables can ever need `launches`.

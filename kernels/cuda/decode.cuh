@@ -40,6 +40,11 @@ enum {
     CONTRIBUTION_WIDE = 1 << 16,
 };
 
+// What a kernel is built for. One of all modes needs more registers than there are, and loses a
+// twelfth of its time to what they do not hold: so the modes of DeepSeek-V4's checkpoints, with
+// either scale type of activations, have kernels of their own for tables that hold no other.
+enum form { UE8M0_128, FP32_128, ANY_MODE, BY_WGMMA };
+
 // Of a kernel for runs of up to 8*MOST tokens. The fewer, the more kernels fit an SM at once.
 template <int MOST> struct decode_smem {
     static constexpr int RING = MOST <= 2 ? 2 : 4;
@@ -73,9 +78,9 @@ struct work {
     uint32_t runs_n, units, workers;
 };
 
-template <bool WGMMA> __device__ __forceinline__ work work_of(const cuda_table *table)
+template <form FORM> __device__ __forceinline__ work work_of(const cuda_table *table)
 {
-    if (!WGMMA)
+    if (FORM != BY_WGMMA)
         return {table->runs, table->decode_runs, table->decode_units, table->decode_workers};
     const cuda_run *runs = table->runs + table->decode_runs + table->prefill_runs;
     uint32_t n = table->hopper_runs;
@@ -572,14 +577,17 @@ __device__ __forceinline__ void store(const float (&acc)[1][NT][4], bool wide,
                [&] { wait_once(waits); });
 }
 
-template <bool WGMMA, int NT, int MOST>
-__device__ __forceinline__ bool accumulate_any(float (&acc)[1][NT][4],
-                                               stream<decode_smem<MOST>::RING> &weights,
-                                               decode_smem<MOST> &smem, const cuda_table *table,
-                                               const cuda_run &run, const piece &p)
+template <form FORM, int NT, int MOST>
+__device__ __forceinline__ bool
+accumulate_by(float (&acc)[1][NT][4], stream<decode_smem<MOST>::RING> &weights,
+              decode_smem<MOST> &smem, const cuda_table *table, const cuda_run &run, const piece &p)
 {
-    if constexpr (WGMMA) // any scales in blocks of 128
+    if constexpr (FORM == BY_WGMMA) // any scales in blocks of 128
         return accumulate<true, NT, CUDA_MODE_FP32_128>(acc, weights, smem, table, run, p);
+    else if constexpr (FORM == UE8M0_128)
+        return accumulate<false, NT, CUDA_MODE_UE8M0_128>(acc, weights, smem, table, run, p);
+    else if constexpr (FORM == FP32_128)
+        return accumulate<false, NT, CUDA_MODE_FP32_128>(acc, weights, smem, table, run, p);
     else
         switch (run.mode) {
         case CUDA_MODE_UE8M0_128:
@@ -595,7 +603,7 @@ __device__ __forceinline__ bool accumulate_any(float (&acc)[1][NT][4],
         }
 }
 
-template <bool WGMMA, int NT, int MOST>
+template <form FORM, int NT, int MOST>
 __device__ __forceinline__ void do_piece(stream<decode_smem<MOST>::RING> &weights,
                                          decode_smem<MOST> &smem, const cuda_table *table,
                                          const work &work, const cuda_run &run, const piece &p,
@@ -605,7 +613,7 @@ __device__ __forceinline__ void do_piece(stream<decode_smem<MOST>::RING> &weight
     uint32_t d = p.d_begin + threadIdx.x;
     bool wide = threadIdx.x < TILE_COLUMNS >> run.warps_k_log2 && d < run.output_dim &&
                 weight_is_wide(run, p.g, d);
-    wide |= accumulate_any<WGMMA>(acc, weights, smem, table, run, p);
+    wide |= accumulate_by<FORM>(acc, weights, smem, table, run, p);
     wide = __syncthreads_or(wide); // and the activations are free to be written over
     bool whole = p.begin == 0 && p.end == run.tile_units;
     if (whole || gather(acc, wide, smem, work, run, p, partials, counters))
@@ -624,7 +632,7 @@ template <int MOST> constexpr int blocks_of_sm()
 }
 
 // For runs of up to 8*MOST tokens: code for those of up to 8, and for the rest.
-template <bool WGMMA, int MOST>
+template <form FORM, int MOST>
 __global__ void __launch_bounds__(THREADS, blocks_of_sm<MOST>())
     decode_kernel(const cuda_table *__restrict__ table, uint32_t table_lines, float *partials,
                   uint32_t *counters)
@@ -636,7 +644,7 @@ __global__ void __launch_bounds__(THREADS, blocks_of_sm<MOST>())
     if (threadIdx.x < table_lines)
         prefetch((const uint8_t *)table + threadIdx.x * 128);
 
-    work work = work_of<WGMMA>(table);
+    work work = work_of<FORM>(table);
     if (blockIdx.x >= work.workers) {
         wait_for_kernel_ahead(); // who waits for this kernel counts on that one too
         return;
@@ -657,11 +665,11 @@ __global__ void __launch_bounds__(THREADS, blocks_of_sm<MOST>())
 #pragma unroll 1
     for (;;) {
         const cuda_run &run = *p.run;
-        constexpr int FEWEST = WGMMA ? MOST : 1;
+        constexpr int FEWEST = FORM == BY_WGMMA ? MOST : 1;
         if (run.rows <= 8 * FEWEST)
-            do_piece<WGMMA, FEWEST>(weights, smem, table, work, run, p, partials, counters, waits);
+            do_piece<FORM, FEWEST>(weights, smem, table, work, run, p, partials, counters, waits);
         else if constexpr (FEWEST != MOST)
-            do_piece<WGMMA, MOST>(weights, smem, table, work, run, p, partials, counters, waits);
+            do_piece<FORM, MOST>(weights, smem, table, work, run, p, partials, counters, waits);
         unit = p.tile_begin + p.end;
         if (unit >= end)
             break;

@@ -8,7 +8,7 @@ namespace
 {
 
 enum { EIGHTS = CUDA_FEW_TOKENS_MAX / 8, WARPS_K = 2 };
-constexpr auto kernel = decode_kernel<true, EIGHTS>;
+constexpr auto kernel = decode_kernel<BY_WGMMA, EIGHTS>;
 
 } // namespace
 

@@ -63,8 +63,8 @@ cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
     if (launches & CUDA_LAUNCH_ATTENTION)
         error = cuda_attention_launch(bucket, table, stream);
     if (error == cudaSuccess && launches & CUDA_LAUNCH_DECODE) {
-        error = cuda_decode_launch(bucket, table, (uint32_t *)at, (void *)(at + PARTIALS_OFFSET),
-                                   overlaps, stream);
+        error = cuda_decode_launch(bucket, launches & CUDA_LAUNCH_DECODE, table, (uint32_t *)at,
+                                   (void *)(at + PARTIALS_OFFSET), overlaps, stream);
         overlaps = true; // it starts when all is in place, and what follows not before it
     }
     if (error == cudaSuccess && launches & CUDA_LAUNCH_PREFILL) {

@@ -30,9 +30,10 @@ cudaError_t cuda_few_launch(const struct cuda_bucket *bucket, const struct cuda_
 // `overlaps`: with the kernel ahead.
 cudaError_t cuda_attention_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
                                   cudaStream_t stream);
-cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
-                               uint32_t *counters, float *partials, bool overlaps,
-                               cudaStream_t stream);
+// `form`: CUDA_LAUNCH_DECODE, or as much of it as the table needs.
+cudaError_t cuda_decode_launch(const struct cuda_bucket *bucket, uint32_t form,
+                               const struct cuda_table *table, uint32_t *counters, float *partials,
+                               bool overlaps, cudaStream_t stream);
 cudaError_t cuda_prefill_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
                                 bool overlaps, cudaStream_t stream);
 cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,

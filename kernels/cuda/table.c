@@ -501,10 +501,19 @@ void cuda_table_build(const struct cuda_bucket *bucket, const struct cuda_segmen
     fill_all_rows(bucket, segments, order, n, table, maps_begin);
 }
 
+static uint32_t decode_launch(const struct cuda_table *table)
+{
+    uint32_t launch = 0;
+    for (uint32_t i = 0; i < table->decode_runs; i++)
+        launch |= table->runs[i].mode == CUDA_MODE_UE8M0_128  ? CUDA_LAUNCH_DECODE_UE8M0
+                  : table->runs[i].mode == CUDA_MODE_FP32_128 ? CUDA_LAUNCH_DECODE_FP32
+                                                              : CUDA_LAUNCH_DECODE;
+    return launch;
+}
+
 uint32_t cuda_table_launches(const struct cuda_table *table)
 {
-    return (table->attention_spans > 0 ? CUDA_LAUNCH_ATTENTION : 0) |
-           (table->decode_runs > 0 ? CUDA_LAUNCH_DECODE : 0) |
+    return (table->attention_spans > 0 ? CUDA_LAUNCH_ATTENTION : 0) | decode_launch(table) |
            (table->prefill_runs > 0 ? CUDA_LAUNCH_PREFILL : 0) |
            (table->hopper_runs > 0 ? CUDA_LAUNCH_HOPPER : 0) |
            (table->many_runs > 0 ? CUDA_LAUNCH_HOPPER_MANY : 0);
