@@ -254,9 +254,7 @@ __device__ __forceinline__ void produce_piece(hopper_smem<S> &smem, const cuda_t
         barrier_arrive_after_copies(full);
         if (has_token)
             smem.scales[stage][thread] = scale_a.take(unit, p.end) * scale_w;
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(full);
+        barrier_arrive(full);
         if (SQUARE && unit + 1 < p.end)
             scale_w = weight_scale(run.scales_fp32, scales_w, unit + 1);
     }
@@ -363,9 +361,7 @@ __device__ __forceinline__ void consume_piece(float (&acc)[S::SUMS], hopper_smem
             promote<group, 0, SQUARE>(acc, sum[group % 2], low, scale_w);
             promote<group, 1, SQUARE>(acc, sum[group % 2], high, scale_w);
         });
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(shared_address(&smem.empty[stage]));
+        barrier_arrive(shared_address(&smem.empty[stage]));
     }
 }
 
@@ -555,8 +551,8 @@ __global__ void __launch_bounds__(THREADS, S::PAIRED ? 2 : 1)
     }
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::STAGES; i++) {
-            barrier_init(shared_address(&smem.full[i]), PRODUCERS + PRODUCERS / 32);
-            barrier_init(shared_address(&smem.empty[i]), CONSUMERS / 32);
+            barrier_init(shared_address(&smem.full[i]), 2 * PRODUCERS); // once with its copies
+            barrier_init(shared_address(&smem.empty[i]), CONSUMERS);
         }
         fence_for_wgmma();
     }

@@ -152,15 +152,13 @@ __device__ __forceinline__ void copy_rows(many_smem &smem, const tile &t, uint32
     for (uint32_t i = threadIdx.x / 8; i < t.tokens; i += PRODUCERS / 8)
         copy_async(to + i * CUDA_K_BLOCK + (chunk ^ (i % 8)) * 16,
                    smem.activations[i] + unit * CUDA_K_BLOCK + chunk * 16, true);
-    barrier_arrive_with_copies(shared_address(&smem.full[stage]));
+    barrier_arrive_after_copies(shared_address(&smem.full[stage]));
 }
 
-// A producer's part of a stage that needs no more of it.
-__device__ __forceinline__ void hand_over(many_smem &smem, uint32_t stage)
+// A producer's part of a stage; of rows that it has copied they tell themselves.
+__device__ __forceinline__ void hand_over(many_smem &smem, const tile &t, uint32_t stage)
 {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        barrier_arrive(shared_address(&smem.full[stage]));
+    barrier_arrive(shared_address(&smem.full[stage]), t.map != 0 ? 2 : 1);
 }
 
 __device__ __forceinline__ note note_of(const walk &walk, const tile &t)
@@ -252,7 +250,7 @@ __device__ __forceinline__ void produce_copies(many_smem &smem, const cuda_table
             }
             if (now.map == 0)
                 copy_rows(smem, now, unit, stage);
-            hand_over(smem, stage);
+            hand_over(smem, now, stage);
             if (unit > 0)
                 continue;
             more = walk.step(next); // while there is time
@@ -352,7 +350,7 @@ __device__ __forceinline__ void produce_scales(many_smem &smem, const cuda_table
                         smem.scales[stage][reader + slot * READERS] = a[slot].value(i) * scale_w;
                 if (now.map == 0)
                     copy_rows(smem, now, unit + i, stage);
-                hand_over(smem, stage);
+                hand_over(smem, now, stage);
                 count++;
             }
             if (unit > 0)
@@ -372,10 +370,9 @@ __device__ __forceinline__ void produce_scales(many_smem &smem, const cuda_table
 __device__ __forceinline__ void release_stage(many_smem &smem, uint32_t stage, uint32_t rank)
 {
     uint32_t empty = shared_address(&smem.empty[stage]), lane = threadIdx.x % 32;
-    __syncwarp();
-    if (lane == rank)
-        barrier_arrive(empty);
-    else if (lane < CLUSTER)
+    __syncwarp(); // for the other block's arrival, which is one for all lanes
+    barrier_arrive(empty);
+    if (lane < CLUSTER && lane != rank)
         barrier_arrive_at(empty, lane);
 }
 
@@ -577,8 +574,9 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
         prefetch((const uint8_t *)table + threadIdx.x * 128);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(shared_address(&smem.full[i]), PRODUCERS / 32);
-            barrier_init(shared_address(&smem.empty[i]), CLUSTER * CONSUMERS / 32);
+            barrier_init(shared_address(&smem.full[i]), 2 * PRODUCERS);
+            barrier_init(shared_address(&smem.empty[i]),
+                         CONSUMERS + (CLUSTER - 1) * CONSUMERS / 32);
         }
         fence_barriers();
     }

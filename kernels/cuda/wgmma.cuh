@@ -102,21 +102,17 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
                  : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier)
+// Every lane of a warp for itself: one for them all costs the same, and racecheck does not follow it.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t arrivals = 1)
 {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
 }
 
 // Arrives when all that this thread has copied with copy_async so far is there.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier)
 {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives as well, besides the arrivals that are counted on: none of them ends the phase before.
-__device__ __forceinline__ void barrier_arrive_with_copies(uint32_t barrier)
-{
-    asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // Returns once the phase of this parity has completed.
