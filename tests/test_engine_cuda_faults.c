@@ -25,7 +25,7 @@ enum {
     INPUT_BYTES = 4 << 20,
     OUTPUT_BYTES = 1 << 20,
     HANG_NS = 1000000000,
-    FAULTS_MAX = 2000,
+    FAULTS_MAX = 4000,
 };
 
 static const uint32_t buckets[] = {8, 64, TOKENS_MAX};
