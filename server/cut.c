@@ -160,19 +160,14 @@ NODISCARD static bool copy_out(struct cut *cut, struct part *part)
     return true;
 }
 
-static void describe(struct cut *cut, const struct part *part)
+static void describe(struct job *whole, const struct job *part)
 {
-    struct job *whole = cut->options.whole;
-    const struct job *job = &part->job;
-    if (part == cut->parts) {
-        whole->queued_ns = job->queued_ns;
-        whole->launched_ns = job->launched_ns;
-        whole->batch_tokens = job->batch_tokens;
-        whole->batch_bucket = job->batch_bucket;
-        whole->batch_requests = job->batch_requests;
-    }
-    if (job->done_ns > whole->done_ns)
-        whole->done_ns = job->done_ns;
+    whole->queued_ns = part->queued_ns;
+    whole->launched_ns = part->launched_ns;
+    whole->done_ns = part->done_ns;
+    whole->batch_tokens = part->batch_tokens;
+    whole->batch_bucket = part->batch_bucket;
+    whole->batch_requests = part->batch_requests;
 }
 
 static void end(struct cut *cut, struct part *part)
@@ -185,7 +180,8 @@ static void end(struct cut *cut, struct part *part)
         batcher_release(cut->options.batcher, &part->job);
         return;
     }
-    describe(cut, part);
+    if (part == cut->parts)
+        describe(cut->options.whole, &part->job);
     if (placement->region && placement->output.bytes > 0) {
         placement_finish(placement, &part->job, cut->options.copies);
         batcher_release(cut->options.batcher, &part->job);
@@ -253,7 +249,6 @@ enum status cut_begin(const struct cut_options *options, struct batcher_cut at, 
     cut->parts_n = parts_n;
     cut->at_once = at.at_once;
     whole->error = (struct error){.status = STATUS_OK};
-    whole->done_ns = 0;
     while (begin_next(cut))
         ;
     if (cut->under_way > 0) { // it may have failed, and ends when that does

@@ -29,7 +29,7 @@ struct part {
 struct cut_options {
     struct batcher *batcher;
     // As request_check leaves it, with all that its owner sets and an on_room. IDLE throughout. Once it
-    // is over its error is set, and how it went: queue, batch as the first part found them.
+    // is over its error is set, and what its first part's batch was like.
     struct job *whole;
     const struct placement *placement; // its region may be NULL
     struct copy_counters *copies;

