@@ -21,6 +21,7 @@ enum {
     BLOCK = 128, // so 4 scales to a row: one word of UE8M0
     TOKENS_MAX = 8,
     CALLERS_MAX = 6,
+    ROUNDS = 100, // of each thread
     PATIENCE_MS = 20000,
     QUIET_MS = 20,
 };
@@ -260,6 +261,8 @@ static enum status fill(struct job *whole, const struct job *part, struct error 
     return placement_fill(&request->placement, part, &copies, err);
 }
 
+static _Thread_local uint32_t dice = 1;
+
 static void request_init(struct request *request, uint32_t tokens, unsigned layouts)
 {
     memset(request, 0, sizeof *request);
@@ -279,8 +282,10 @@ static void request_init(struct request *request, uint32_t tokens, unsigned layo
     uint64_t bytes = align_up(output_at + request->output_bytes, 64);
     request->memory = aligned_alloc(64, bytes);
     request->expected = malloc(request->output_bytes);
-    for (uint64_t i = 0; i < bytes; i++)
-        request->memory[i] = (uint8_t)(random() >> 8);
+    for (uint64_t i = 0; i < bytes; i++) {
+        dice = dice * 1664525 + 1013904223;
+        request->memory[i] = (uint8_t)(dice >> 24);
+    }
     request->region = (struct region){.memory = request->memory, .bytes = bytes};
     request->placement = (struct placement){
         .region = &request->region,
@@ -322,7 +327,7 @@ static enum status try_begin(struct request *request, struct error *err)
         .fill = fill,
     };
     struct batcher_cut at = batcher_cut(batcher, &request->whole);
-    ck_assert_uint_eq(at.tokens, TOKENS_MAX);
+    ASSERT(at.tokens == TOKENS_MAX);
     return cut_begin(&options, at, &request->cut, err);
 }
 
@@ -387,27 +392,31 @@ static void hear_each(struct request *requests, uint32_t n)
     }
 }
 
-static void check_output(const struct request *request)
+static bool output_is_right(const struct request *request)
 {
-    ck_assert_msg(request->whole.error.status == STATUS_OK, "%s", request->whole.error.text);
-    if (request->in_region) {
-        ck_assert_mem_eq(request->memory + request->placement.output.offset, request->expected,
-                         request->output_bytes);
-        return;
-    }
+    if (request->in_region)
+        return memcmp(request->memory + request->placement.output.offset, request->expected,
+                      request->output_bytes) == 0;
     const uint8_t *expected = (const uint8_t *)request->expected;
     for (uint32_t i = 0; i < request->cut->parts_n; i++) {
         uint64_t bytes;
         const void *output = cut_output(request->cut, &request->cut->parts[i], &bytes);
-        ck_assert_mem_eq(output, expected, bytes);
+        if (memcmp(output, expected, bytes) != 0)
+            return false;
         expected += bytes;
     }
-    ck_assert_ptr_eq(expected, (const uint8_t *)request->expected + request->output_bytes);
+    return expected == (const uint8_t *)request->expected + request->output_bytes;
+}
+
+static void check_output(const struct request *request)
+{
+    ck_assert_msg(request->whole.error.status == STATUS_OK, "%s", request->whole.error.text);
+    ck_assert(output_is_right(request));
 }
 
 static void drop(struct request *request)
 {
-    ck_assert_uint_eq(atomic_load(&request->told), request->heard);
+    ASSERT(atomic_load(&request->told) == request->heard);
     if (request->cut)
         cut_destroy(request->cut);
     free(request->memory);
@@ -675,27 +684,35 @@ START_TEST(one_token_goes_between_two_parts)
 }
 END_TEST
 
-// Who sends requests of one batch beside one who sends a request of many gets every other batch.
+// Two of one connection beside one of another, which has every other batch.
 START_TEST(large_ones_take_turns)
 {
-    start(1, 6);
-    static struct request requests[2];
-    for (uint32_t i = 0; i < 2; i++) {
+    start(1, 8);
+    static struct request requests[3];
+    static const uint32_t connections[] = {1, 1, 2};
+    for (uint32_t i = 0; i < 3; i++) {
         request_init(&requests[i], 6 * TOKENS_MAX, 0);
-        requests[i].whole.connection = 1 + i;
+        requests[i].whole.connection = connections[i];
         begin(&requests[i]);
     }
-    uint32_t ended[2] = {0};
-    for (uint32_t batch = 0; batch < 12; batch++) {
+    uint32_t ended[3] = {0};
+    for (uint32_t batch = 0; batch < 18; batch++) {
         finish(batch, STATUS_OK);
-        WAIT_FOR(atomic_load(&requests[0].told) + atomic_load(&requests[1].told) == batch + 1);
-        uint32_t whose = atomic_load(&requests[0].told) > requests[0].heard ? 0 : 1;
+        uint32_t heard = 0, whose = 3;
+        for (uint32_t i = 0; i < 3; i++)
+            heard += requests[i].heard;
+        WAIT_FOR(atomic_load(&requests[0].told) + atomic_load(&requests[1].told) +
+                     atomic_load(&requests[2].told) >
+                 heard);
+        while (whose-- > 0 && atomic_load(&requests[whose].told) == requests[whose].heard)
+            ;
         hear(&requests[whose]);
         ended[whose]++;
-        ck_assert_uint_le(ended[0], ended[1] + 2);
-        ck_assert_uint_le(ended[1], ended[0] + 2);
+        if (ended[2] < 6)
+            ck_assert_uint_le(ended[0] + ended[1], ended[2] + 3);
     }
-    for (uint32_t i = 0; i < 2; i++) {
+    for (uint32_t i = 0; i < 3; i++) {
+        ck_assert_uint_eq(ended[i], 6);
         check_output(&requests[i]);
         drop(&requests[i]);
     }
@@ -994,7 +1011,7 @@ START_TEST(parts_do_not_wait_by_bytes)
 }
 END_TEST
 
-// ---- many threads
+// ---- many threads; Check's own assertions are for the main one
 
 struct caller {
     pthread_t thread;
@@ -1005,7 +1022,7 @@ static void *run_caller(void *argument)
 {
     struct caller *caller = argument;
     unsigned seed = caller->number;
-    for (int i = 0; i < 300; i++) {
+    for (int i = 0; i < ROUNDS; i++) {
         struct request request;
         request_init(&request, TOKENS_MAX + 1 + (uint32_t)rand_r(&seed) % 60, (unsigned)i & 7);
         request.whole.connection = caller->number;
@@ -1021,7 +1038,7 @@ static void *run_caller(void *argument)
         bool goes_on = true;
         for (int round = 0; goes_on; round++) {
             while (atomic_load(&request.told) == request.heard)
-                sched_yield();
+                usleep(20);
             if (round == cancel_after)
                 atomic_store(&request.whole.cancelled, true);
             request.heard++;
@@ -1029,7 +1046,7 @@ static void *run_caller(void *argument)
             ASSERT(!goes_on || request.cut->under_way <= request.cut->at_once);
         }
         if (request.whole.error.status == STATUS_OK) {
-            check_output(&request);
+            ASSERT(output_is_right(&request));
             caller->answered++;
         } else {
             ASSERT(request.whole.error.status == STATUS_CANCELLED);
@@ -1055,9 +1072,9 @@ START_TEST(many_threads)
         answered += callers[i].answered;
         failed += callers[i].failed;
     }
-    ck_assert_uint_eq(answered + failed, CALLERS_MAX * 300);
-    ck_assert_uint_gt(answered, 100);
-    ck_assert_uint_gt(failed, 100);
+    ck_assert_uint_eq(answered + failed, CALLERS_MAX * ROUNDS);
+    ck_assert_uint_gt(answered, ROUNDS / 2);
+    ck_assert_uint_gt(failed, ROUNDS / 2);
 }
 END_TEST
 
