@@ -443,10 +443,11 @@ static grpc_byte_buffer *respond_with_digest(const struct projection *projection
 static void on_part_sent(void *argument)
 {
     struct part *part = argument;
+    // Pairs with job_advance where it was lent, or released after it was copied out; so this comes first.
+    enum job_state state = atomic_load_explicit(&part->job.state, memory_order_acquire);
     struct cut *cut = part->cut;
     struct projection *projection = CONTAINER_OF(cut->options.whole, struct projection, job);
-    // Pairs with job_advance where it was lent.
-    if (atomic_load_explicit(&part->job.state, memory_order_acquire) == JOB_REPLYING)
+    if (state == JOB_REPLYING)
         batcher_release(cut->options.batcher, &part->job);
     if (atomic_fetch_sub_explicit(&cut->unsent, 1, memory_order_acq_rel) == 1)
         projection_release(projection);

@@ -924,9 +924,9 @@ START_TEST(a_full_queue)
 {
     struct batcher_options options = base;
     struct error err;
-    options.queue_requests_max = 2;
+    options.queue_requests_max = 3;
     ck_assert_int_eq(batcher_create(&options, &engine.waker, &batcher, &err), STATUS_OK);
-    struct request request, refused, first, second;
+    struct request request, refused, first, second, third;
     request_init(&request, 6 * TOKENS_MAX, 0);
     request_init(&refused, 6 * TOKENS_MAX, 0);
     take_place(&first);
@@ -935,6 +935,7 @@ START_TEST(a_full_queue)
     WAIT_FOR(submitted() == 2);
     WAIT_FOR(stats().queued == 1);
     take_place(&second);
+    take_place(&third);
     ck_assert(hear(&request));
     ck_assert_uint_eq(request.cut->begun, 2); // no place for the third
     ck_assert_int_eq(try_begin(&refused, &err), STATUS_RESOURCE_EXHAUSTED);
@@ -954,6 +955,7 @@ START_TEST(a_full_queue)
         leave_place(&second);
     }
     leave_place(&first);
+    leave_place(&third);
     drop(&request);
     drop(&refused);
 }
