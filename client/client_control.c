@@ -478,6 +478,7 @@ static void copy_limits(struct einsum_client_info *info, const Einsum__V1__Limit
     info->limits.stream_requests_max = from->stream_requests_max;
     info->limits.deadline_ms_max = from->deadline_ms_max;
     info->limits.connection_requests_max = from->connection_requests_max;
+    info->limits.cut_bytes_max = from->cut_bytes_max;
 }
 
 static void copy_counters(struct einsum_client_info *info, const Einsum__V1__Counters *from)

@@ -172,6 +172,7 @@ static void translate(struct einsum_client_ring_call *call,
         response->batch_requests = from->batch_requests;
         response->queue_ns = from->queue_ns;
         response->run_ns = from->run_ns;
+        response->parts = from->parts;
         einsum_client_accept_placed(&call->expected, response, &call->error);
         return;
     }

@@ -403,7 +403,7 @@ static bool read_batch(struct einsum_client_reader reader, struct einsum_client_
     bool sound = true;
     struct einsum_client_wire_field field;
     while (einsum_client_reader_next(&reader, &field)) {
-        if (field.number > 5 || !is(&field, EINSUM_CLIENT_WIRE_VARINT, &sound))
+        if (field.number > 6 || !is(&field, EINSUM_CLIENT_WIRE_VARINT, &sound))
             continue;
         uint32_t small = (uint32_t)field.value;
         switch (field.number) {
@@ -419,8 +419,11 @@ static bool read_batch(struct einsum_client_reader reader, struct einsum_client_
         case 4:
             response->queue_ns = field.value;
             break;
-        default:
+        case 5:
             response->run_ns = field.value;
+            break;
+        default:
+            response->parts = small;
             break;
         }
     }

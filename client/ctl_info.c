@@ -68,17 +68,18 @@ static json_t *memory_json(const struct einsum_client_info *info)
 
 static json_t *limits_json(const struct einsum_client_info *info)
 {
-    return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "request_tokens_max",
-                     (json_int_t)info->limits.request_tokens_max, "batch_tokens_max",
-                     (json_int_t)info->limits.batch_tokens_max, "request_bytes_max",
-                     (json_int_t)info->limits.request_bytes_max, "reply_bytes_max",
-                     (json_int_t)info->limits.reply_bytes_max, "queue_requests_max",
-                     (json_int_t)info->limits.queue_requests_max, "queue_bytes_max",
-                     (json_int_t)info->limits.queue_bytes_max, "connections_max",
+    return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}",
+                     "request_tokens_max", (json_int_t)info->limits.request_tokens_max,
+                     "batch_tokens_max", (json_int_t)info->limits.batch_tokens_max,
+                     "request_bytes_max", (json_int_t)info->limits.request_bytes_max,
+                     "reply_bytes_max", (json_int_t)info->limits.reply_bytes_max,
+                     "queue_requests_max", (json_int_t)info->limits.queue_requests_max,
+                     "queue_bytes_max", (json_int_t)info->limits.queue_bytes_max, "connections_max",
                      (json_int_t)info->limits.connections_max, "stream_requests_max",
                      (json_int_t)info->limits.stream_requests_max, "deadline_ms_max",
                      (json_int_t)info->limits.deadline_ms_max, "connection_requests_max",
-                     (json_int_t)info->limits.connection_requests_max);
+                     (json_int_t)info->limits.connection_requests_max, "cut_bytes_max",
+                     (json_int_t)info->limits.cut_bytes_max);
 }
 
 // null: not offered.
@@ -167,6 +168,8 @@ static void print_info(const struct einsum_client_info *info)
            info->limits.request_tokens_max, info->limits.batch_tokens_max,
            ctl_bytes(info->limits.request_bytes_max, a), ctl_bytes(info->limits.reply_bytes_max, b),
            info->limits.deadline_ms_max);
+    printf("            %s held by requests that are cut into parts\n",
+           ctl_bytes(info->limits.cut_bytes_max, a));
     printf(
         "            %u requests queued (%s), %u connections, %u calls on each, %u on a stream\n",
         info->limits.queue_requests_max, ctl_bytes(info->limits.queue_bytes_max, a),

@@ -248,7 +248,7 @@ static void print_json(const struct run *run, const struct einsum_client_respons
     const struct einsum_client_request *request = &run->request;
     bool project = request->operation == EINSUM_CLIENT_OUTPUT_PROJECT;
     json_t *json = json_pack(
-        "{s:s, s:s, s:s?, s:s?, s:s?, s:s?, s:s, s:[I,I,I], s:I, s:{s:I, s:I, s:I, s:I, s:I},"
+        "{s:s, s:s, s:s?, s:s?, s:s?, s:s?, s:s, s:[I,I,I], s:I, s:{s:I, s:I, s:I, s:I, s:I, s:I},"
         " s:s?}",
         "weight", request->weight, "operation", project ? "output_project" : "einsum", "recipe",
         project ? NULL : ctl_recipes[request->recipe], "activation_layout",
@@ -259,8 +259,8 @@ static void print_json(const struct run *run, const struct einsum_client_respons
         (json_int_t)response->groups, (json_int_t)response->output_dim, "latency_ns",
         (json_int_t)response->latency_ns, "batch", "requests", (json_int_t)response->batch_requests,
         "tokens", (json_int_t)response->batch_tokens, "bucket", (json_int_t)response->batch_bucket,
-        "queue_ns", (json_int_t)response->queue_ns, "run_ns", (json_int_t)response->run_ns,
-        "output", file);
+        "queue_ns", (json_int_t)response->queue_ns, "run_ns", (json_int_t)response->run_ns, "parts",
+        (json_int_t)response->parts, "output", file);
     if (response->has_digest)
         json_object_set_new(json, "digest", digest_json(&response->digest));
     else
@@ -281,10 +281,13 @@ static void print_text(const struct run *run, const struct einsum_client_respons
                ctl_activation_layouts[request->activation_layout],
                ctl_scale_layouts[request->scale_layout], ctl_scale_types[request->scale_type],
                ctl_output_types[request->output_type]);
-    printf("output [%u, %u, %u] in %s; ran %s in a batch of %u requests, %u tokens, bucket %u\n",
+    printf("output [%u, %u, %u] in %s; ran %s in a batch of %u requests, %u tokens, bucket %u",
            response->tokens, response->groups, response->output_dim,
            ctl_duration(response->latency_ns, took), ctl_duration(response->run_ns, ran),
            response->batch_requests, response->batch_tokens, response->batch_bucket);
+    if (response->parts > 0)
+        printf(", the first of %u parts", response->parts);
+    printf("\n");
     if (response->has_digest) {
         const struct einsum_client_digest *digest = &response->digest;
         printf("crc32 %08x, %" PRIu64 " elements, %" PRIu64 " NaN, sum %.9g, largest %.9g, first",

@@ -277,6 +277,7 @@ struct einsum_client_response {
     // and nanoseconds from decoded to launched and from launched to done.
     uint32_t batch_tokens, batch_bucket, batch_requests;
     uint64_t queue_ns, run_ns;
+    uint32_t parts; // that it was cut into, since it was larger than a batch; 0: it was not
     // Seen from here: from the start of the call to its end, attempts and pauses included.
     uint64_t latency_ns;
     uint32_t attempts;
@@ -472,6 +473,7 @@ struct einsum_client_info {
         uint32_t queue_requests_max;
         uint64_t queue_bytes_max;
         uint32_t connections_max, stream_requests_max, deadline_ms_max, connection_requests_max;
+        uint64_t cut_bytes_max;
     } limits;
     struct {
         uint64_t weights_bytes, batches_bytes, scratch_bytes, lanes_bytes, graphs_bytes;

@@ -123,7 +123,8 @@ struct einsum_ring_completion {
     uint32_t tokens, groups, output_dim;
     uint32_t batch_tokens, batch_bucket, batch_requests;
     uint64_t queue_ns, run_ns;
-    uint64_t reserved;
+    uint32_t parts; // that it was cut into: see BatchInfo; 0: it was not
+    uint32_t reserved;
     // Unless OK: the field at fault, if one is, and why; both terminated.
     char field[EINSUM_SHARED_FIELD_BYTES];
     char text[384];

@@ -20,40 +20,48 @@ struct room {
     uint32_t tokens;
     uint64_t second_offset; // in its input; of scales, or rotations if it is attention
     uint64_t input_bytes, output_bytes;
+    uint64_t waiting_bytes; // kept elsewhere while it waits; a part's are counted with its request
 };
 
-static uint64_t activation_bytes(const struct job *job)
+static uint64_t activation_bytes(const struct job *job, uint32_t tokens)
 {
-    const struct einsum_operand *operand = &job->operand;
-    uint32_t reduced_dim = job->weight->format.reduced_dim;
+    uint32_t groups = job->operand.groups, reduced_dim = job->weight->format.reduced_dim;
     if (job->attention)
-        return attention_bytes(operand->tokens, operand->groups, reduced_dim);
-    return einsum_activation_bytes(operand->tokens, operand->groups, reduced_dim);
+        return attention_bytes(tokens, groups, reduced_dim);
+    return einsum_activation_bytes(tokens, groups, reduced_dim);
 }
 
-static uint64_t scale_or_rotation_bytes(const struct job *job)
+static uint64_t scale_or_rotation_bytes(const struct job *job, uint32_t tokens)
 {
     const struct einsum_weight_format *format = &job->weight->format;
     const struct einsum_operand *operand = &job->operand;
     if (job->attention)
-        return operand->tokens * sizeof(struct attention_rotation);
-    return einsum_scale_bytes(operand->scale_layout, operand->scale_type, operand->tokens,
-                              operand->groups, format->reduced_dim / format->block_r);
+        return tokens * sizeof(struct attention_rotation);
+    return einsum_scale_bytes(operand->scale_layout, operand->scale_type, tokens, operand->groups,
+                              format->reduced_dim / format->block_r);
+}
+
+// Of so many of the job's tokens.
+static struct room room_for_tokens(const struct job *job, uint32_t tokens, bool input_given)
+{
+    const struct einsum_operand *operand = &job->operand;
+    uint64_t output = einsum_output_bytes(operand->output_type, tokens, operand->groups,
+                                          job->weight->format.output_dim);
+    uint64_t second_offset = align_up(activation_bytes(job, tokens), CACHE_LINE_BYTES);
+    uint64_t second = align_up(scale_or_rotation_bytes(job, tokens), CACHE_LINE_BYTES);
+    uint64_t input = input_given ? 0 : second_offset + second;
+    return (struct room){
+        .tokens = tokens,
+        .second_offset = second_offset,
+        .input_bytes = input,
+        .output_bytes = job->output_given ? 0 : align_up(output, CACHE_LINE_BYTES),
+        .waiting_bytes = job->whole ? 0 : input,
+    };
 }
 
 static struct room room_for(const struct job *job)
 {
-    const struct einsum_operand *operand = &job->operand;
-    uint64_t output = einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
-                                          job->weight->format.output_dim);
-    uint64_t second_offset = align_up(activation_bytes(job), CACHE_LINE_BYTES);
-    uint64_t input = second_offset + align_up(scale_or_rotation_bytes(job), CACHE_LINE_BYTES);
-    return (struct room){
-        .tokens = operand->tokens,
-        .second_offset = second_offset,
-        .input_bytes = job->input_given ? 0 : input,
-        .output_bytes = job->output_given ? 0 : align_up(output, CACHE_LINE_BYTES),
-    };
+    return room_for_tokens(job, job->operand.tokens, job->input_given);
 }
 
 static enum status room_fits_empty_batch(const struct room *room, bool attention,
@@ -75,6 +83,29 @@ static enum status room_fits_empty_batch(const struct room *room, bool attention
                            " bytes of output, this request needs %" PRIu64,
                            options->batch_output_bytes, room->output_bytes);
     return STATUS_OK;
+}
+
+struct batcher_cut batcher_cut(const struct batcher *batcher, const struct job *job)
+{
+    const struct batcher_options *options = &batcher->options;
+    struct batcher_cut cut = {.tokens = job->operand.tokens, .at_once = options->lanes + 1};
+    struct room room = room_for(job);
+    if (room_fits_empty_batch(&room, job->attention, options, NULL) == STATUS_OK)
+        return cut;
+    uint32_t fits = 0, too_many = cut.tokens;
+    if (too_many > options->batch_tokens_max)
+        too_many = options->batch_tokens_max + 1;
+    while (too_many - fits > 1) {
+        uint32_t tokens = fits + (too_many - fits) / 2;
+        // A part may have to be copied in where the whole would not: its rows may lie apart.
+        room = room_for_tokens(job, tokens, false);
+        if (room_fits_empty_batch(&room, job->attention, options, NULL) == STATUS_OK)
+            fits = tokens;
+        else
+            too_many = tokens;
+    }
+    cut.tokens = fits;
+    return cut;
 }
 
 // --- who goes first
@@ -337,8 +368,8 @@ static enum full full_locked(const struct batcher *batcher, bool may_wait, const
         return FULL_REQUESTS;
     if (!may_wait)
         return FULL_BUFFERS;
-    bool fits =
-        batcher->waiting_bytes + room->input_bytes <= options->batches * options->batch_input_bytes;
+    bool fits = batcher->waiting_bytes + room->waiting_bytes <=
+                options->batches * options->batch_input_bytes;
     return fits ? FULL_NOT : FULL_BYTES;
 }
 
@@ -374,7 +405,30 @@ static void wait_locked(struct batcher *batcher, struct job *job, const struct r
     *at = job;
     if (!job->next_waiting)
         batcher->waiting_last = job;
-    batcher->waiting_bytes += room->input_bytes;
+    batcher->waiting_bytes += room->waiting_bytes;
+}
+
+// Takes jobs out of those that wait, from `at` on; `kept_last` is the one before. `for_bytes`: but not
+// those that would leave none.
+static struct job *take_out_locked(struct batcher *batcher, struct job **at, struct job *kept_last,
+                                   bool for_bytes)
+{
+    struct job *out = NULL, **out_end = &out;
+    while (*at) {
+        struct job *job = *at;
+        if (for_bytes && room_for(job).waiting_bytes == 0) {
+            kept_last = job;
+            at = &job->next_waiting;
+            continue;
+        }
+        *at = job->next_waiting;
+        job->next_waiting = NULL;
+        *out_end = job;
+        out_end = &job->next_waiting;
+        batcher->stats.queued--;
+    }
+    batcher->waiting_last = kept_last;
+    return out;
 }
 
 // Of the jobs that wait, takes out as many of the last as leave room for `job` to wait, if it stands
@@ -383,7 +437,7 @@ static struct job *push_out_locked(struct batcher *batcher, const struct job *jo
                                    const struct room *room)
 {
     const struct batcher_options *options = &batcher->options;
-    uint64_t bytes = batcher->waiting_bytes + room->input_bytes;
+    uint64_t bytes = batcher->waiting_bytes + room->waiting_bytes;
     uint64_t bytes_max = options->batches * options->batch_input_bytes;
     uint64_t needed = bytes > bytes_max ? bytes - bytes_max : 0, behind = 0;
     struct job **at = &batcher->waiting, *kept_last = NULL;
@@ -392,21 +446,16 @@ static struct job *push_out_locked(struct batcher *batcher, const struct job *jo
         at = &(*at)->next_waiting;
     }
     for (const struct job *other = *at; other; other = other->next_waiting)
-        behind += room_for(other).input_bytes;
+        behind += room_for(other).waiting_bytes;
     if (!*at || behind < needed)
         return NULL;
-    while ((*at)->next_waiting && behind - room_for(*at).input_bytes >= needed) {
-        behind -= room_for(*at).input_bytes;
+    while ((*at)->next_waiting && behind - room_for(*at).waiting_bytes >= needed) {
+        behind -= room_for(*at).waiting_bytes;
         kept_last = *at;
         at = &(*at)->next_waiting;
     }
-    struct job *out = *at;
-    *at = NULL;
-    batcher->waiting_last = kept_last;
     batcher->waiting_bytes -= behind;
-    for (const struct job *other = out; other; other = other->next_waiting)
-        batcher->stats.queued--;
-    return out;
+    return take_out_locked(batcher, at, kept_last, needed > 0);
 }
 
 static void answer_pushed_out(struct job *job, uint32_t retry_after_ms)
@@ -529,7 +578,7 @@ static struct job *give_room_locked(struct batcher *batcher)
         if (!batch)
             break;
         batcher->waiting = job->next_waiting;
-        batcher->waiting_bytes -= room.input_bytes;
+        batcher->waiting_bytes -= room.waiting_bytes;
         batch_reserve_locked(batcher, batch, job, &room);
         job_advance(job, JOB_WAITING, JOB_DECODING);
         job->next_waiting = NULL;

@@ -58,6 +58,13 @@ NODISCARD enum status batcher_create(const struct batcher_options *options,
 // No job is left (every one was released or abandoned). Stops the scheduler thread.
 void batcher_destroy(struct batcher *batcher);
 
+// How a job of more tokens than an empty batch takes is cut into parts: cut.h. Any thread.
+struct batcher_cut {
+    uint32_t tokens;  // of a part, all but the last; those of the job: it fits; 0: not one fits
+    uint32_t at_once; // parts worth having under way: one a lane, and one to follow
+};
+struct batcher_cut batcher_cut(const struct batcher *batcher, const struct job *job);
+
 // Any thread. Finds room for a job (IDLE, operand.tokens >= 1, shapes checked by the caller) and
 // sets the operand's pointers: activations, scales and output each at 64 bytes. For attention:
 // activations has room for attention_bytes() and rotations, at 64 bytes, for one of each token;

@@ -197,8 +197,8 @@ static const struct key config_keys[] = {
     {U32(phase_sample, 0, 1 << 20, "16", "batches",
          "of which one is timed phase by phase, for ServerInfo; 0: none is")},
 
-    {SECTION("batching"), U32(request_tokens_max, 1, EINSUM_TOKENS_MAX, "512", "tokens",
-                              "of one request; at most batch_tokens_max")},
+    {SECTION("batching"), U32(request_tokens_max, 1, EINSUM_TOKENS_MAX, "8192", "tokens",
+                              "of one request; past batch_tokens_max it is cut into parts")},
     {U32(batch_tokens_max, SELFTEST_TOKENS, EINSUM_TOKENS_MAX, "512", "tokens",
          "of one batch, all its requests together")},
     {LIST(0, CONFIG_BUCKETS_MAX, buckets),
@@ -214,6 +214,9 @@ static const struct key config_keys[] = {
     {U64(batch_output_bytes, 0, 1ull << 40, "0", "bytes", "of output in one buffer; 0: likewise")},
     {U32(queue_requests_max, 1, 1 << 20, "1024", "requests",
          "decoded and not yet launched; past these, RESOURCE_EXHAUSTED")},
+    {U64(cut_bytes_max, 0, 1ull << 40, "0", "bytes",
+         "held by all requests that are cut; past these, RESOURCE_EXHAUSTED; 0: four of the "
+         "largest")},
     {U32(deadline_ms_max, 1, DAY_MS, "60000", "milliseconds",
          "cap on any request's deadline, and the deadline of those without")},
     {U32(reply_timeout_ms, 1, DAY_MS, "10000", "milliseconds",
@@ -787,10 +790,6 @@ static enum status check_together(const struct config *config, struct error *err
         status = check_shared(config, err);
     if (status)
         return status;
-    if (config->request_tokens_max > config->batch_tokens_max)
-        return error_field(err, STATUS_INVALID_ARGUMENT, "request_tokens_max",
-                           "must be at most batch_tokens_max (%u), got %u",
-                           config->batch_tokens_max, config->request_tokens_max);
     status = check_buckets(config, err);
     if (status)
         return status;

@@ -72,7 +72,7 @@ struct config {
     uint32_t phase_sample;    // one batch in so many is timed phase by phase; 0: none
 
     // batching
-    uint32_t request_tokens_max;          // default 512; at most batch_tokens_max
+    uint32_t request_tokens_max;          // default 8192; past batch_tokens_max it is cut
     uint32_t batch_tokens_max;            // default 512: the largest bucket
     uint32_t buckets[CONFIG_BUCKETS_MAX]; // ascending; default: powers of two up to
                                           // batch_tokens_max
@@ -84,6 +84,7 @@ struct config {
                                 // weight at start
     uint64_t batch_output_bytes;
     uint32_t queue_requests_max; // decoded and not yet launched; default 1024
+    uint64_t cut_bytes_max;    // of all requests that are cut; 0 (default): of four of the largest
     uint32_t deadline_ms_max;  // cap on any request's deadline, and the deadline of those without;
                                // default 60000
     uint32_t reply_timeout_ms; // a caller that does not read its reply for so long is cut off;

@@ -31,6 +31,7 @@ enum {
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
     MESSAGE_OVERHEAD_BYTES = 64 << 10, // of a request beyond its tensors
     TRANSPORT_REQUESTS = 64,
+    CUT_REQUESTS = 4,
     REDUCED_DIM_MAX = 16384, // four times V4's: the engine's scratch is sized by it
 };
 
@@ -90,6 +91,33 @@ static void resolve_batch_bytes(struct config *config, const struct weights_tota
         config->batch_output_bytes =
             align_up(einsum_output_bytes(EINSUM_OUTPUT_FP32, tokens, groups, output_dim) + slack,
                      (uint64_t)sysconf(_SC_PAGESIZE));
+}
+
+// A request of more tokens than a batch is so many times as large as what fills one.
+static uint64_t for_largest_request(const struct config *config, uint64_t batch_bytes)
+{
+    if (config->request_tokens_max <= config->batch_tokens_max)
+        return batch_bytes;
+    return batch_bytes / config->batch_tokens_max * config->request_tokens_max +
+           batch_bytes % config->batch_tokens_max * config->request_tokens_max /
+               config->batch_tokens_max;
+}
+
+static void resolve_message_bytes(struct config *config, struct service_context *context)
+{
+    uint64_t input = for_largest_request(config, config->batch_input_bytes);
+    uint64_t output = for_largest_request(config, config->batch_output_bytes);
+    context->message_bytes_max = input + MESSAGE_OVERHEAD_BYTES;
+    if (context->message_bytes_max > INT32_MAX) // gRPC's own limit
+        context->message_bytes_max = INT32_MAX;
+    context->reply_bytes_max = output + WIRE_RESPONSE_HEAD_BYTES_MAX;
+    if (config->cut_bytes_max == 0)
+        config->cut_bytes_max =
+            CUT_REQUESTS * (context->message_bytes_max + context->reply_bytes_max);
+    if (config->transport_bytes_max == 0)
+        config->transport_bytes_max =
+            (1ull << 30) + config->cut_bytes_max +
+            TRANSPORT_REQUESTS * (config->batch_input_bytes + MESSAGE_OVERHEAD_BYTES);
 }
 
 NODISCARD static enum status bind_addresses(struct daemon *daemon, struct error *err)
@@ -351,12 +379,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
     };
     struct config *config = daemon->config;
     struct service_context *context = &daemon->context;
-    context->message_bytes_max = config->batch_input_bytes + MESSAGE_OVERHEAD_BYTES;
-    if (context->message_bytes_max > INT32_MAX) // gRPC's own limit
-        context->message_bytes_max = INT32_MAX;
-    if (config->transport_bytes_max == 0)
-        config->transport_bytes_max =
-            (1ull << 30) + TRANSPORT_REQUESTS * context->message_bytes_max;
+    resolve_message_bytes(config, context);
     const struct rpc_options options = {
         .threads = config->rpc_threads,
         .calls_max = config->calls_max,

@@ -18,15 +18,16 @@ static float element_at(enum einsum_output_type type, const void *output, uint64
     return bf16_to_float(bits);
 }
 
-void digest_compute(enum einsum_output_type type, const void *output, uint64_t elements,
-                    struct digest *digest)
+void digest_add(enum einsum_output_type type, const void *output, uint64_t elements,
+                struct digest *digest)
 {
     uint64_t bytes = elements * einsum_output_element_bytes(type);
-    *digest = (struct digest){.elements = elements};
-    digest->crc32 = (uint32_t)crc32_z(crc32_z(0, NULL, 0), output, bytes);
+    digest->elements += elements;
+    if (elements > 0) // of nothing zlib would start anew
+        digest->crc32 = (uint32_t)crc32_z(digest->crc32, output, bytes);
     for (uint64_t i = 0; i < elements; i++) {
         float value = element_at(type, output, i);
-        if (i < DIGEST_HEAD_ELEMENTS)
+        if (digest->head_n < DIGEST_HEAD_ELEMENTS)
             digest->head[digest->head_n++] = value;
         if (isnan(value)) {
             digest->nan_elements++;

@@ -13,5 +13,6 @@ struct digest {
     size_t head_n;
 };
 
-void digest_compute(enum einsum_output_type type, const void *output, uint64_t elements,
-                    struct digest *digest);
+// Adds what follows in the output to a digest, which is all zeros at first.
+void digest_add(enum einsum_output_type type, const void *output, uint64_t elements,
+                struct digest *digest);

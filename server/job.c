@@ -1,6 +1,8 @@
-// The states of a job and the steps between them; job.h tells who owns a job in each. Any thread,
-// on jobs that it owns.
+// The states of a job and the steps between them; job.h tells who owns a job in each. And where a
+// part's tensors lie in its request. Any thread, on jobs that it owns.
 #include "job.h"
+
+#include "../kernels/attention.h"
 
 #define TO(state) (1u << (state))
 
@@ -27,4 +29,53 @@ void job_advance(struct job *job, enum job_state from, enum job_state to)
     bool was_in_from = atomic_compare_exchange_strong_explicit(
         &job->state, &seen, to, memory_order_acq_rel, memory_order_acquire);
     ASSERT(was_in_from);
+}
+
+static struct job_runs one_run(uint64_t offset, uint64_t bytes)
+{
+    return (struct job_runs){.n = 1, .offset = offset, .bytes = bytes};
+}
+
+struct job_runs job_activation_runs(const struct job *job)
+{
+    const struct einsum_operand *operand = &job->operand;
+    uint64_t tokens = operand->tokens, first = job->first_token;
+    uint64_t reduced_dim = job->weight->format.reduced_dim;
+    uint64_t token_bytes = job->attention
+                               ? attention_bytes(1, operand->groups, reduced_dim)
+                               : einsum_activation_bytes(1, operand->groups, reduced_dim);
+    if (!job->whole || job->attention || operand->activation_layout != EINSUM_ACTIVATIONS_GTR)
+        return one_run(first * token_bytes, tokens * token_bytes);
+    return (struct job_runs){
+        .n = operand->groups,
+        .offset = first * reduced_dim,
+        .bytes = tokens * reduced_dim,
+        .from_stride = job->whole->operand.tokens * reduced_dim,
+        .to_stride = tokens * reduced_dim,
+    };
+}
+
+struct job_runs job_scale_runs(const struct job *job)
+{
+    const struct einsum_weight_format *format = &job->weight->format;
+    const struct einsum_operand *operand = &job->operand;
+    uint64_t tokens = operand->tokens, first = job->first_token;
+    if (job->attention)
+        return one_run(first * sizeof(int64_t), tokens * sizeof(int64_t));
+    uint64_t token_bytes =
+        einsum_scale_bytes(EINSUM_SCALES_TGK, operand->scale_type, 1, operand->groups,
+                           format->reduced_dim / format->block_r);
+    bool token_fastest = operand->scale_layout == EINSUM_SCALES_GKT;
+    if (!job->whole)
+        return one_run(0, (token_fastest ? einsum_align4(tokens) : tokens) * token_bytes);
+    if (!token_fastest)
+        return one_run(first * token_bytes, tokens * token_bytes);
+    // A token has one word in each run, of FP32 or of four blocks' UE8M0.
+    return (struct job_runs){
+        .n = (uint32_t)(token_bytes / sizeof(uint32_t)),
+        .offset = first * sizeof(uint32_t),
+        .bytes = tokens * sizeof(uint32_t),
+        .from_stride = einsum_align4(job->whole->operand.tokens) * sizeof(uint32_t),
+        .to_stride = einsum_align4(tokens) * sizeof(uint32_t),
+    };
 }

@@ -52,6 +52,9 @@ struct job {
     uint64_t received_ns;
     enum job_priority priority;
     uint32_t connection; // whose jobs share with those of others, see batch.h; 0: no connection's
+    // Of a part of another job (cut.h), from this of its tokens on; NULL: it is none. Cancelled with it.
+    const struct job *whole;
+    uint32_t first_token;
 
     // How it ended; valid in DONE.
     struct error error;
@@ -74,6 +77,22 @@ struct job {
     const uint8_t *input, *output; // its room in the batch, of so many bytes:
     uint64_t input_bytes, output_bytes;
 };
+
+static inline bool job_cancelled(const struct job *job)
+{
+    return atomic_load_explicit(&job->cancelled, memory_order_relaxed) ||
+           (job->whole && atomic_load_explicit(&job->whole->cancelled, memory_order_relaxed));
+}
+
+// Where a tensor of a job lies within that of its request: all of it, or, of a part, so many runs of
+// bytes, which a part of its own memory takes one behind the other.
+struct job_runs {
+    uint32_t n;
+    uint64_t offset, bytes;          // of the first; of each
+    uint64_t from_stride, to_stride; // from one to the next, in the request's and in the job's
+};
+struct job_runs job_activation_runs(const struct job *job); // of attention: its output
+struct job_runs job_scale_runs(const struct job *job);      // of attention: positions
 
 // From `from` to `to`; asserts that the job was in `from` and that the table above has that step.
 void job_advance(struct job *job, enum job_state from, enum job_state to);

@@ -10,17 +10,17 @@
 
 enum { POSITIONS_AT_A_TIME = 64 };
 
-static uint64_t output_bytes(const struct job *job)
+static uint64_t output_bytes(const struct job *job, uint64_t tokens)
 {
     const struct einsum_operand *operand = &job->operand;
-    return einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
+    return einsum_output_bytes(operand->output_type, tokens, operand->groups,
                                job->weight->format.output_dim);
 }
 
 NODISCARD static enum status check_output(const struct wire_range *output, bool digest_only,
                                           const struct job *job, struct error *err)
 {
-    uint64_t needed = output_bytes(job);
+    uint64_t needed = output_bytes(job, job->operand.tokens);
     if (digest_only && output->bytes > 0)
         return error_field(err, STATUS_INVALID_ARGUMENT, "shared.output_bytes",
                            "%" PRIu64 ", but with digest_only there is no output", output->bytes);
@@ -89,7 +89,7 @@ NODISCARD static enum status fill_rotations(const int64_t *positions, const stru
         for (uint32_t i = 0; i < n && status == STATUS_OK; i++) {
             // A barrier: the compiler must not read from the region again.
             __asm__ volatile("" : "+m"(copied[i]));
-            status = request_check_position(copied[i], t + i, job->weight, err);
+            status = request_check_position(copied[i], job->first_token + t + i, job->weight, err);
         }
         if (status == STATUS_OK)
             status = rope_rotations(job->weight->rope, copied, n, rotations + t, err);
@@ -102,25 +102,32 @@ static void count(_Atomic uint64_t *counter, uint64_t bytes)
     atomic_fetch_add_explicit(counter, bytes, memory_order_relaxed);
 }
 
-enum status placement_fill(const struct placement *placement, struct job *job,
+// Batch memory is the daemon's to write; the operand calls it const since engines only read it.
+static void copy_runs(const struct job_runs *runs, const uint8_t *from, const void *to)
+{
+    for (uint32_t i = 0; i < runs->n; i++)
+        memcpy((uint8_t *)(uintptr_t)to + i * runs->to_stride,
+               from + runs->offset + i * runs->from_stride, runs->bytes);
+}
+
+enum status placement_fill(const struct placement *placement, const struct job *job,
                            struct copy_counters *copies, struct error *err)
 {
     if (job->input_given)
         return STATUS_OK;
-    const uint8_t *memory = placement->region->memory;
+    const uint8_t *activations = placement->region->memory + placement->activations.offset;
+    const uint8_t *scales = placement->region->memory + placement->scales.offset;
     const struct einsum_operand *operand = &job->operand;
+    const struct job_runs rows = job_activation_runs(job), second = job_scale_runs(job);
     if (job->attention) {
-        enum status status =
-            fill_rotations((const void *)(memory + placement->scales.offset), job, err);
+        enum status status = fill_rotations((const void *)(scales + second.offset), job, err);
         if (status != STATUS_OK)
             return status;
     } else {
-        memcpy((void *)(uintptr_t)operand->scales, memory + placement->scales.offset,
-               placement->scales.bytes);
+        copy_runs(&second, scales, operand->scales);
     }
-    memcpy((void *)(uintptr_t)operand->activations, memory + placement->activations.offset,
-           placement->activations.bytes);
-    count(&copies->in_bytes, placement->activations.bytes + placement->scales.bytes);
+    copy_runs(&rows, activations, operand->activations);
+    count(&copies->in_bytes, rows.n * rows.bytes + second.n * second.bytes);
     return STATUS_OK;
 }
 
@@ -129,8 +136,10 @@ void placement_finish(const struct placement *placement, const struct job *job,
 {
     if (job->output_given || placement->output.bytes == 0)
         return;
-    uint64_t bytes = output_bytes(job);
-    memcpy(placement->region->memory + placement->output.offset, job->operand.output, bytes);
+    uint64_t bytes = output_bytes(job, job->operand.tokens);
+    memcpy(placement->region->memory + placement->output.offset +
+               output_bytes(job, job->first_token),
+           job->operand.output, bytes);
     count(&copies->out_bytes, bytes);
 }
 

@@ -1,4 +1,4 @@
-// The tensors of one request in a region: checked once against it, then used from where they lie,
+// The tensors of one request in a region, or of a part of it: checked once against it, then used from where they lie,
 // or, where the engine or attention's quantising in place does not allow that, by way of the batch.
 //
 //     placement_set     checks; sets the job's operand and what it brings along
@@ -28,7 +28,7 @@ NODISCARD enum status placement_set(struct placement *placement, struct region *
                                     struct job *job, struct error *err);
 
 // On failure the job is as it was: DECODING, to be abandoned.
-NODISCARD enum status placement_fill(const struct placement *placement, struct job *job,
+NODISCARD enum status placement_fill(const struct placement *placement, const struct job *job,
                                      struct copy_counters *copies, struct error *err);
 void placement_finish(const struct placement *placement, const struct job *job,
                       struct copy_counters *copies);

@@ -2,6 +2,8 @@
 
 #include <einsum/v1/einsum.pb-c.h>
 #include <grpc/slice.h>
+#include <grpc/slice_buffer.h>
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,6 +14,13 @@
 #include "request.h"
 #include "rope.h"
 #include "service.h"
+
+static uint64_t output_bytes(const struct projection *projection)
+{
+    const struct einsum_operand *operand = &projection->job.operand;
+    return einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
+                               projection->job.weight->format.output_dim);
+}
 
 // ---- a request becomes a job
 
@@ -26,47 +35,61 @@ struct projection_bytes projection_bytes(const grpc_byte_buffer *message)
 }
 
 // A few positions at a time, so that they need no memory of their own.
-NODISCARD static enum status fill_rotations(const struct projection *projection,
-                                            struct projection_bytes bytes,
-                                            struct attention_rotation *rotations, struct error *err)
+NODISCARD static enum status fill_rotations(const struct job *job, struct projection_bytes bytes,
+                                            uint64_t offset, struct error *err)
 {
     enum { POSITIONS_AT_A_TIME = 64 };
-    uint32_t tokens = projection->job.operand.tokens;
+    // Batch memory is the daemon's to write; the operand calls it const since engines only read it.
+    struct attention_rotation *rotations = (void *)(uintptr_t)job->operand.rotations;
+    uint32_t tokens = job->operand.tokens;
     struct wire_cursor cursor;
     wire_cursor_init(&cursor, bytes.slices, bytes.slices_n);
-    wire_skip(&cursor, projection->positions.offset);
+    wire_skip(&cursor, offset);
     for (uint32_t t = 0, n; t < tokens; t += n) {
         int64_t positions[POSITIONS_AT_A_TIME];
         n = tokens - t < POSITIONS_AT_A_TIME ? tokens - t : POSITIONS_AT_A_TIME;
         wire_take(&cursor, n * sizeof *positions, positions);
-        enum status status =
-            rope_rotations(projection->job.weight->rope, positions, n, rotations + t, err);
+        enum status status = rope_rotations(job->weight->rope, positions, n, rotations + t, err);
         if (status != STATUS_OK)
             return status;
     }
     return STATUS_OK;
 }
 
-NODISCARD static enum status fill(struct projection *projection, const grpc_byte_buffer *message,
-                                  struct error *err)
+// `offset`: of the whole tensor.
+static void copy_runs(struct projection_bytes bytes, uint64_t offset, const struct job_runs *runs,
+                      const void *to)
 {
+    struct wire_cursor cursor;
+    wire_cursor_init(&cursor, bytes.slices, bytes.slices_n);
+    wire_skip(&cursor, offset + runs->offset);
+    for (uint32_t i = 0; i < runs->n; i++) {
+        if (i > 0)
+            wire_skip(&cursor, runs->from_stride - runs->bytes);
+        wire_take(&cursor, runs->bytes, (uint8_t *)(uintptr_t)to + i * runs->to_stride);
+    }
+}
+
+// `job`: the projection's, or a part of it.
+NODISCARD static enum status fill(struct projection *projection, const struct job *job,
+                                  const grpc_byte_buffer *message, struct error *err)
+{
+    struct copy_counters *copies = &call_context(projection->call)->copies;
+    if (projection->placement.region)
+        return placement_fill(&projection->placement, job, copies, err);
     struct projection_bytes bytes = projection_bytes(message);
-    // Batch memory is the daemon's to write; the operand calls it const since engines only read it.
-    const struct einsum_operand *operand = &projection->job.operand;
-    struct wire_range second = projection->activation_scales;
-    if (projection->job.attention) {
-        second = projection->positions;
-        enum status status = fill_rotations(
-            projection, bytes, (struct attention_rotation *)(uintptr_t)operand->rotations, err);
+    const struct job_runs rows = job_activation_runs(job), second = job_scale_runs(job);
+    if (job->attention) {
+        enum status status =
+            fill_rotations(job, bytes, projection->positions.offset + second.offset, err);
         if (status != STATUS_OK)
             return status;
     } else {
-        wire_copy(bytes.slices, bytes.slices_n, second, (void *)(uintptr_t)operand->scales);
+        copy_runs(bytes, projection->activation_scales.offset, &second, job->operand.scales);
     }
-    wire_copy(bytes.slices, bytes.slices_n, projection->activations,
-              (void *)(uintptr_t)operand->activations);
-    atomic_fetch_add_explicit(&call_context(projection->call)->copies.in_bytes,
-                              projection->activations.bytes + second.bytes, memory_order_relaxed);
+    copy_runs(bytes, projection->activations.offset, &rows, job->operand.activations);
+    atomic_fetch_add_explicit(&copies->in_bytes, rows.n * rows.bytes + second.n * second.bytes,
+                              memory_order_relaxed);
     return STATUS_OK;
 }
 
@@ -75,10 +98,7 @@ NODISCARD static enum status fill_and_commit(struct projection *projection,
                                              const grpc_byte_buffer *message, struct error *err)
 {
     struct service_context *context = call_context(projection->call);
-    enum status status =
-        projection->placement.region
-            ? placement_fill(&projection->placement, &projection->job, &context->copies, err)
-            : fill(projection, message, err);
+    enum status status = fill(projection, &projection->job, message, err);
     if (status == STATUS_OK)
         batcher_commit(context->batcher, &projection->job);
     else
@@ -86,9 +106,18 @@ NODISCARD static enum status fill_and_commit(struct projection *projection,
     return status;
 }
 
-bool projection_has_room(const struct projection *projection)
+// Keeps the message for later. What wakes the owner then wakes this very thread: it is not too late.
+static void keep(struct projection *projection, grpc_byte_buffer *message)
 {
-    return atomic_load_explicit(&projection->job.state, memory_order_acquire) == JOB_DECODING;
+    if (!projection->placement.region)
+        projection->message = grpc_byte_buffer_copy(message);
+}
+
+static void drop_message(struct projection *projection)
+{
+    if (projection->message)
+        grpc_byte_buffer_destroy(projection->message);
+    projection->message = NULL;
 }
 
 NODISCARD static enum status submit(struct projection *projection, grpc_byte_buffer *message,
@@ -99,9 +128,7 @@ NODISCARD static enum status submit(struct projection *projection, grpc_byte_buf
     enum status status = batcher_reserve_or_wait(call_context(projection->call)->batcher,
                                                  &projection->job, &waits, err);
     if (status == STATUS_OK && waits) {
-        // on_room wakes this very thread, so it is not too late to keep the message
-        if (!projection->placement.region)
-            projection->message = grpc_byte_buffer_copy(message);
+        keep(projection, message);
         return STATUS_OK;
     }
     if (status == STATUS_OK)
@@ -111,7 +138,84 @@ NODISCARD static enum status submit(struct projection *projection, grpc_byte_buf
     return status;
 }
 
-bool projection_continue(struct projection *projection)
+// ---- a request becomes a job for each of its parts
+
+enum { CUT_RETRY_MS = 100 };
+
+NODISCARD static enum status fill_part(struct job *whole, const struct job *part, struct error *err)
+{
+    struct projection *projection = CONTAINER_OF(whole, struct projection, job);
+    return fill(projection, part, projection->message, err);
+}
+
+// Counts what the request holds until it is answered: its message, and its output, which may have to be
+// copied out at any moment.
+NODISCARD static enum status admit(struct projection *projection, const grpc_byte_buffer *message,
+                                   struct error *err)
+{
+    struct service_context *context = call_context(projection->call);
+    const struct job *job = &projection->job;
+    uint64_t bytes = 0;
+    if (!job->output_given)
+        bytes = output_bytes(projection);
+    if (!projection->placement.region) {
+        struct projection_bytes slices = projection_bytes(message);
+        bytes += wire_bytes(slices.slices, slices.slices_n);
+    }
+    uint64_t before = atomic_fetch_add_explicit(&context->cut_bytes, bytes, memory_order_relaxed);
+    projection->cut_bytes = bytes;
+    if (before == 0 || before + bytes <= context->config->cut_bytes_max) // one may be any size
+        return STATUS_OK;
+    error_set(err, STATUS_RESOURCE_EXHAUSTED,
+              "requests of more tokens than a batch hold %" PRIu64 " bytes, and %" PRIu64
+              " more are too many (cut_bytes_max)",
+              before, bytes);
+    err->retry_after_ms = CUT_RETRY_MS;
+    return err->status;
+}
+
+static void unadmit(struct projection *projection)
+{
+    atomic_fetch_sub_explicit(&call_context(projection->call)->cut_bytes, projection->cut_bytes,
+                              memory_order_relaxed);
+    projection->cut_bytes = 0;
+}
+
+NODISCARD static enum status submit_cut(struct projection *projection, grpc_byte_buffer *message,
+                                        struct batcher_cut at, struct error *err)
+{
+    struct service_context *context = call_context(projection->call);
+    const struct cut_options options = {
+        .batcher = context->batcher,
+        .whole = &projection->job,
+        .placement = &projection->placement,
+        .copies = &context->copies,
+        .fill = fill_part,
+    };
+    enum status status = admit(projection, message, err);
+    if (status == STATUS_OK) {
+        call_hold(projection->call);
+        keep(projection, message);
+        status = cut_begin(&options, at, &projection->cut, err);
+        if (status != STATUS_OK)
+            call_unhold(projection->call);
+    }
+    if (status != STATUS_OK) {
+        drop_message(projection);
+        unadmit(projection);
+    }
+    return status;
+}
+
+// ---- going on
+
+NODISCARD static bool has_room(const struct projection *projection)
+{
+    return atomic_load_explicit(&projection->job.state, memory_order_acquire) == JOB_DECODING;
+}
+
+// False: the job is given up, since it had been cancelled or could not be filled.
+NODISCARD static bool use_room(struct projection *projection)
 {
     struct job *job = &projection->job;
     grpc_byte_buffer *message = projection->message;
@@ -129,6 +233,16 @@ bool projection_continue(struct projection *projection)
     if (status != STATUS_OK) // a job that was committed may be the scheduler's by now
         job->error = err;
     return status == STATUS_OK;
+}
+
+bool projection_go_on(struct projection *projection)
+{
+    if (!projection->cut)
+        return has_room(projection) && use_room(projection);
+    bool goes_on = cut_go_on(projection->cut);
+    if (!goes_on)
+        drop_message(projection);
+    return goes_on;
 }
 
 static uint64_t deadline_ns(const struct projection *projection)
@@ -186,7 +300,10 @@ enum status projection_start(struct projection *projection, const struct wire_re
                                          projection->job.weight, err);
     }
     if (status == STATUS_OK && request->tokens > 0) {
-        status = submit(projection, message, err);
+        struct batcher_cut at = batcher_cut(context->batcher, &projection->job);
+        status = at.tokens == 0 || at.tokens == request->tokens
+                     ? submit(projection, message, err)
+                     : submit_cut(projection, message, at, err);
         *running = status == STATUS_OK;
     }
     if (!*running)
@@ -213,16 +330,10 @@ static struct wire_response describe(const struct projection *projection, uint64
         .batch_tokens = job->batch_tokens,
         .batch_bucket = job->batch_bucket,
         .batch_requests = job->batch_requests,
+        .parts = projection->cut ? projection->cut->parts_n : 0,
         .queue_ns = job->launched_ns - job->queued_ns,
         .run_ns = job->done_ns - job->launched_ns,
     };
-}
-
-static uint64_t output_bytes(const struct projection *projection)
-{
-    const struct einsum_operand *operand = &projection->job.operand;
-    return einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
-                               projection->job.weight->format.output_dim);
 }
 
 void projection_release(struct projection *projection)
@@ -231,8 +342,11 @@ void projection_release(struct projection *projection)
     struct job *job = &projection->job;
     if (atomic_load_explicit(&job->state, memory_order_relaxed) != JOB_IDLE) // not given up
         batcher_release(call_context(call)->batcher, job);
-    if (projection->message) // the device was lost while it waited
-        grpc_byte_buffer_destroy(projection->message);
+    if (projection->cut) {
+        cut_destroy(projection->cut);
+        unadmit(projection);
+    }
+    drop_message(projection); // the device was lost while it waited
     placement_drop(&projection->placement);
     weight_unref(projection->job.weight);
     if (projection->streamed)
@@ -248,11 +362,12 @@ static void on_output_sent(void *argument)
     projection_release(projection);
 }
 
+// `output` (NULL: none, or yet to be added) is taken; `bytes` of it go out in all.
 static grpc_byte_buffer *respond_with_head(const struct projection *projection,
-                                           const grpc_slice *output)
+                                           const grpc_slice *output, uint64_t bytes)
 {
     uint8_t head[WIRE_RESPONSE_HEAD_BYTES_MAX];
-    struct wire_response response = describe(projection, output ? GRPC_SLICE_LENGTH(*output) : 0);
+    struct wire_response response = describe(projection, bytes);
     size_t head_bytes = wire_write_response_head(&response, projection->streamed, head);
     grpc_slice slices[2] = {grpc_slice_from_copied_buffer((const char *)head, head_bytes)};
     if (output)
@@ -271,15 +386,29 @@ static grpc_byte_buffer *respond_with_output(struct projection *projection)
     grpc_slice output =
         grpc_slice_new_with_user_data(projection->job.operand.output,
                                       (size_t)output_bytes(projection), on_output_sent, projection);
-    return respond_with_head(projection, &output);
+    return respond_with_head(projection, &output, output_bytes(projection));
+}
+
+static void digest_output(const struct projection *projection, struct digest *digest)
+{
+    const struct cut *cut = projection->cut;
+    enum einsum_output_type type = projection->job.operand.output_type;
+    *digest = (struct digest){0};
+    if (!cut)
+        digest_add(type, projection->job.operand.output,
+                   output_bytes(projection) / einsum_output_element_bytes(type), digest);
+    for (uint32_t i = 0; cut && i < cut->parts_n; i++) {
+        uint64_t bytes;
+        const void *output = cut_output(cut, &cut->parts[i], &bytes);
+        digest_add(type, output, bytes / einsum_output_element_bytes(type), digest);
+    }
 }
 
 static grpc_byte_buffer *respond_with_digest(const struct projection *projection)
 {
     const struct wire_response head = describe(projection, 0);
     struct digest computed;
-    digest_compute(projection->job.operand.output_type, projection->job.operand.output,
-                   (uint64_t)head.tokens * head.groups * head.output_dim, &computed);
+    digest_output(projection, &computed);
     Einsum__V1__Digest digest = EINSUM__V1__DIGEST__INIT;
     digest.crc32 = computed.crc32;
     digest.elements = computed.elements;
@@ -294,6 +423,7 @@ static grpc_byte_buffer *respond_with_digest(const struct projection *projection
     batch.requests = head.batch_requests;
     batch.queue_ns = head.queue_ns;
     batch.run_ns = head.run_ns;
+    batch.parts = head.parts;
     Einsum__V1__EinsumResponse response = EINSUM__V1__EINSUM_RESPONSE__INIT;
     response.request_id = head.request_id;
     response.tokens = head.tokens;
@@ -307,6 +437,42 @@ static grpc_byte_buffer *respond_with_digest(const struct projection *projection
     Einsum__V1__EinsumStreamResponse streamed = EINSUM__V1__EINSUM_STREAM_RESPONSE__INIT;
     streamed.response = &response;
     return message_pack(&streamed.base);
+}
+
+// On one of gRPC's threads, or ours.
+static void on_part_sent(void *argument)
+{
+    struct part *part = argument;
+    // Pairs with job_advance where it was lent, or released after it was copied out; so this comes first.
+    enum job_state state = atomic_load_explicit(&part->job.state, memory_order_acquire);
+    struct cut *cut = part->cut;
+    struct projection *projection = CONTAINER_OF(cut->options.whole, struct projection, job);
+    if (state == JOB_REPLYING)
+        batcher_release(cut->options.batcher, &part->job);
+    if (atomic_fetch_sub_explicit(&cut->unsent, 1, memory_order_acq_rel) == 1)
+        projection_release(projection);
+}
+
+// Lends all outputs, those in batches and those copied out, to gRPC, which releases the projection with
+// the last of them.
+static grpc_byte_buffer *respond_with_parts(struct projection *projection)
+{
+    struct cut *cut = projection->cut;
+    if (batcher_scarce(cut->options.batcher))
+        cut_copy_out(cut);
+    grpc_byte_buffer *message = respond_with_head(projection, NULL, output_bytes(projection));
+    grpc_slice_buffer *slices = &message->data.raw.slice_buffer;
+    atomic_store_explicit(&cut->unsent, cut->parts_n, memory_order_release);
+    for (uint32_t i = 0; i < cut->parts_n; i++) {
+        struct part *part = &cut->parts[i];
+        uint64_t bytes;
+        void *output = (void *)(uintptr_t)cut_output(cut, part, &bytes);
+        if (atomic_load_explicit(&part->job.state, memory_order_relaxed) == JOB_DONE)
+            job_advance(&part->job, JOB_DONE, JOB_REPLYING);
+        grpc_slice_buffer_add(slices,
+                              grpc_slice_new_with_user_data(output, bytes, on_part_sent, part));
+    }
+    return message;
 }
 
 // An output of its own, for when batches run short: callers that read slowly must not hold the
@@ -357,13 +523,16 @@ grpc_byte_buffer *projection_respond(struct projection *projection)
     if (projection->digest_only) {
         message = respond_with_digest(projection);
     } else if (projection->placement.region) {
-        placement_finish(&projection->placement, &projection->job,
-                         &call_context(projection->call)->copies);
-        message = respond_with_head(projection, NULL);
+        if (!projection->cut)
+            placement_finish(&projection->placement, &projection->job,
+                             &call_context(projection->call)->copies);
+        message = respond_with_head(projection, NULL, 0);
+    } else if (projection->cut) {
+        return respond_with_parts(projection);
     } else if ((copy = copy_if_scarce(projection)) != NULL) {
         grpc_slice output =
             grpc_slice_new_with_user_data(copy->output, copy->bytes, on_copy_sent, copy);
-        message = respond_with_head(projection, &output);
+        message = respond_with_head(projection, &output, copy->bytes);
     } else {
         return respond_with_output(projection);
     }
@@ -374,7 +543,7 @@ grpc_byte_buffer *projection_respond(struct projection *projection)
 grpc_byte_buffer *projection_respond_empty(struct projection *projection)
 {
     grpc_byte_buffer *message = projection->digest_only ? respond_with_digest(projection)
-                                                        : respond_with_head(projection, NULL);
+                                                        : respond_with_head(projection, NULL, 0);
     weight_unref(projection->job.weight);
     projection->job.weight = NULL;
     return message;

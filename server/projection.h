@@ -4,18 +4,23 @@
 // The tensors are copied once, from gRPC's slices into the batch. The output is not copied: the
 // response's last slice points into the batch's memory, on loan to gRPC until it has been sent.
 // Tensors in shared memory are not copied at all, see placement.h. While the job is under way or its output on loan, the projection holds its call.
+//
+// A request that does not fit a batch is cut (cut.h): its reply is a slice for each part.
 #pragma once
 
 #include "call.h"
+#include "cut.h"
 #include "placement.h"
 
 struct projection {
-    struct job job; // its on_done is the owner's to set
+    struct job job;     // its on_done and on_room are the owner's to set
+    struct cut *cut;    // NULL: the job is one
+    uint64_t cut_bytes; // that it counts for in service_context.cut_bytes
     struct call *call;
     bool streamed; // answers as EinsumStreamResponse; on the heap, and freed by projection_release
     bool digest_only;
     uint64_t request_id;
-    // While the job waits for room: the message as it came, and where the tensors lie in it.
+    // While the job, or a part, waits for room: the message as it came, and where the tensors lie in it.
     grpc_byte_buffer *message;
     struct wire_range activations, activation_scales; // of attention: its output; none
     struct wire_range positions;                      // of attention alone
@@ -37,13 +42,9 @@ NODISCARD enum status projection_start(struct projection *projection,
                                        const struct wire_request *request,
                                        grpc_byte_buffer *message, bool *running, struct error *err);
 
-// After on_room, on the rpc thread: copies and commits. False: the job is given up, since it had
-// been cancelled or could not be filled; job.error tells which, and nothing is left but to release
-// it.
-NODISCARD bool projection_continue(struct projection *projection);
-
-// Whether on_room, not on_done, was the last to be called.
-bool projection_has_room(const struct projection *projection);
+// After on_room or on_done, on the rpc thread: goes on as far as may be. False: it is over, and job.error
+// says how. After a failure nothing is left but to release it.
+NODISCARD bool projection_go_on(struct projection *projection);
 
 // The response of a job that is DONE and went well. Takes the projection: it is released when the
 // message has been sent, or destroyed unsent.

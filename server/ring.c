@@ -29,6 +29,7 @@
 #include "../client/einsum_shared.h"
 #include "batch.h"
 #include "config.h"
+#include "cut.h"
 #include "futex.h"
 #include "placement.h"
 #include "request.h"
@@ -44,6 +45,7 @@ _Static_assert((int)WIRE_REGION_BYTES == (int)REGION_NAME_BYTES, "the same names
 // One request in flight.
 struct request {
     struct job job;
+    struct cut *cut; // NULL: the job is one
     struct placement placement;
     struct ring *ring; // a reference
     uint64_t id;
@@ -176,6 +178,7 @@ static struct einsum_ring_completion describe(const struct request *request,
     completion.batch_requests = job->batch_requests;
     completion.queue_ns = job->launched_ns - job->queued_ns;
     completion.run_ns = job->done_ns - job->launched_ns;
+    completion.parts = request->cut ? request->cut->parts_n : 0;
     return completion;
 }
 
@@ -214,6 +217,8 @@ static void complete(struct request *request, const struct error *err)
     placement_drop(&request->placement);
     if (atomic_load_explicit(&job->state, memory_order_relaxed) != JOB_IDLE)
         batcher_release(context->batcher, job);
+    if (request->cut)
+        cut_destroy(request->cut);
     if (job->weight)
         weight_unref(job->weight);
     service_count(context, err->status);
@@ -335,7 +340,39 @@ NODISCARD static enum status fill_and_commit(struct request *request, struct err
     return STATUS_OK;
 }
 
-// `*running`: it will be completed by on_done.
+NODISCARD static enum status fill_part(struct job *whole, const struct job *part, struct error *err)
+{
+    struct request *request = CONTAINER_OF(whole, struct request, job);
+    return placement_fill(&request->placement, part, &request->ring->rings->context->copies, err);
+}
+
+NODISCARD static enum status start_cut(struct request *request, struct batcher_cut at,
+                                       struct error *err)
+{
+    struct service_context *context = request->ring->rings->context;
+    const struct cut_options options = {
+        .batcher = context->batcher,
+        .whole = &request->job,
+        .placement = &request->placement,
+        .copies = &context->copies,
+        .fill = fill_part,
+    };
+    return cut_begin(&options, at, &request->cut, err);
+}
+
+NODISCARD static enum status start_job(struct request *request, struct error *err)
+{
+    struct service_context *context = request->ring->rings->context;
+    struct job *job = &request->job;
+    struct batcher_cut at = batcher_cut(context->batcher, job);
+    if (at.tokens > 0 && at.tokens < job->operand.tokens)
+        return start_cut(request, at, err);
+    bool waits;
+    enum status status = batcher_reserve_or_wait(context->batcher, job, &waits, err);
+    return status == STATUS_OK && !waits ? fill_and_commit(request, err) : status;
+}
+
+// `*running`: it will be completed by on_done, or by go_on.
 NODISCARD static enum status start(struct request *request,
                                    const struct einsum_ring_submission *submission, bool *running,
                                    struct error *err)
@@ -351,10 +388,7 @@ NODISCARD static enum status start(struct request *request,
     uint64_t timeout_ns = submission->timeout_ns;
     job->deadline_ns =
         job->received_ns + (timeout_ns && timeout_ns < most_ns ? timeout_ns : most_ns);
-    bool waits;
-    status = batcher_reserve_or_wait(context->batcher, job, &waits, err);
-    if (status == STATUS_OK && !waits)
-        status = fill_and_commit(request, err);
+    status = start_job(request, err);
     *running = status == STATUS_OK;
     return status;
 }
@@ -457,13 +491,18 @@ static bool has_room(const struct request *request)
     return atomic_load_explicit(&request->job.state, memory_order_acquire) == JOB_DECODING;
 }
 
-// A request that was handed over: it was given room, or is done and its output to be copied.
+// A request that was handed over: it was given room, or is done and its output to be copied; or a part.
 static void go_on(struct request *request)
 {
     struct service_context *context = request->ring->rings->context;
     struct job *job = &request->job;
     struct error err;
     enum status status = STATUS_OK;
+    if (request->cut) {
+        if (!cut_go_on(request->cut))
+            complete_done(request);
+        return;
+    }
     if (!has_room(request)) {
         placement_finish(&request->placement, job, &context->copies);
         complete_done(request);

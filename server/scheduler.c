@@ -76,7 +76,7 @@ static enum status drop_reason(const struct job *job, uint64_t now, bool device_
         return error_set(err, STATUS_UNAVAILABLE, "the device is lost");
     if (job->deadline_ns <= now)
         return error_set(err, STATUS_DEADLINE_EXCEEDED, "deadline passed before launch");
-    if (atomic_load_explicit(&job->cancelled, memory_order_relaxed))
+    if (job_cancelled(job))
         return error_set(err, STATUS_CANCELLED, "cancelled before launch");
     return STATUS_OK;
 }

@@ -41,10 +41,12 @@ struct service_context {
     struct rings *rings;
     struct sharing *sharing;
     uint64_t message_bytes_max; // received
+    uint64_t reply_bytes_max;
     uint64_t started_ns;
     struct service_counters counters;
     struct copy_counters copies;
     _Atomic uint64_t copied_bytes; // of outputs copied out of batches and not yet sent
+    _Atomic uint64_t cut_bytes;    // of requests larger than a batch: messages and outputs
     _Atomic bool draining;
 };
 

@@ -53,7 +53,7 @@ static void on_output_project_message(struct call *call, grpc_byte_buffer *messa
 static void on_unary_wake(struct call *call)
 {
     struct projection *projection = call_state(call);
-    if (projection_has_room(projection) && projection_continue(projection))
+    if (projection_go_on(projection))
         return;
     const struct error *err = &projection->job.error;
     service_count(call_context(call), err->status);
@@ -234,7 +234,7 @@ static void collect(struct item *item)
 {
     struct stream *stream = item->stream;
     struct projection *projection = &item->projection;
-    if (projection_has_room(projection) && projection_continue(projection))
+    if (projection_go_on(projection))
         return;
     struct error err = projection->job.error;
     unlink_running(item);

@@ -517,6 +517,7 @@ static uint8_t *put_batch(uint8_t *at, uint32_t number, const struct wire_respon
     end = put_scalar(end, 3, response->batch_requests);
     end = put_scalar(end, 4, response->queue_ns);
     end = put_scalar(end, 5, response->run_ns);
+    end = put_scalar(end, 6, response->parts);
     size_t bytes = (size_t)(end - batch);
     if (bytes == 0)
         return at; // it travelled in no batch

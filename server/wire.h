@@ -112,6 +112,7 @@ struct wire_response {
     uint64_t output_bytes; // of field `output`, which follows the head; 0: none
     uint32_t batch_tokens, batch_bucket, batch_requests;
     uint64_t queue_ns, run_ns;
+    uint32_t parts; // that it was cut into; 0: it was not
 };
 
 enum { WIRE_RESPONSE_HEAD_BYTES_MAX = 192 };

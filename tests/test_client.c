@@ -250,6 +250,7 @@ static size_t pack_stream_response(uint8_t *packed)
     batch.requests = 2;
     batch.queue_ns = 1ull << 40;
     batch.run_ns = 5;
+    batch.parts = 3;
     response.batch = &batch;
     error.code = 8;
     error.message = (char *)"queue full";
@@ -272,6 +273,8 @@ static void check_reply(const struct einsum_client_reply *reply)
     ck_assert_float_eq(reply->response.digest.head[7], 8);
     ck_assert_uint_eq(reply->response.batch_bucket, 16);
     ck_assert_uint_eq(reply->response.queue_ns, 1ull << 40);
+    ck_assert_uint_eq(reply->response.run_ns, 5);
+    ck_assert_uint_eq(reply->response.parts, 3);
     ck_assert(reply->has_error);
     ck_assert_int_eq(reply->error_code, 8);
     ck_assert_str_eq(reply->error_text, "queue full");
@@ -1336,6 +1339,7 @@ START_TEST(test_server_info)
     Einsum__V1__ServerInfoResponse info_message = EINSUM__V1__SERVER_INFO_RESPONSE__INIT;
     Einsum__V1__Limits limits = EINSUM__V1__LIMITS__INIT;
     limits.reply_bytes_max = 1ull << 35;
+    limits.cut_bytes_max = 1ull << 36;
     info_message.engine = (char *)"cpu";
     info_message.limits = &limits;
     uint32_t buckets[100] = {1, 2, 4};
@@ -1374,6 +1378,7 @@ START_TEST(test_server_info)
     ck_assert_int_eq((int)einsum_client_server_info(client, &info, &error), 0);
     ck_assert_str_eq(info.engine, "cpu");
     ck_assert_uint_eq(info.limits.reply_bytes_max, 1ull << 35);
+    ck_assert_uint_eq(info.limits.cut_bytes_max, 1ull << 36);
     ck_assert_uint_eq(info.buckets_n, EINSUM_CLIENT_BUCKETS_MAX);
     ck_assert_uint_eq(info.counters.kernel_ns, 1ull << 40);
     ck_assert_uint_eq(info.counters.graph_replays, 16);

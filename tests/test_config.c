@@ -53,7 +53,7 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.compute_threads, 0);
     ck_assert_uint_eq(config.lanes, 0);
     ck_assert_uint_eq(config.phase_sample, 16);
-    ck_assert_uint_eq(config.request_tokens_max, 512);
+    ck_assert_uint_eq(config.request_tokens_max, 8192);
     ck_assert_uint_eq(config.batch_tokens_max, 512);
     ck_assert_uint_eq(config.buckets_n, 10);
     for (size_t i = 0; i < config.buckets_n; i++)
@@ -64,6 +64,7 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.batch_input_bytes, 0);
     ck_assert_uint_eq(config.batch_output_bytes, 0);
     ck_assert_uint_eq(config.queue_requests_max, 1024);
+    ck_assert_uint_eq(config.cut_bytes_max, 0);
     ck_assert_uint_eq(config.deadline_ms_max, 60000);
     ck_assert_uint_eq(config.reply_timeout_ms, 10000);
     ck_assert_uint_eq(config.weights_roots_n, 0);
@@ -105,6 +106,7 @@ static const char everything[] =
     " \"buckets\": [9, 24], \"batch_requests_max\": 10, \"max_queue_delay_us\": 11,"
     " \"batches\": 12, \"batch_input_bytes\": 1099511627776, \"batch_output_bytes\": 14,"
     " \"queue_requests_max\": 15, \"deadline_ms_max\": 16, \"reply_timeout_ms\": 17,"
+    " \"cut_bytes_max\": 31,"
     " \"weights_roots\": [\"/m\", \"/n\"],"
     " \"weights\": [{\"path\": \"flash\"},"
     "   {\"path\": \"/n/pro\", \"tensors\": [\"a*\", \"b*\"], \"name_prefix\": \"pro.\","
@@ -161,6 +163,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->queue_requests_max, 15);
     ck_assert_uint_eq(config->deadline_ms_max, 16);
     ck_assert_uint_eq(config->reply_timeout_ms, 17);
+    ck_assert_uint_eq(config->cut_bytes_max, 31);
     ck_assert_uint_eq(config->weights_roots_n, 2);
     ck_assert_str_eq(config->weights_roots[1], "/n");
     ck_assert_uint_eq(config->weights_n, 2);
@@ -422,8 +425,8 @@ static const struct {
     {"{\"weights_roots\": [\"/r\"], "
      "\"weights\": [{\"path\": \"a\", \"tensor_parallel_rank\": 1}]}",
      "weights[0].tensor_parallel_rank", "below tensor_parallel_size (1), got 1"},
-    {"{\"request_tokens_max\": 513}", "request_tokens_max", "at most batch_tokens_max (512)"},
-    {"{\"batch_tokens_max\": 256}", "request_tokens_max", "at most batch_tokens_max (256)"},
+    {"{\"request_tokens_max\": 65537}", "request_tokens_max", "an integer from 1 to 65536 tokens"},
+    {"{\"cut_bytes_max\": -1}", "cut_bytes_max", "got -1"},
     {"{\"batch_tokens_max\": 1}", "batch_tokens_max", "an integer from 2 to 65536 tokens, got 1"},
     {"{\"buckets\": [1, 2]}", "buckets", "the last must be batch_tokens_max (512), got 2"},
     {"{\"buckets\": [512, 1024]}", "buckets", "the last must be batch_tokens_max (512), got 1024"},
@@ -542,8 +545,7 @@ START_TEST(buckets_follow_batch_tokens_max)
     static const uint32_t maxima[] = {2, 3, 64, 100, 65535, 65536};
     char text[128];
     struct config config;
-    snprintf(text, sizeof text, "{\"batch_tokens_max\": %u, \"request_tokens_max\": 1}",
-             maxima[_i]);
+    snprintf(text, sizeof text, "{\"batch_tokens_max\": %u}", maxima[_i]);
     parse_ok(&config, text);
     ck_assert_uint_eq(config.buckets[0], 1);
     ck_assert_uint_eq(config.buckets[config.buckets_n - 1], maxima[_i]);

@@ -192,6 +192,81 @@ START_TEST(requests_go_round)
 }
 END_TEST
 
+enum { LARGE_TOKENS = 5 * TOKENS_MAX - 3, LARGE_BYTES = 128 << 10, LARGE_SLOTS = 6 };
+
+// One that is cut into five parts, or, of the other layouts, whose parts' rows lie apart.
+static struct einsum_ring_submission large(const struct caller *caller, uint64_t id, bool apart)
+{
+    uint64_t at = SLOTS_OFFSET + id % LARGE_SLOTS * LARGE_BYTES;
+    struct einsum_ring_submission submission = good(caller, id);
+    submission.tokens = LARGE_TOKENS;
+    submission.activations_offset = at;
+    submission.activations_bytes = LARGE_TOKENS * GROUPS * REDUCED_DIM;
+    submission.scales_offset = align_up(at + submission.activations_bytes, 64);
+    submission.scales_bytes = LARGE_TOKENS * GROUPS * (REDUCED_DIM / 128) * 4;
+    if (apart) {
+        submission.activation_layout = EINSUM_ACTIVATIONS_GTR;
+        submission.scale_layout = EINSUM_SCALES_GKT;
+        submission.scales_bytes = align_up(LARGE_TOKENS, 4) * GROUPS * (REDUCED_DIM / 128) * 4;
+    }
+    submission.output_offset = align_up(submission.scales_offset + submission.scales_bytes, 64);
+    submission.output_bytes = LARGE_TOKENS * GROUPS * OUTPUT_DIM * 2;
+    ASSERT(submission.output_offset + submission.output_bytes <= at + LARGE_BYTES);
+    memset(caller->memory + at, (uint8_t)id, submission.activations_bytes);
+    return submission;
+}
+
+static void expect_large(const struct caller *caller,
+                         const struct einsum_ring_completion *completion,
+                         const struct einsum_ring_submission *was)
+{
+    ck_assert_msg(completion->status == STATUS_OK, "%s", completion->text);
+    ck_assert_uint_eq(completion->tokens, LARGE_TOKENS);
+    ck_assert_uint_eq(completion->parts, 5);
+    ck_assert_uint_eq(completion->batch_bucket, TOKENS_MAX);
+    const uint8_t *output = caller->memory + was->output_offset;
+    ck_assert_uint_eq(output[0], (uint8_t)was->id);
+    ck_assert_mem_eq(output, output + 1, was->output_bytes - 1); // all alike
+}
+
+// _i: whether the engine reaches regions, and whether a part's rows lie apart.
+START_TEST(large_requests_go_round)
+{
+    bool direct = _i & 1, apart = _i & 2;
+    start_with(direct);
+    site.config.request_tokens_max = LARGE_TOKENS;
+    struct caller caller = enter(ENTRIES);
+    uint64_t tensors = 0, out = 0;
+    for (uint64_t id = 0; id < 200; id++) {
+        struct einsum_ring_submission submission = large(&caller, id, apart);
+        submit(&caller, &submission);
+        if (id % 3 == 0) { // beside a small one
+            struct einsum_ring_submission small = good(&caller, 14);
+            submit(&caller, &small);
+            out += small.output_bytes;
+        }
+        for (uint64_t i = 0; i < 1 + (id % 3 == 0); i++) {
+            struct einsum_ring_completion completion = next(&caller);
+            if (completion.id == id)
+                expect_large(&caller, &completion, &submission);
+            ck_assert_uint_eq(completion.status, STATUS_OK);
+            ck_assert_uint_eq(completion.parts, completion.id == id ? 5 : 0);
+        }
+        tensors += LARGE_TOKENS * GROUPS * (REDUCED_DIM + REDUCED_DIM / 128 * 4);
+        out += submission.output_bytes;
+    }
+    if (direct)
+        ck_assert_uint_eq(site.context.copies.in_bytes, apart ? tensors : 0);
+    ck_assert_uint_eq(site.context.copies.out_bytes, direct ? 0 : out);
+    struct einsum_ring_submission submission = large(&caller, 1, apart);
+    submission.tokens++;
+    struct einsum_ring_completion completion = ask(&caller, &submission);
+    ck_assert_uint_eq(completion.status, STATUS_INVALID_ARGUMENT);
+    leave(&caller);
+    stop();
+}
+END_TEST
+
 // As many as the ring has entries, again and again, completed in any order, each once.
 START_TEST(many_are_in_flight)
 {
@@ -657,6 +732,31 @@ START_TEST(callers_may_leave_at_any_moment)
 }
 END_TEST
 
+// Between two parts, while some wait for room; now and then the engine is at work.
+START_TEST(callers_of_large_requests_may_leave_at_any_moment)
+{
+    site.config.request_tokens_max = LARGE_TOKENS;
+    for (uint32_t round = 0; round < 300; round++) {
+        struct caller caller = enter(ENTRIES);
+        atomic_store(&held, round % 5 == 0);
+        for (uint64_t id = 0; id < round % (LARGE_SLOTS + 1); id++) {
+            struct einsum_ring_submission submission = large(&caller, id, round % 2);
+            submit(&caller, &submission);
+        }
+        if (round % 3 == 0)
+            usleep(round % 50 * 10);
+        leave(&caller);
+        atomic_store(&held, false);
+        batcher_wake(&site.waker);
+        WAIT_FOR(regions_stats(site.context.regions).regions < 4 || only_unused());
+    }
+    WAIT_FOR(only_unused());
+    struct batcher_stats stats;
+    batcher_stats(site.context.batcher, &stats);
+    ck_assert_uint_eq(stats.jobs, 0);
+}
+END_TEST
+
 START_TEST(a_region_may_be_taken_away_meanwhile)
 {
     struct caller caller = enter(ENTRIES);
@@ -693,6 +793,7 @@ int main(void)
     TCase *engines = tcase_create("engines");
     tcase_set_timeout(engines, 120);
     tcase_add_loop_test(engines, requests_go_round, 0, 2);
+    tcase_add_loop_test(engines, large_requests_go_round, 0, 4);
     suite_add_tcase(suite, engines);
     TCase *rules = tcase_create("rules");
     tcase_set_timeout(rules, 120);
@@ -718,6 +819,7 @@ int main(void)
     tcase_add_test(hostile, scribbling_over_the_header_hurts_nobody);
     tcase_add_test(hostile, a_caller_that_leaves_takes_its_memory_when_the_engine_is_done);
     tcase_add_test(hostile, callers_may_leave_at_any_moment);
+    tcase_add_test(hostile, callers_of_large_requests_may_leave_at_any_moment);
     tcase_add_test(hostile, a_region_may_be_taken_away_meanwhile);
     suite_add_tcase(suite, hostile);
     SRunner *runner = srunner_create(suite);

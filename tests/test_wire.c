@@ -709,7 +709,8 @@ static const struct wire_response responses[] = {
      .batch_bucket = 4,
      .batch_requests = 1,
      .queue_ns = 12345,
-     .run_ns = 98765},
+     .run_ns = 98765,
+     .parts = 16},
     {.request_id = UINT64_MAX,
      .tokens = UINT32_MAX,
      .groups = UINT32_MAX,
@@ -720,10 +721,12 @@ static const struct wire_response responses[] = {
      .batch_bucket = UINT32_MAX,
      .batch_requests = UINT32_MAX,
      .queue_ns = UINT64_MAX,
-     .run_ns = UINT64_MAX},
+     .run_ns = UINT64_MAX,
+     .parts = UINT32_MAX},
     {.request_id = 127, .output_bytes = 1},
     {.request_id = 128, .tokens = 128, .batch_requests = 1},
     {.run_ns = 1},
+    {.parts = 1},
 };
 
 static void assert_response(const struct wire_response *wrote,
@@ -740,7 +743,7 @@ static void assert_response(const struct wire_response *wrote,
     if (read->output.len > 0)
         ck_assert_mem_eq(read->output.data, output, read->output.len);
     bool in_batch = wrote->batch_tokens || wrote->batch_bucket || wrote->batch_requests ||
-                    wrote->queue_ns || wrote->run_ns;
+                    wrote->queue_ns || wrote->run_ns || wrote->parts;
     ck_assert_int_eq(read->batch != NULL, in_batch);
     if (!in_batch)
         return;
@@ -749,6 +752,7 @@ static void assert_response(const struct wire_response *wrote,
     ck_assert_uint_eq(read->batch->requests, wrote->batch_requests);
     ck_assert_uint_eq(read->batch->queue_ns, wrote->queue_ns);
     ck_assert_uint_eq(read->batch->run_ns, wrote->run_ns);
+    ck_assert_uint_eq(read->batch->parts, wrote->parts);
 }
 
 START_TEST(writes_a_response_that_others_read)

@@ -165,7 +165,8 @@ static grpc_byte_buffer *list_weights(void)
 static grpc_byte_buffer *digest(const struct wire_request *request, uint64_t elements)
 {
     struct digest computed;
-    digest_compute((enum einsum_output_type)request->output_type, zeros, elements, &computed);
+    computed = (struct digest){0};
+    digest_add((enum einsum_output_type)request->output_type, zeros, elements, &computed);
     Einsum__V1__Digest message = EINSUM__V1__DIGEST__INIT;
     message.crc32 = computed.crc32;
     message.elements = computed.elements;

@@ -1,5 +1,6 @@
 // Any bytes as a configuration: refused with a printable reason and nothing left to free, or
 // accepted with every promise of config.h kept.
+#include "kernels/einsum.h"
 #include "server/config.h"
 
 #include <string.h>
@@ -22,7 +23,7 @@ static void check_accepted(const struct config *config)
         ASSERT(strchr(config->listen[i], ':'));
     ASSERT(config->unix_socket_mode <= 0777);
     ASSERT(config->request_tokens_max >= 1);
-    ASSERT(config->request_tokens_max <= config->batch_tokens_max);
+    ASSERT(config->request_tokens_max <= EINSUM_TOKENS_MAX);
     ASSERT(config->buckets_n >= 1 && config->buckets_n <= CONFIG_BUCKETS_MAX);
     for (size_t i = 1; i < config->buckets_n; i++)
         ASSERT(config->buckets[i - 1] < config->buckets[i]);

@@ -141,7 +141,7 @@ def share(request: Any, region: Region, output_bytes: int) -> int:
 
 
 SUBMISSION = struct.Struct("<Q12IQ6Q16x")
-COMPLETION = struct.Struct("<Q8IQQ8x64s384s")
+COMPLETION = struct.Struct("<Q8IQQI4x64s384s")
 HEADER_BYTES = 512
 WORDS = ("submit_tail", "submit_head", "complete_tail", "complete_head", "daemon_sleeps",
          "caller_sleeps", "closed")  # fmt: skip
@@ -160,6 +160,7 @@ class Completion:
     batch_requests: int
     queue_ns: int
     run_ns: int
+    parts: int
     field: bytes
     text: bytes
 
