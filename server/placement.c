@@ -34,6 +34,9 @@ NODISCARD static enum status check_output(const struct wire_range *output, bool 
 NODISCARD static enum status check(const struct region *region, const struct wire_shared *shared,
                                    bool digest_only, const struct job *job, struct error *err)
 {
+    if (job->attention && region->on_device) // its positions would have to be read here
+        return error_field(err, STATUS_UNIMPLEMENTED, "shared.region",
+                           "attention cannot lie in CUDA memory, nor its positions");
     enum status status = check_output(&shared->output, digest_only, job, err);
     if (status == STATUS_OK)
         status = region_check(region, "shared.activations_offset", shared->activations.offset,
@@ -63,12 +66,13 @@ enum status placement_set(struct placement *placement, struct region *region,
         return status;
     }
     // Attention is quantised where it lies, which must not be seen by its caller.
-    job->input_given = region->direct && !job->attention;
+    job->input_given = region->direct && (!job->attention || region->staged);
     job->output_given = region->direct && !digest_only;
-    if (job->input_given) {
+    job->staged = region->staged;
+    if (job->input_given)
         job->operand.activations = region->memory + shared->activations.offset;
+    if (job->input_given && !job->attention)
         job->operand.scales = region->memory + shared->scales.offset;
-    }
     if (job->output_given)
         job->operand.output = region->memory + shared->output.offset;
     return STATUS_OK;
@@ -105,8 +109,6 @@ static void count(_Atomic uint64_t *counter, uint64_t bytes)
 enum status placement_fill(const struct placement *placement, struct job *job,
                            struct copy_counters *copies, struct error *err)
 {
-    if (job->input_given)
-        return STATUS_OK;
     const uint8_t *memory = placement->region->memory;
     const struct einsum_operand *operand = &job->operand;
     if (job->attention) {
@@ -114,13 +116,18 @@ enum status placement_fill(const struct placement *placement, struct job *job,
             fill_rotations((const void *)(memory + placement->scales.offset), job, err);
         if (status != STATUS_OK)
             return status;
-    } else {
+        count(&copies->in_bytes, placement->scales.bytes);
+    }
+    if (job->input_given)
+        return STATUS_OK;
+    if (!job->attention) {
         memcpy((void *)(uintptr_t)operand->scales, memory + placement->scales.offset,
                placement->scales.bytes);
+        count(&copies->in_bytes, placement->scales.bytes);
     }
     memcpy((void *)(uintptr_t)operand->activations, memory + placement->activations.offset,
            placement->activations.bytes);
-    count(&copies->in_bytes, placement->activations.bytes + placement->scales.bytes);
+    count(&copies->in_bytes, placement->activations.bytes);
     return STATUS_OK;
 }
 
