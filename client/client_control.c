@@ -533,6 +533,7 @@ static void copy_shared_memory(struct einsum_client_info *info,
 {
     COPY_TEXT(info->shared_memory.socket, from->socket);
     info->shared_memory.direct = from->direct;
+    info->shared_memory.cuda = from->cuda;
     info->shared_memory.connections_max = from->connections_max;
     info->shared_memory.connection_regions_max = from->connection_regions_max;
     info->shared_memory.regions_max = from->regions_max;

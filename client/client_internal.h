@@ -192,6 +192,14 @@ bool einsum_client_place(struct einsum_client *client, const struct einsum_clien
 void einsum_client_unplace(struct einsum_client *client, struct einsum_client_place *place,
                            bool quiet);
 
+// ---- client_cuda.c ------------------------------------------------------------------------------
+
+// Whether a request without a place may be read here: not if any of its tensors lies in CUDA memory.
+enum einsum_client_status einsum_client_cuda_check(const struct einsum_client *client,
+                                                   const struct einsum_client_request *request,
+                                                   const struct einsum_client_place *place,
+                                                   struct einsum_client_error *error);
+
 // ---- client_ring.c ------------------------------------------------------------------------------
 
 // false: it cannot go by the ring, and nothing has been done. Otherwise as einsum_client_start.

@@ -82,6 +82,8 @@ enum einsum_client_status einsum_client_outgoing_init(struct einsum_client_outgo
     outgoing->slices_n = 0;
     atomic_init(&outgoing->borrowed, 0);
     enum einsum_client_status status = einsum_client_check_request(request, error);
+    if (status == EINSUM_CLIENT_OK)
+        status = einsum_client_cuda_check(client, request, place, error);
     if (status != EINSUM_CLIENT_OK)
         return status;
     // Before they are added up: two sizes near 2^64 must not wrap around to a small one.

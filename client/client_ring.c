@@ -66,7 +66,8 @@ static bool submit_locked(struct einsum_client_shared *shared, struct einsum_cli
     uint32_t slot = shared->free_slots[--shared->free_slots_n];
     shared->slots[slot] = call;
     call->submission.id = slot;
-    call->submission.region = shared->region;
+    uint32_t cuda = call->expected.place.cuda;
+    call->submission.region = cuda ? shared->cuda[cuda - 1].region : shared->region;
     uint64_t now = einsum_client_now_ns();
     call->submission.timeout_ns = call->deadline_ns == UINT64_MAX ? 0
                                   : call->deadline_ns > now       ? call->deadline_ns - now

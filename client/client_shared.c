@@ -138,12 +138,11 @@ void einsum_client_memory_free(struct einsum_client *client, void *memory)
 
 // ---- places -------------------------------------------------------------------------------------
 
-// Where memory of the caller's lies in the region, if it does and is aligned.
-static bool offset_of(const struct einsum_client_shared *shared, const void *memory, uint64_t bytes,
-                      uint64_t *offset)
+bool einsum_client_offset_of(uintptr_t begin, uint64_t begin_bytes, const void *memory,
+                             uint64_t bytes, uint64_t *offset)
 {
-    uintptr_t begin = (uintptr_t)shared->memory, at = (uintptr_t)memory;
-    if (at < begin || at - begin > shared->bytes || bytes > shared->bytes - (at - begin))
+    uintptr_t at = (uintptr_t)memory;
+    if (at < begin || at - begin > begin_bytes || bytes > begin_bytes - (at - begin))
         return false;
     *offset = at - begin;
     return *offset % EINSUM_SHARED_ALIGNMENT == 0;
@@ -191,6 +190,12 @@ bool einsum_client_place(struct einsum_client *client, const struct einsum_clien
     *place = (struct einsum_client_place){0};
     if ((!request->output && !request->digest_only) || !einsum_client_shared_alive(shared))
         return false;
+    if (shared->cuda_n > 0) {
+        if (einsum_client_cuda_place(shared, request, place))
+            return true;
+        if (einsum_client_cuda_check(client, request, place, NULL) != EINSUM_CLIENT_OK)
+            return false;
+    }
     const struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
     uint64_t room = request->digest_only ? 0 : request->output_bytes;
     struct part parts[] = {
@@ -201,7 +206,8 @@ bool einsum_client_place(struct einsum_client *client, const struct einsum_clien
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         const void *memory = i < 2 ? parts[i].from : request->output;
         parts[i].staged =
-            parts[i].bytes > 0 && !offset_of(shared, memory, parts[i].bytes, parts[i].offset);
+            parts[i].bytes > 0 && !einsum_client_offset_of((uintptr_t)shared->memory, shared->bytes,
+                                                           memory, parts[i].bytes, parts[i].offset);
     }
     if (!stage(shared, parts, sizeof parts / sizeof *parts, place))
         return false;
@@ -263,11 +269,10 @@ static bool receive_reply(int socket, struct einsum_shared_reply *reply, int *fd
     return false;
 }
 
-// One exchange; the caller holds link_lock. A refusal is told as the server's.
-static enum einsum_client_status ask(struct einsum_client_shared *shared, int socket,
-                                     const struct einsum_shared_request *request, int fd,
-                                     struct einsum_shared_reply *reply, int *reply_fd,
-                                     struct einsum_client_error *error)
+enum einsum_client_status einsum_client_shared_ask(struct einsum_client_shared *shared, int socket,
+                                                   const struct einsum_shared_request *request,
+                                                   int fd, struct einsum_shared_reply *reply,
+                                                   int *reply_fd, struct einsum_client_error *error)
 {
     *reply_fd = -1;
     memset(reply, 0, sizeof *reply);
@@ -316,7 +321,7 @@ static enum einsum_client_status register_all(struct einsum_client_shared *share
     struct einsum_shared_request request = {
         .magic = EINSUM_SHARED_MAGIC, .op = EINSUM_SHARED_REGION, .bytes = shared->bytes};
     enum einsum_client_status status =
-        ask(shared, socket, &request, shared->file, region, doorbell, error);
+        einsum_client_shared_ask(shared, socket, &request, shared->file, region, doorbell, error);
     if (*doorbell >= 0) // none was due
         close(*doorbell);
     *doorbell = -1;
@@ -326,7 +331,7 @@ static enum einsum_client_status register_all(struct einsum_client_shared *share
                                              .op = EINSUM_SHARED_RING,
                                              .region = region->number,
                                              .entries = shared->entries};
-    status = ask(shared, socket, &request, -1, &reply, doorbell, error);
+    status = einsum_client_shared_ask(shared, socket, &request, -1, &reply, doorbell, error);
     if (status == EINSUM_CLIENT_OK && *doorbell < 0)
         status = einsum_client_error_set(error, EINSUM_CLIENT_INTERNAL,
                                          "shared memory: the ring came without its doorbell");
@@ -339,6 +344,7 @@ enum einsum_client_status einsum_client_shared_connect(struct einsum_client_shar
 {
     int socket = -1, doorbell = -1;
     struct einsum_shared_reply region;
+    struct einsum_client_cuda cuda[EINSUM_CLIENT_CUDA_MAX];
     pthread_mutex_lock(&shared->link_lock);
     enum einsum_client_status status = open_socket(shared, &socket, error);
     if (status == EINSUM_CLIENT_OK) {
@@ -347,7 +353,9 @@ enum einsum_client_status einsum_client_shared_connect(struct einsum_client_shar
             close(socket);
     }
     if (status == EINSUM_CLIENT_OK) {
+        einsum_client_cuda_connect(shared, socket, cuda);
         pthread_mutex_lock(&shared->lock);
+        memcpy(shared->cuda, cuda, sizeof shared->cuda);
         __atomic_store_n(&shared->socket, socket, __ATOMIC_RELAXED);
         shared->epoch++;
         memcpy(shared->name, region.name, sizeof shared->name);
@@ -444,7 +452,8 @@ bool einsum_client_shared_number(struct einsum_client_shared *shared, uint32_t o
         struct einsum_shared_reply reply;
         int fd;
         strcpy(request.text, name);
-        known = ask(shared, shared->socket, &request, -1, &reply, &fd, NULL) == EINSUM_CLIENT_OK;
+        known = einsum_client_shared_ask(shared, shared->socket, &request, -1, &reply, &fd, NULL) ==
+                EINSUM_CLIENT_OK;
         if (fd >= 0)
             close(fd);
         if (known) {

@@ -1,4 +1,5 @@
-// What client_shared.c and client_ring.c share: the memory, its connection, and the ring.
+// What client_shared.c, client_cuda.c and client_ring.c share: the memory, its connection, and the
+// ring.
 //
 //     memory    [ ring ][ block ][ block ] ...      a memory file; both sides have it mapped
 //
@@ -28,6 +29,17 @@ struct einsum_client_block {
         free_ns; // of one not used: from when on it may be; the daemon may write to it until then
 };
 
+enum { EINSUM_CLIENT_CUDA_MAX = 16, EINSUM_CLIENT_NO_REGION = UINT32_MAX };
+
+// Memory on the GPU, registered by its handle, and anew with each connection.
+struct einsum_client_cuda {
+    uintptr_t begin; // the device's address; 0: no memory
+    uint64_t bytes;
+    uint8_t handle[EINSUM_SHARED_HANDLE_BYTES];
+    uint8_t name[EINSUM_SHARED_NAME_BYTES];
+    uint32_t region; // its number; EINSUM_CLIENT_NO_REGION: not on this connection
+};
+
 enum einsum_client_reaper { REAPER_NONE, REAPER_CALLER, REAPER_THREAD };
 
 struct einsum_client_shared {
@@ -46,6 +58,8 @@ struct einsum_client_shared {
     uint64_t epoch;
     uint8_t name[EINSUM_SHARED_NAME_BYTES];
     uint32_t region;
+    struct einsum_client_cuda cuda[EINSUM_CLIENT_CUDA_MAX];
+    _Atomic uint32_t cuda_n; // places in use, at most; never shrinks
     bool has_ring;
     int doorbell;
     uint64_t looked_ns; // when the socket was last looked at; atomic
@@ -93,6 +107,28 @@ void einsum_client_shared_disconnect(struct einsum_client_shared *shared);
 // The number of a weight or kernel on this connection; false: the daemon has none.
 bool einsum_client_shared_number(struct einsum_client_shared *shared, uint32_t op, const char *name,
                                  uint32_t *number, uint64_t *epoch);
+
+// One exchange over the control socket; the caller holds link_lock. `*reply_fd`: a descriptor that
+// came along, or -1. A refusal is told as the server's.
+enum einsum_client_status einsum_client_shared_ask(struct einsum_client_shared *shared, int socket,
+                                                   const struct einsum_shared_request *request,
+                                                   int fd, struct einsum_shared_reply *reply,
+                                                   int *reply_fd,
+                                                   struct einsum_client_error *error);
+// Where `bytes` at `memory` lie in what begins at `begin`, if they do and are aligned.
+bool einsum_client_offset_of(uintptr_t begin, uint64_t begin_bytes, const void *memory,
+                             uint64_t bytes, uint64_t *offset);
+
+// ---- client_cuda.c
+
+// Registers over a new connection what is known; fills in `regions`, which is shared->cuda's
+// successor. The caller holds link_lock.
+void einsum_client_cuda_connect(struct einsum_client_shared *shared, int socket,
+                                struct einsum_client_cuda regions[EINSUM_CLIENT_CUDA_MAX]);
+// The place of a request all of whose tensors lie in one such memory; false: they do not.
+bool einsum_client_cuda_place(struct einsum_client_shared *shared,
+                              const struct einsum_client_request *request,
+                              struct einsum_client_place *place);
 
 // ---- client_ring.c
 

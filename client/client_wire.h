@@ -26,6 +26,7 @@ struct einsum_client_place {
     uint64_t activations_offset, activations_bytes; // of attention: its output
     uint64_t scales_offset, scales_bytes;           // of attention: positions
     uint64_t output_offset, output_bytes;
+    uint32_t cuda; // of client_cuda.c: 1 + which memory, if it lies on the GPU
     // Of client_shared.c: memory that holds what the caller has elsewhere; NULL: all lies there.
     uint8_t *staged, *staged_output;
 };

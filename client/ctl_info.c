@@ -87,19 +87,20 @@ static json_t *shared_memory_json(const struct einsum_client_info *info)
 {
     if (!info->shared_memory.socket[0])
         return json_null();
-    return json_pack(
-        "{s:s, s:b, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "socket",
-        info->shared_memory.socket, "direct", info->shared_memory.direct, "connections_max",
-        (json_int_t)info->shared_memory.connections_max, "connection_regions_max",
-        (json_int_t)info->shared_memory.connection_regions_max, "regions_max",
-        (json_int_t)info->shared_memory.regions_max, "ring_entries_max",
-        (json_int_t)info->shared_memory.ring_entries_max, "region_bytes_max",
-        (json_int_t)info->shared_memory.region_bytes_max, "regions_bytes_max",
-        (json_int_t)info->shared_memory.regions_bytes_max, "connections",
-        (json_int_t)info->shared_memory.connections, "regions",
-        (json_int_t)info->shared_memory.regions, "rings", (json_int_t)info->shared_memory.rings,
-        "connections_refused", (json_int_t)info->shared_memory.connections_refused, "regions_bytes",
-        (json_int_t)info->shared_memory.regions_bytes);
+    return json_pack("{s:s, s:b, s:b, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}",
+                     "socket", info->shared_memory.socket, "direct", info->shared_memory.direct,
+                     "cuda", info->shared_memory.cuda, "connections_max",
+                     (json_int_t)info->shared_memory.connections_max, "connection_regions_max",
+                     (json_int_t)info->shared_memory.connection_regions_max, "regions_max",
+                     (json_int_t)info->shared_memory.regions_max, "ring_entries_max",
+                     (json_int_t)info->shared_memory.ring_entries_max, "region_bytes_max",
+                     (json_int_t)info->shared_memory.region_bytes_max, "regions_bytes_max",
+                     (json_int_t)info->shared_memory.regions_bytes_max, "connections",
+                     (json_int_t)info->shared_memory.connections, "regions",
+                     (json_int_t)info->shared_memory.regions, "rings",
+                     (json_int_t)info->shared_memory.rings, "connections_refused",
+                     (json_int_t)info->shared_memory.connections_refused, "regions_bytes",
+                     (json_int_t)info->shared_memory.regions_bytes);
 }
 
 static json_t *info_json(const struct einsum_client_info *info)
@@ -142,10 +143,11 @@ static void print_shared_memory(const struct einsum_client_info *info)
 {
     char a[CTL_TEXT_BYTES], b[CTL_TEXT_BYTES];
     if (info->shared_memory.socket[0])
-        printf("shared      by unix:%s: %u connections, %u regions (%s of %s), %u rings\n",
+        printf("shared      by unix:%s: %u connections, %u regions (%s of %s), %u rings%s\n",
                info->shared_memory.socket, info->shared_memory.connections,
                info->shared_memory.regions, ctl_bytes(info->shared_memory.regions_bytes, a),
-               ctl_bytes(info->shared_memory.regions_bytes_max, b), info->shared_memory.rings);
+               ctl_bytes(info->shared_memory.regions_bytes_max, b), info->shared_memory.rings,
+               info->shared_memory.cuda ? ", CUDA memory too" : "");
 }
 
 static void print_info(const struct einsum_client_info *info)

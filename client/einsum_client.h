@@ -172,6 +172,22 @@ EINSUM_CLIENT_API const char *einsum_client_transport_name(enum einsum_client_tr
 EINSUM_CLIENT_API void *einsum_client_memory_alloc(struct einsum_client *client, uint64_t bytes);
 EINSUM_CLIENT_API void einsum_client_memory_free(struct einsum_client *client, void *memory);
 
+// Memory of this process on the GPU that the daemon computes on (cudaMalloc), and its handle: the 64
+// bytes of cudaIpcGetMemHandle. From then on requests may have their tensors there, all three at
+// multiples of 64 bytes from `memory`, and nothing of them is copied. What the caller's kernels write
+// must be complete before a request starts (cudaStreamSynchronize); its end means that the output is.
+// A client that connects anew registers it anew. UNIMPLEMENTED: the daemon's engine is no GPU;
+// FAILED_PRECONDITION: it does not allow this (shared_memory_cuda), cannot open the handle, or
+// computes on another GPU; INVALID_ARGUMENT: more bytes than there are; ALREADY_EXISTS;
+// RESOURCE_EXHAUSTED: over a limit. client_cuda.c calls nothing of CUDA.
+EINSUM_CLIENT_API EINSUM_CLIENT_NODISCARD enum einsum_client_status
+einsum_client_memory_import_cuda(struct einsum_client *client, const void *memory, uint64_t bytes,
+                                 const void *handle, struct einsum_client_error *error);
+// Before cudaFree, with no request for it under way: returns when the daemon has closed it. What is
+// freed without, or while the client still uses it, may cost the daemon its device.
+EINSUM_CLIENT_API void einsum_client_memory_forget_cuda(struct einsum_client *client,
+                                                        const void *memory);
+
 // Cancels what is in flight, waits for its callbacks, and frees the client. All streams have been
 // finished, and no other thread is in a call of this client's. Not from a callback. NULL is fine.
 EINSUM_CLIENT_API void einsum_client_destroy(struct einsum_client *client);
@@ -495,7 +511,7 @@ struct einsum_client_info {
     } counters;
     struct {
         char socket[EINSUM_CLIENT_TEXT_BYTES]; // empty: not offered
-        bool direct;
+        bool direct, cuda;
         uint32_t connections_max, connection_regions_max, regions_max, ring_entries_max;
         uint64_t region_bytes_max, regions_bytes_max;
         uint32_t connections, regions, rings;

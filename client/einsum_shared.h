@@ -9,6 +9,10 @@
 //     REGION  + a descriptor    the memory file (memfd_create with MFD_ALLOW_SEALING; sealed with
 //                               F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL); answered by its number
 //                               on this connection and its name, which requests over gRPC carry
+//     CUDA                      the same of memory on the GPU that the server computes on, which
+//                               the caller has from cudaMalloc: in place of a descriptor and of a
+//                               file's size, the handle of cudaIpcGetMemHandle and how many bytes
+//                               from its begin; see below
 //     FORGET                    of a region, by number
 //     RING                      makes a ring in a region, at an offset, with a header of zeros; one
 //                               for each connection. Answered with a descriptor: the doorbell, an
@@ -18,6 +22,15 @@
 //                               resident, requests for it are NOT_FOUND
 //
 // All numbers are little endian; reserved bytes are zero.
+//
+// CUDA memory. Only where the server allows it (shared_memory_cuda). Its kernels read tensors there
+// and write outputs there; nothing is copied, and nothing is ordered by any stream of the caller's.
+// So what the caller's kernels write must be complete before the request is submitted
+// (cudaStreamSynchronize, or an event that has been waited for); an answer means that the output is
+// complete and visible to whatever the caller launches from then on. Inputs must not change until
+// then. The memory must not be freed before FORGET is answered and no request for it is under way,
+// or the connection is closed: what CUDA does otherwise is not defined, up to the loss of the device
+// for all. Neither attention nor a ring can lie there.
 //
 //     ring    header | submissions [entries] | completions [entries]     at multiples of 64
 //
@@ -53,11 +66,13 @@ enum einsum_shared_op {
     EINSUM_SHARED_RING = 3,
     EINSUM_SHARED_WEIGHT = 4,
     EINSUM_SHARED_KERNEL = 5,
+    EINSUM_SHARED_CUDA = 6,
 };
 
 enum {
     EINSUM_SHARED_NAME_BYTES = 16, // of a region
     EINSUM_SHARED_TEXT_BYTES = 256,
+    EINSUM_SHARED_HANDLE_BYTES = 64, // a cudaIpcMemHandle_t
     EINSUM_SHARED_FIELD_BYTES = 64,
     EINSUM_SHARED_ALIGNMENT = 64, // of tensors in a region
 };
@@ -67,17 +82,17 @@ struct einsum_shared_request {
     uint32_t op;
     uint32_t region;                     // FORGET, RING: by number
     uint32_t entries;                    // RING: a power of two
-    uint64_t bytes;                      // REGION: of the file
+    uint64_t bytes;                      // REGION: of the file; CUDA: from the memory's begin
     uint64_t offset;                     // RING: in the region, a multiple of 64
-    char text[EINSUM_SHARED_TEXT_BYTES]; // WEIGHT, KERNEL: terminated
+    char text[EINSUM_SHARED_TEXT_BYTES]; // WEIGHT, KERNEL: terminated; CUDA: begins with the handle
 };
 
 struct einsum_shared_reply {
     uint32_t magic;
     uint32_t op;                            // as asked
     uint32_t status;                        // gRPC's; 0: OK
-    uint32_t number;                        // REGION, WEIGHT, KERNEL
-    uint8_t name[EINSUM_SHARED_NAME_BYTES]; // REGION
+    uint32_t number;                        // REGION, CUDA, WEIGHT, KERNEL
+    uint8_t name[EINSUM_SHARED_NAME_BYTES]; // REGION, CUDA
     char field[EINSUM_SHARED_FIELD_BYTES];  // at fault, and why; both terminated
     char text[EINSUM_SHARED_TEXT_BYTES];
 };

@@ -17,11 +17,11 @@ case "${1:-}" in
 esac
 folder=${1:-build/bundle}
 programs=(einsumd einsumctl tests/test_engine_cuda tests/test_engine_cpu tests/bench/pipeline
-    tests/bench/bare_server)
+    tests/bench/bare_server tests/regions)
 
 deploy/install-dependencies.sh --tests
 cmake --preset cuda >/dev/null
-cmake --build build/cuda --target einsumd einsumctl test_engine_cuda test_engine_cpu pipeline bare_server
+cmake --build build/cuda --target einsumd einsumctl test_engine_cuda test_engine_cpu pipeline bare_server regions
 
 rm -rf "$folder"
 mkdir -p "$folder/bin" "$folder/lib"

@@ -1,8 +1,11 @@
 // The batches, the room in them, and the lock around both. Called by rpc threads (reserve, commit,
 // abandon, release) and by the scheduler thread (batch_internal.h).
 //
-//     input  | activations | scales | attention | rotations | ...       each at 64 bytes;
-//     output | result               | result                | ...       bump allocation
+//     input  | activations | scales | attention | rotations | ...  --> <-- ... | staged | staged |
+//     output | result               | result                | ...  --> <-- ... | staged | staged |
+//
+// Each at 64 bytes; bump allocation, from both ends: what callers' memory is staged in, on the
+// device alone, is kept apart from what goes to the device in one copy.
 //
 // Room that is abandoned is dead until its batch is free again, unless it was the last or the only
 // room taken. A held lock never covers a tensor's copy, a system call or an engine's work.
@@ -21,6 +24,7 @@ struct room {
     uint64_t second_offset; // in its input; of scales, or rotations if it is attention
     uint64_t input_bytes, output_bytes;
     uint64_t waiting_bytes; // kept elsewhere while it waits; a part's are counted with its request
+    uint64_t staged_input, staged_output; // bytes
 };
 
 static uint64_t activation_bytes(const struct job *job, uint32_t tokens)
@@ -47,15 +51,20 @@ static struct room room_for_tokens(const struct job *job, uint32_t tokens, bool 
     const struct einsum_operand *operand = &job->operand;
     uint64_t output = einsum_output_bytes(operand->output_type, tokens, operand->groups,
                                           job->weight->format.output_dim);
-    uint64_t second_offset = align_up(activation_bytes(job, tokens), CACHE_LINE_BYTES);
+    uint64_t first = align_up(activation_bytes(job, tokens), CACHE_LINE_BYTES);
     uint64_t second = align_up(scale_or_rotation_bytes(job, tokens), CACHE_LINE_BYTES);
-    uint64_t input = input_given ? 0 : second_offset + second;
+    output = align_up(output, CACHE_LINE_BYTES);
+    // Rotations are ours, wherever the attention lies.
+    uint64_t given = !input_given ? 0 : job->attention ? first : first + second;
+    uint64_t input = first + second - given;
     return (struct room){
         .tokens = tokens,
-        .second_offset = second_offset,
+        .second_offset = first,
         .input_bytes = input,
-        .output_bytes = job->output_given ? 0 : align_up(output, CACHE_LINE_BYTES),
+        .output_bytes = job->output_given ? 0 : output,
         .waiting_bytes = job->whole ? 0 : input,
+        .staged_input = job->staged ? given : 0,
+        .staged_output = job->staged && job->output_given ? output : 0,
     };
 }
 
@@ -71,17 +80,19 @@ static enum status room_fits_empty_batch(const struct room *room, bool attention
         return error_field(err, STATUS_INVALID_ARGUMENT, "tokens",
                            "a batch holds at most %" PRIu32 ", got %" PRIu32,
                            options->batch_tokens_max, room->tokens);
-    if (room->input_bytes > options->batch_input_bytes)
+    uint64_t input_bytes = room->input_bytes + room->staged_input;
+    uint64_t output_bytes = room->output_bytes + room->staged_output;
+    if (input_bytes > options->batch_input_bytes)
         return error_field(err, STATUS_INVALID_ARGUMENT, attention ? "attention" : "activations",
                            "a batch holds at most %" PRIu64 " bytes of %s, got %" PRIu64,
                            options->batch_input_bytes,
                            attention ? "attention and rotations" : "activations and scales",
-                           room->input_bytes);
-    if (room->output_bytes > options->batch_output_bytes)
+                           input_bytes);
+    if (output_bytes > options->batch_output_bytes)
         return error_field(err, STATUS_INVALID_ARGUMENT, "tokens",
                            "a batch holds at most %" PRIu64
                            " bytes of output, this request needs %" PRIu64,
-                           options->batch_output_bytes, room->output_bytes);
+                           options->batch_output_bytes, output_bytes);
     return STATUS_OK;
 }
 
@@ -138,8 +149,10 @@ static bool room_left_locked(const struct batcher *batcher, const struct batch *
 {
     const struct batcher_options *options = &batcher->options;
     return room->tokens <= options->batch_tokens_max - batch->tokens &&
-           room->input_bytes <= options->batch_input_bytes - batch->input_used &&
-           room->output_bytes <= options->batch_output_bytes - batch->output_used &&
+           room->input_bytes + room->staged_input <=
+               options->batch_input_bytes - batch->input_used - batch->input_staged &&
+           room->output_bytes + room->staged_output <=
+               options->batch_output_bytes - batch->output_used - batch->output_staged &&
            batch->held < options->batch_requests_max;
 }
 
@@ -157,6 +170,7 @@ static struct batch *batch_open_locked(struct batcher *batcher)
     batch->state = BATCH_OPEN;
     batch->next = NULL;
     batch->input_used = batch->output_used = 0;
+    batch->input_staged = batch->output_staged = 0;
     batch->tokens = batch->filling = batch->held = batch->jobs_n = 0;
     batch->priority = JOB_PRIORITY_LOW;
     batch->share_end = UINT64_MAX;
@@ -313,37 +327,67 @@ static struct batch *batch_with_room_locked(struct batcher *batcher, const struc
     return opens ? batch_open_locked(batcher) : NULL;
 }
 
-static void set_input(struct job *job, const uint8_t *input, const struct room *room)
+static void set_input(struct job *job, const struct room *room)
 {
     struct einsum_operand *operand = &job->operand;
-    operand->activations = input;
+    if (!job->input_given)
+        operand->activations = job->input;
     if (!job->attention) {
-        operand->scales = input + room->second_offset;
+        if (!job->input_given)
+            operand->scales = job->input + room->second_offset;
         operand->rotations = NULL;
         return;
     }
-    operand->scales = input + job->weight->format.reduced_dim; // behind the first row
-    operand->rotations = (const void *)(input + room->second_offset);
+    // Behind the first row; of what is staged, once it has been.
+    operand->scales = (const uint8_t *)operand->activations + job->weight->format.reduced_dim;
+    operand->rotations = (const void *)(job->input + (job->input_given ? 0 : room->second_offset));
     operand->activation_layout = EINSUM_ACTIVATIONS_IN_PLACE;
     operand->scale_layout = EINSUM_SCALES_IN_PLACE;
     operand->scale_type = EINSUM_SCALE_UE8M0;
 }
 
-static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, struct job *job,
-                                 const struct room *room)
+// Where what is staged ends when so many bytes of it lie behind: at a cache line.
+static const uint8_t *staged_end(const void *memory, uint64_t bytes, uint64_t staged)
+{
+    return (const uint8_t *)memory + bytes / CACHE_LINE_BYTES * CACHE_LINE_BYTES - staged;
+}
+
+static const uint8_t *staged_input_end(const struct batcher *batcher, const struct batch *batch)
+{
+    return staged_end(batch->input, batcher->options.batch_input_bytes, batch->input_staged);
+}
+
+static const uint8_t *staged_output_end(const struct batcher *batcher, const struct batch *batch)
+{
+    return staged_end(batch->output, batcher->options.batch_output_bytes, batch->output_staged);
+}
+
+static void take_room_locked(struct batcher *batcher, struct batch *batch, struct job *job,
+                             const struct room *room)
 {
     job->input = (const uint8_t *)batch->input + batch->input_used;
     job->output = (const uint8_t *)batch->output + batch->output_used;
-    if (!job->input_given)
-        set_input(job, job->input, room);
-    if (!job->output_given)
-        job->operand.output = (uint8_t *)batch->output + batch->output_used;
-    job->batch = batch;
     job->input_bytes = room->input_bytes;
     job->output_bytes = room->output_bytes;
-
+    job->staged_input_bytes = room->staged_input;
+    job->staged_output_bytes = room->staged_output;
     batch->input_used += room->input_bytes;
     batch->output_used += room->output_bytes;
+    batch->input_staged += room->staged_input;
+    batch->output_staged += room->staged_output;
+    job->staged_input = staged_input_end(batcher, batch);
+    job->staged_output = staged_output_end(batcher, batch);
+}
+
+static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, struct job *job,
+                                 const struct room *room)
+{
+    job->batch = batch;
+    take_room_locked(batcher, batch, job, room);
+    set_input(job, room);
+    if (!job->output_given)
+        job->operand.output = (uint8_t *)(uintptr_t)job->output;
+
     batch->tokens += room->tokens;
     batch->filling++;
     batch->held++;
@@ -641,12 +685,18 @@ void batcher_commit(struct batcher *batcher, struct job *job)
 }
 
 // Gives back the room of the job if nothing lies behind it. An empty batch has all of its room.
-static void batch_shrink_locked(struct batch *batch, const struct job *job)
+static void batch_shrink_locked(const struct batcher *batcher, struct batch *batch,
+                                const struct job *job)
 {
     if (batch->held == 0) {
         batch->input_used = batch->output_used = 0;
+        batch->input_staged = batch->output_staged = 0;
         return;
     }
+    if (job->staged_input == staged_input_end(batcher, batch))
+        batch->input_staged -= job->staged_input_bytes;
+    if (job->staged_output == staged_output_end(batcher, batch))
+        batch->output_staged -= job->staged_output_bytes;
     if (job->input + job->input_bytes == (const uint8_t *)batch->input + batch->input_used)
         batch->input_used -= job->input_bytes;
     if (job->output + job->output_bytes == (const uint8_t *)batch->output + batch->output_used)
@@ -665,7 +715,7 @@ void batcher_abandon(struct batcher *batcher, struct job *job)
     batch->tokens -= job->operand.tokens;
     batcher->stats.jobs--;
     batcher->stats.queued--;
-    batch_shrink_locked(batch, job);
+    batch_shrink_locked(batcher, batch, job);
     if (batch->held == 0 && batch->state == BATCH_CLOSED) {
         batch_unlink_locked(batcher, batch);
         batch_free_locked(batcher, batch);

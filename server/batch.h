@@ -69,7 +69,8 @@ struct batcher_cut batcher_cut(const struct batcher *batcher, const struct job *
 // sets the operand's pointers: activations, scales and output each at 64 bytes. For attention:
 // activations has room for attention_bytes() and rotations, at 64 bytes, for one of each token;
 // layouts, scale type and scales are set to what kernels/attention.h leaves in place. Of what the
-// job brings along (input_given, output_given) nothing is set.
+// job brings along (input_given, output_given) nothing is set; attention's rotations lie in the
+// batch in any case.
 // The job is then DECODING: fill it, then commit or abandon.
 // RESOURCE_EXHAUSTED: full, with retry advice; INVALID_ARGUMENT: it would not fit an empty batch;
 // UNAVAILABLE: the device is lost.

@@ -25,12 +25,13 @@ struct batch {
     enum batch_state state;
     struct batch *next; // in `free`, in `queue`, or among those that the scheduler is answering
 
-    void *input, *output;             // from the engine, for good
-    uint64_t input_used, output_used; // bytes; multiples of a cache line
-    uint32_t tokens;                  // of all reservations
-    uint32_t filling;                 // jobs that are DECODING
-    uint32_t held;                    // jobs reserved and not yet abandoned or released
-    struct job **jobs;                // committed
+    void *input, *output;                 // from the engine, for good
+    uint64_t input_used, output_used;     // bytes; multiples of a cache line
+    uint64_t input_staged, output_staged; // likewise, from the end
+    uint32_t tokens;                      // of all reservations
+    uint32_t filling;                     // jobs that are DECODING
+    uint32_t held;                        // jobs reserved and not yet abandoned or released
+    struct job **jobs;                    // committed
     uint32_t jobs_n;
     uint64_t first_commit_ns;   // of jobs[0]
     enum job_priority priority; // of the job that stands first in it

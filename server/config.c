@@ -183,6 +183,8 @@ static const struct key config_keys[] = {
          "of one region; larger ones are RESOURCE_EXHAUSTED")},
     {U64(shared_bytes_max, 4096, 1ull << 40, "1073741824", "bytes",
          "of all regions together; past these, RESOURCE_EXHAUSTED")},
+    {BOOL(shared_memory_cuda, "false",
+          "take CUDA memory of callers by handle: trusts them not to free it while it is in use")},
     {U32(ring_entries_max, 1, 4096, "1024", "requests",
          "that one ring may have in flight, a power of two; one thread serves all rings")},
     {U32(ring_spin_us, 0, 10000, "50", "microseconds",

@@ -61,6 +61,7 @@ struct config {
     uint32_t shared_regions_max;            // of all connections; default 64
     uint64_t shared_region_bytes_max;       // of one region; default 256 MiB
     uint64_t shared_bytes_max;              // of all regions; default 1 GiB
+    bool shared_memory_cuda;                // whether CUDA memory is taken; default false
     uint32_t ring_entries_max;              // of one ring; default 1024
     uint32_t ring_spin_us; // that the ring thread waits before it sleeps; default 50
 

@@ -72,10 +72,11 @@ static void share_given(const struct job *whole, struct job *job)
 {
     struct job_runs rows = job_activation_runs(job), scales = job_scale_runs(job);
     job->input_given = whole->input_given && rows.n == 1 && scales.n == 1;
-    if (job->input_given) {
-        job->operand.activations = (const uint8_t *)whole->operand.activations + rows.offset;
+    if (!job->input_given)
+        return;
+    job->operand.activations = (const uint8_t *)whole->operand.activations + rows.offset;
+    if (!job->attention)
         job->operand.scales = (const uint8_t *)whole->operand.scales + scales.offset;
-    }
 }
 
 static void part_init(struct cut *cut, struct part *part, uint32_t first_token)
@@ -91,6 +92,7 @@ static void part_init(struct cut *cut, struct part *part, uint32_t first_token)
     job->kernel = whole->kernel;
     job->attention = whole->attention;
     job->output_given = whole->output_given;
+    job->staged = whole->staged;
     job->quiet = whole->quiet;
     job->deadline_ns = whole->deadline_ns;
     job->received_ns = whole->received_ns;

@@ -337,6 +337,7 @@ NODISCARD static enum status create_regions(struct daemon *daemon, struct error 
         .engine = context->engine,
         .regions_max = config->shared_regions_max,
         .region_bytes_max = config->shared_region_bytes_max,
+        .import = config->shared_memory_cuda,
         .bytes_max = config->shared_bytes_max,
         .on_unused = sharing_on_unused,
         .context = context->sharing,

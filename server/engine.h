@@ -44,12 +44,16 @@ struct engine_weight_source {
 enum { ENGINE_KERNELS_MAX = 8, ENGINE_BUCKETS_MAX = 64 };
 
 // One request's share of a batch. All pointers of the operand lie in the batch's memory, or in memory
-// that memory_register has been told of. The owner of that may write to it meanwhile: results are
-// then worth nothing, and that is all that may come of it.
+// of somebody else that the engine has been told of (memory_register, memory_import). The owner of
+// that may write to it meanwhile: results are then worth nothing, and that is all that may come of it.
 struct engine_segment {
     const struct engine_weight *weight;
     struct einsum_operand operand;
     uint32_t kernel; // 0: the engine's choice; else 1 + index into engine_info.kernels
+    // Of an engine that stages: room in the batch's memory for what lies in registered memory, the
+    // scales behind the activations, each at a cache line. NULL: nothing does.
+    const void *staged_input;
+    void *staged_output;
 };
 
 struct engine_batch {
@@ -58,9 +62,10 @@ struct engine_batch {
     uint32_t tokens;      // of all segments
     uint32_t bucket;      // index into buckets: the smallest that holds `tokens`
     const void *input;    // from memory_alloc
-    uint64_t input_bytes; // in use
+    uint64_t input_bytes; // in use, from its begin
     void *output;
     uint64_t output_bytes;
+    uint64_t input_staged, output_staged; // bytes of room, at its end, for what is staged
 };
 
 struct engine_result {
@@ -72,7 +77,7 @@ struct engine_result {
     uint64_t copy_in_ns, kernel_ns, copy_out_ns;
 };
 
-enum { ENGINE_KERNEL_TEXT = 128 };
+enum { ENGINE_KERNEL_TEXT = 128, ENGINE_HANDLE_BYTES = 64 };
 
 struct engine_info {
     char device[128];                // "AMD EPYC 7763, 2 threads"
@@ -97,6 +102,9 @@ struct engine_ops {
     // Lanes run one after the other: what is submitted behind a long batch only waits, and can no
     // longer be overtaken.
     bool serial;
+    // What lies in registered memory is brought to the batch's memory on the device by the engine,
+    // and outputs back: it takes room there, see struct engine_segment.
+    bool stages;
     bool (*usable)(void); // whether this machine has such a device; NULL: always
     NODISCARD enum status (*open)(const struct engine_options *options, struct engine **engine,
                                   struct error *err);
@@ -121,6 +129,15 @@ struct engine_ops {
     NODISCARD enum status (*memory_register)(struct engine *engine, void *memory, uint64_t bytes,
                                              struct error *err);
     void (*memory_unregister)(struct engine *engine, void *memory, uint64_t bytes);
+
+    // Memory on the device that another process has exported by a handle (cudaIpcMemHandle_t): its
+    // first `bytes`, in which operands may lie as they are. `*memory` is the device's address, not
+    // the host's. Any thread. NULL, both: there is no such thing. FAILED_PRECONDITION: it cannot be
+    // opened; INVALID_ARGUMENT: it has fewer bytes; RESOURCE_EXHAUSTED.
+    NODISCARD enum status (*memory_import)(struct engine *engine,
+                                           const uint8_t handle[ENGINE_HANDLE_BYTES],
+                                           uint64_t bytes, void **memory, struct error *err);
+    void (*memory_forget)(struct engine *engine, void *memory);
 
     // In the scheduler's turn: one thread at a time, of a polled engine always the same. `batch` and
     // all that it points to stay put until poll says done.

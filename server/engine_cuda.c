@@ -2,6 +2,7 @@
 // it, and the memory of batches.
 //
 //     engine_cuda.c           open: device, buckets, then lanes and their graphs
+//     engine_cuda_region.c    memory of others, in which operands may lie
 //     engine_cuda_weight.c    loads weights
 //     engine_cuda_lane.c      a lane: a stream, its captured graphs, the batch that runs on it
 //
@@ -124,7 +125,10 @@ static void close_all(struct engine *engine)
     for (uint32_t i = 0; engine->lanes && i < engine->lanes_n; i++)
         engine_cuda_lane_close(engine, &engine->lanes[i]);
     engine_cuda_staging_close(engine);
+    ASSERT(engine->registered_n == 0);
+    free(engine->registered);
     pthread_mutex_destroy(&engine->load_lock);
+    pthread_mutex_destroy(&engine->registered_lock);
     pthread_mutex_destroy(&engine->buffers_lock);
     free(engine->lanes);
     free(engine->buckets);
@@ -273,6 +277,7 @@ static enum status cuda_open(const struct engine_options *options, struct engine
     engine->phase_sample = options->phase_sample;
     pthread_mutex_init(&engine->load_lock, NULL);
     pthread_mutex_init(&engine->buffers_lock, NULL);
+    pthread_mutex_init(&engine->registered_lock, NULL);
     snprintf(engine->info.device, sizeof engine->info.device, "%.80s, SM %d.%d, %d SMs, %.1f GiB",
              device_info.name, device_info.major, device_info.minor,
              device_info.multiProcessorCount, (double)device_info.totalGlobalMem / (1 << 30));
@@ -311,6 +316,7 @@ const struct engine_ops engine_cuda = {
     .name = "cuda",
     .lanes_default = LANES_DEFAULT,
     .polled = true,
+    .stages = true,
     .usable = cuda_usable,
     .open = cuda_open,
     .close = cuda_close,
@@ -320,6 +326,10 @@ const struct engine_ops engine_cuda = {
     .weight_bytes = engine_cuda_weight_bytes,
     .memory_alloc = cuda_memory_alloc,
     .memory_free = cuda_memory_free,
+    .memory_register = engine_cuda_memory_register,
+    .memory_unregister = engine_cuda_memory_unregister,
+    .memory_import = engine_cuda_memory_import,
+    .memory_forget = engine_cuda_memory_forget,
     .submit = engine_cuda_submit,
     .poll = engine_cuda_poll,
 };

@@ -1,5 +1,6 @@
 // What the files of the CUDA engine share. engine_cuda.c opens it and gives out the memory of
-// batches; engine_cuda_weight.c loads weights; engine_cuda_lane.c computes batches.
+// batches, engine_cuda_region.c takes that of others; engine_cuda_weight.c loads weights;
+// engine_cuda_lane.c computes batches.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,6 +20,13 @@ struct buffer {
     uint64_t bytes;
 };
 
+// Host memory of somebody else, and what the device calls it.
+struct registered {
+    const unsigned char *host;
+    unsigned char *mapped;
+    uint64_t bytes;
+};
+
 // What host and device tell each other about a lane's batch. Pinned; a line for each writer.
 struct mailbox {
     struct cuda_order orders[CUDA_ORDERS];
@@ -34,13 +42,15 @@ struct lane {
     cudaEvent_t marks[MARKS_N];
     cudaGraphExec_t *graphs; // by bucket, then by the set of kernels; NULL where none can be needed
     struct mailbox *mailbox;
-    struct cuda_table *table; // pinned
-    struct cuda_ends ends;    // mailbox and table, as the device calls them, and its own table
+    struct cuda_table *table;  // pinned
+    struct cuda_piece *pieces; // pinned; room for `pieces_max`
+    uint32_t pieces_n, pieces_max;
+    struct cuda_ends ends; // mailbox, table and pieces, as the device calls them, and its own table
     void *workspace;
     struct cuda_segment *segments; // batch_segments_max
     uint32_t *sorted;              // scratch of cuda_table_build
     bool submitted;
-    bool small;         // waits for the report, not for `done`
+    bool small;         // nothing is copied around the graph: waits for the report, not for `done`
     bool measured;      // its phases are
     cudaError_t failed; // of a call in submit
     uint64_t started_ns, check_at_ns;
@@ -74,6 +84,10 @@ struct engine {
     struct buffer buffers[ENGINE_CUDA_BUFFERS_MAX];
     _Atomic uint32_t buffers_n; // grows before the first submit, shrinks after the last
 
+    pthread_mutex_t registered_lock; // guards the next three
+    struct registered *registered;   // by address
+    uint32_t registered_n, registered_room;
+
     pthread_mutex_t load_lock; // guards all that follows
     cudaStream_t load_stream;
     struct staging staging[2];
@@ -88,6 +102,18 @@ enum status engine_cuda_out_of_memory(struct error *err, const char *what);
 
 // That begins at `host`.
 const struct buffer *engine_cuda_buffer_of(const struct engine *engine, const void *host);
+
+// ---- memory of others (engine_cuda_region.c)
+
+NODISCARD enum status engine_cuda_memory_register(struct engine *engine, void *memory,
+                                                  uint64_t bytes, struct error *err);
+void engine_cuda_memory_unregister(struct engine *engine, void *memory, uint64_t bytes);
+// What the device calls an address in registered memory.
+void *engine_cuda_registered(struct engine *engine, const void *host);
+NODISCARD enum status engine_cuda_memory_import(struct engine *engine,
+                                                const uint8_t handle[ENGINE_HANDLE_BYTES],
+                                                uint64_t bytes, void **memory, struct error *err);
+void engine_cuda_memory_forget(struct engine *engine, void *memory);
 
 // ---- weights (engine_cuda_weight.c)
 

@@ -15,11 +15,21 @@
 // waits for is a word in its own memory. A large one's copies are worth the copy engines' start-up.
 // tests/gpu/bus.cu measures these ways and others.
 //
+// What lies in memory that callers share goes the same ways, straight from there and to there:
+//
+//     host memory   fetched in pieces, or copied if it is large, to its room in the batch's memory on
+//                   the device; outputs are written by the kernels, or copied if they are large
+//     the device's  read and written where it lies
+//
+// Kernels do not read activations over the bus: each is read once for every tile of D.
+//
 // Threads: submit and poll on the scheduler's.
 #include "engine_cuda_internal.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+#include "../kernels/attention.h"
 
 enum {
     // The largest input, and output, of a small batch. Kernels that reach over the bus start at
@@ -30,6 +40,10 @@ enum {
     // time, and stands in the way of the rest.
     WARM_STEP_PIECES = 2,
     WARM_PIECES_MAX = (16 << 20) / CUDA_WARM_BYTES,
+    // Of one tensor in registered memory, from which it has a copy of its own, which costs the host
+    // 2 us and the copy engine more: below, warps fetch it and kernels write it, however many there
+    // are of them in a batch.
+    STAGED_COPY_BYTES_MIN = 256 << 10,
     // How often a stream is asked whether the device still lives, while a report does not come.
     STREAM_CHECK_NS = 100000,
 };
@@ -64,7 +78,8 @@ static cudaError_t lane_open_device(const struct engine *engine, struct lane *la
         workspace_bytes = workspace > workspace_bytes ? workspace : workspace_bytes;
     }
     table_bytes = align_up(table_bytes, CUDA_FETCH_BYTES);
-    void *mailbox = NULL, *table_host = NULL;
+    lane->pieces_max = 2 * engine->segments_max + CUDA_FETCH_WARPS;
+    void *mailbox = NULL, *table_host = NULL, *pieces = NULL;
     cudaError_t error = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
     if (error == cudaSuccess)
         error = lane_open_events(lane);
@@ -72,6 +87,9 @@ static cudaError_t lane_open_device(const struct engine *engine, struct lane *la
         error = pinned_alloc(sizeof *lane->mailbox, (void **)&lane->mailbox, &mailbox);
     if (error == cudaSuccess)
         error = pinned_alloc(table_bytes, (void **)&lane->table, &table_host);
+    if (error == cudaSuccess)
+        error =
+            pinned_alloc(lane->pieces_max * sizeof *lane->pieces, (void **)&lane->pieces, &pieces);
     if (error == cudaSuccess)
         error = cudaMalloc((void **)&lane->ends.table, table_bytes);
     if (error == cudaSuccess)
@@ -85,6 +103,7 @@ static cudaError_t lane_open_device(const struct engine *engine, struct lane *la
     lane->ends.orders = ((const struct mailbox *)mailbox)->orders;
     lane->ends.report = &((struct mailbox *)mailbox)->report;
     lane->ends.table_host = table_host;
+    lane->ends.pieces = pieces;
     return cudaSuccess;
 }
 
@@ -109,6 +128,7 @@ void engine_cuda_lane_close(const struct engine *engine, struct lane *lane)
     free(lane->sorted);
     cudaFree(lane->ends.table);
     cudaFree(lane->workspace);
+    cudaFreeHost(lane->pieces);
     cudaFreeHost(lane->table);
     cudaFreeHost(lane->mailbox);
     for (size_t i = 0; i < ARRAY_LEN(lane->marks); i++)
@@ -177,11 +197,15 @@ cudaError_t engine_cuda_lane_capture(const struct engine *engine, struct lane *l
 
 // ---- submit
 
+static bool lies_in(const struct buffer *buffer, const void *host)
+{
+    return (uintptr_t)host - (uintptr_t)buffer->host < buffer->bytes;
+}
+
 static uint64_t offset_in(const struct buffer *buffer, const void *host)
 {
-    uint64_t offset = (uint64_t)((const unsigned char *)host - buffer->host);
-    ASSERT(offset < buffer->bytes);
-    return offset;
+    ASSERT(lies_in(buffer, host));
+    return (uint64_t)((const unsigned char *)host - buffer->host);
 }
 
 static void *twin_of(const struct buffer *buffer, const void *host)
@@ -194,12 +218,123 @@ static void *mapped_of(const struct buffer *buffer, const void *host)
     return buffer->mapped + offset_in(buffer, host);
 }
 
-// Turns the segments' host addresses into the device's.
-static void place_segments(const struct engine *engine, struct lane *lane,
-                           const struct engine_batch *batch, const struct buffer *input,
-                           const struct buffer *output)
+// What one submit works with.
+struct submission {
+    const struct engine_batch *batch;
+    const struct buffer *input, *output;
+    uint32_t piece_bytes; // at most, so that all warps have a share and the pieces have room
+};
+
+static bool has_own_copy(const struct lane *lane, uint64_t bytes)
 {
-    for (uint32_t i = 0; i < batch->segments_n; i++) {
+    return !lane->small && bytes >= STAGED_COPY_BYTES_MIN;
+}
+
+// From registered memory to the device.
+static cudaError_t bring(struct engine *engine, struct lane *lane,
+                         const struct submission *submission, const void *host, void *to,
+                         uint64_t bytes)
+{
+    if (has_own_copy(lane, bytes))
+        return cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, lane->stream);
+    uint64_t from = (uintptr_t)engine_cuda_registered(engine, host);
+    for (uint64_t done = 0; done < bytes; done += submission->piece_bytes) {
+        uint64_t left = bytes - done;
+        ASSERT(lane->pieces_n < lane->pieces_max);
+        lane->pieces[lane->pieces_n++] = (struct cuda_piece){
+            .from = from + done,
+            .to = (uintptr_t)to + done,
+            .bytes = left < submission->piece_bytes ? (uint32_t)left : submission->piece_bytes,
+        };
+    }
+    return cudaSuccess;
+}
+
+static uint64_t input_bytes_of(const struct engine_segment *segment)
+{
+    const struct einsum_operand *operand = &segment->operand;
+    uint32_t reduced_dim = segment->weight->cuda.format.reduced_dim;
+    return operand->rotations
+               ? attention_bytes(operand->tokens, operand->groups, reduced_dim)
+               : einsum_activation_bytes(operand->tokens, operand->groups, reduced_dim);
+}
+
+static uint64_t scale_bytes_of(const struct engine_segment *segment)
+{
+    const struct einsum_operand *operand = &segment->operand;
+    const struct einsum_weight_format *format = &segment->weight->cuda.format;
+    return einsum_scale_bytes(operand->scale_layout, operand->scale_type, operand->tokens,
+                              operand->groups, format->reduced_dim / format->block_r);
+}
+
+static uint64_t output_bytes_of(const struct engine_segment *segment)
+{
+    const struct einsum_operand *operand = &segment->operand;
+    return einsum_output_bytes(operand->output_type, operand->tokens, operand->groups,
+                               segment->weight->cuda.format.output_dim);
+}
+
+// Brings what lies in registered memory to its room in the batch's, where attention may be quantised.
+static cudaError_t stage_input(struct engine *engine, struct lane *lane,
+                               const struct submission *submission,
+                               const struct engine_segment *segment, struct einsum_operand *operand)
+{
+    unsigned char *room = twin_of(submission->input, segment->staged_input);
+    uint64_t bytes = input_bytes_of(segment);
+    operand->activations = room;
+    cudaError_t error = bring(engine, lane, submission, segment->operand.activations, room, bytes);
+    if (operand->rotations) {
+        operand->scales = room + segment->weight->cuda.format.reduced_dim; // behind the first row
+        return error;
+    }
+    room += align_up(bytes, CACHE_LINE_BYTES);
+    operand->scales = room;
+    if (error == cudaSuccess)
+        error =
+            bring(engine, lane, submission, segment->operand.scales, room, scale_bytes_of(segment));
+    return error;
+}
+
+// What is in no memory of ours is the device's already.
+static cudaError_t place_input(struct engine *engine, struct lane *lane,
+                               const struct submission *submission,
+                               const struct engine_segment *segment, struct einsum_operand *operand)
+{
+    const struct buffer *input = submission->input;
+    if (operand->rotations)
+        operand->rotations = twin_of(input, operand->rotations);
+    if (segment->staged_input)
+        return stage_input(engine, lane, submission, segment, operand);
+    if (lies_in(input, operand->activations)) {
+        operand->activations = twin_of(input, operand->activations);
+        operand->scales = twin_of(input, operand->scales);
+    }
+    return cudaSuccess;
+}
+
+static void *place_output(struct engine *engine, const struct lane *lane,
+                          const struct submission *submission, const struct engine_segment *segment)
+{
+    const struct buffer *output = submission->output;
+    void *to = segment->operand.output;
+    if (segment->staged_output)
+        return has_own_copy(lane, output_bytes_of(segment))
+                   ? twin_of(output, segment->staged_output)
+                   : engine_cuda_registered(engine, to);
+    if (lies_in(output, to))
+        return lane->small ? mapped_of(output, to) : twin_of(output, to);
+    return to;
+}
+
+// Turns the segments' addresses into the device's, and brings there what is not copied with the
+// batch.
+static cudaError_t place_segments(struct engine *engine, struct lane *lane,
+                                  const struct submission *submission)
+{
+    const struct engine_batch *batch = submission->batch;
+    cudaError_t error = cudaSuccess;
+    lane->pieces_n = 0;
+    for (uint32_t i = 0; i < batch->segments_n && error == cudaSuccess; i++) {
         const struct engine_segment *segment = &batch->segments[i];
         lane->segments[i] = (struct cuda_segment){
             .weight = &segment->weight->cuda,
@@ -207,13 +342,10 @@ static void place_segments(const struct engine *engine, struct lane *lane,
             .kernel = engine->kernels[segment->kernel],
         };
         struct einsum_operand *operand = &lane->segments[i].operand;
-        operand->activations = twin_of(input, operand->activations);
-        operand->scales = twin_of(input, operand->scales);
-        operand->output =
-            lane->small ? mapped_of(output, operand->output) : twin_of(output, operand->output);
-        if (operand->rotations)
-            operand->rotations = twin_of(input, operand->rotations);
+        error = place_input(engine, lane, submission, segment, operand);
+        operand->output = place_output(engine, lane, submission, segment);
     }
+    return error;
 }
 
 // A small batch that is alone on the device finds a part of its weights in the cache: they are on
@@ -247,6 +379,7 @@ static void write_orders(const struct engine *engine, struct lane *lane, const s
         .input_to = (uintptr_t)input->device,
         .table_bytes = align_up(cuda_table_used(lane->table), CUDA_FETCH_BYTES),
         .sequence = orders[0].sequence + 1,
+        .pieces = lane->pieces_n,
     };
     if (lane->small) {
         order.input_bytes = align_up(input_bytes, 16);
@@ -261,23 +394,45 @@ static cudaError_t mark(const struct lane *lane, enum mark which)
     return lane->measured ? cudaEventRecord(lane->marks[which], lane->stream) : cudaSuccess;
 }
 
-static cudaError_t copy_in(const struct lane *lane, const struct buffer *input, uint64_t bytes)
+// All that comes to the device, but for what the graph fetches. A large batch's own input goes
+// first: the copy starts while the rest is written.
+static cudaError_t bring_in(struct engine *engine, struct lane *lane,
+                            const struct submission *submission)
 {
-    cudaError_t error = mark(lane, MARK_BEGIN);
+    uint64_t bytes = lane->small ? 0 : submission->batch->input_bytes;
+    cudaError_t error = lane->small ? cudaSuccess : mark(lane, MARK_BEGIN);
+    if (error == cudaSuccess && bytes > 0)
+        error = cudaMemcpyAsync(submission->input->device, submission->input->host, bytes,
+                                cudaMemcpyHostToDevice, lane->stream);
     if (error == cudaSuccess)
-        error = cudaMemcpyAsync(input->device, input->host, bytes, cudaMemcpyHostToDevice,
-                                lane->stream);
-    if (error == cudaSuccess)
+        error = place_segments(engine, lane, submission);
+    if (error == cudaSuccess && !lane->small)
         error = mark(lane, MARK_COPIED_IN);
     return error;
 }
 
-static cudaError_t copy_out(const struct lane *lane, const struct buffer *output, uint64_t bytes)
+static cudaError_t copy_to_host(const struct lane *lane, void *host, const void *device,
+                                uint64_t bytes)
 {
+    return cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, lane->stream);
+}
+
+// Of a large batch.
+static cudaError_t copy_out(const struct lane *lane, const struct submission *submission)
+{
+    const struct engine_batch *batch = submission->batch;
+    const struct buffer *output = submission->output;
     cudaError_t error = mark(lane, MARK_COMPUTED);
-    if (error == cudaSuccess)
-        error = cudaMemcpyAsync((void *)(uintptr_t)output->host, output->device, bytes,
-                                cudaMemcpyDeviceToHost, lane->stream);
+    if (error == cudaSuccess && batch->output_bytes > 0)
+        error = copy_to_host(lane, (void *)(uintptr_t)output->host, output->device,
+                             batch->output_bytes);
+    for (uint32_t i = 0; i < batch->segments_n && error == cudaSuccess; i++) {
+        const struct engine_segment *segment = &batch->segments[i];
+        uint64_t bytes = output_bytes_of(segment);
+        if (segment->staged_output && has_own_copy(lane, bytes))
+            error = copy_to_host(lane, segment->operand.output,
+                                 twin_of(output, segment->staged_output), bytes);
+    }
     if (error == cudaSuccess)
         error = mark(lane, MARK_COPIED_OUT);
     if (error == cudaSuccess)
@@ -288,23 +443,25 @@ static cudaError_t copy_out(const struct lane *lane, const struct buffer *output
 static cudaError_t enqueue(struct engine *engine, struct lane *lane,
                            const struct engine_batch *batch)
 {
-    const struct buffer *input = engine_cuda_buffer_of(engine, batch->input);
-    const struct buffer *output = engine_cuda_buffer_of(engine, batch->output);
-    cudaError_t error = cudaSuccess;
-    if (!lane->small) // before the table is built, which takes as long as the copy's start
-        error = copy_in(lane, input, batch->input_bytes);
+    const struct submission submission = {
+        .batch = batch,
+        .input = engine_cuda_buffer_of(engine, batch->input),
+        .output = engine_cuda_buffer_of(engine, batch->output),
+        .piece_bytes =
+            (uint32_t)align_up(batch->input_staged / CUDA_FETCH_WARPS + 1, CUDA_FETCH_BYTES),
+    };
+    cudaError_t error = bring_in(engine, lane, &submission);
     if (error != cudaSuccess)
         return error;
-    place_segments(engine, lane, batch, input, output);
     cuda_table_build(&engine->buckets[batch->bucket], lane->segments, batch->segments_n,
                      lane->sorted, lane->table);
-    write_orders(engine, lane, input, batch->input_bytes);
+    write_orders(engine, lane, submission.input, batch->input_bytes);
     cudaGraphExec_t graph = *graph_of(lane, batch->bucket, cuda_table_launches(lane->table));
     ASSERT(graph);
     error = cudaGraphLaunch(graph, lane->stream);
     atomic_fetch_add_explicit(&engine->graph_replays, 1, memory_order_relaxed);
     if (error == cudaSuccess && !lane->small)
-        error = copy_out(lane, output, batch->output_bytes);
+        error = copy_out(lane, &submission);
     return error;
 }
 
@@ -316,7 +473,8 @@ void engine_cuda_submit(struct engine *engine, uint32_t index, const struct engi
     lane->submitted = true;
     lane->started_ns = now_ns();
     lane->check_at_ns = lane->started_ns + STREAM_CHECK_NS;
-    lane->small = batch->input_bytes <= SMALL_BYTES_MAX && batch->output_bytes <= SMALL_BYTES_MAX;
+    lane->small = batch->input_bytes + batch->input_staged <= SMALL_BYTES_MAX &&
+                  batch->output_bytes + batch->output_staged <= SMALL_BYTES_MAX;
     uint64_t replays = atomic_load_explicit(&engine->graph_replays, memory_order_relaxed);
     lane->measured = engine->phase_sample > 0 && replays % engine->phase_sample == 0;
     lane->failed = enqueue(engine, lane, batch);

@@ -46,6 +46,9 @@ struct job {
     // operand's pointers to inputs or output are set by then, to memory that the engine has been
     // told of (memory_register) and that stays until the job is answered: no room is needed there.
     bool input_given, output_given;
+    // But for what the engine stages: what is given takes room on the device alone. Attention may be
+    // given then; its rotations are not.
+    bool staged;
     // Reserving and committing wake nobody: the owner calls batcher_turn soon after, once for all.
     bool quiet;
     uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
@@ -76,6 +79,8 @@ struct job {
     struct batch *batch;
     const uint8_t *input, *output; // its room in the batch, of so many bytes:
     uint64_t input_bytes, output_bytes;
+    const uint8_t *staged_input, *staged_output; // likewise, of what is staged
+    uint64_t staged_input_bytes, staged_output_bytes;
 };
 
 static inline bool job_cancelled(const struct job *job)

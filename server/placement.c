@@ -34,6 +34,9 @@ NODISCARD static enum status check_output(const struct wire_range *output, bool 
 NODISCARD static enum status check(const struct region *region, const struct wire_shared *shared,
                                    bool digest_only, const struct job *job, struct error *err)
 {
+    if (job->attention && region->on_device) // its positions would have to be read here
+        return error_field(err, STATUS_UNIMPLEMENTED, "shared.region",
+                           "attention cannot lie in CUDA memory, nor its positions");
     enum status status = check_output(&shared->output, digest_only, job, err);
     if (status == STATUS_OK)
         status = region_check(region, "shared.activations_offset", shared->activations.offset,
@@ -63,12 +66,13 @@ enum status placement_set(struct placement *placement, struct region *region,
         return status;
     }
     // Attention is quantised where it lies, which must not be seen by its caller.
-    job->input_given = region->direct && !job->attention;
+    job->input_given = region->direct && (!job->attention || region->staged);
     job->output_given = region->direct && !digest_only;
-    if (job->input_given) {
+    job->staged = region->staged;
+    if (job->input_given)
         job->operand.activations = region->memory + shared->activations.offset;
+    if (job->input_given && !job->attention)
         job->operand.scales = region->memory + shared->scales.offset;
-    }
     if (job->output_given)
         job->operand.output = region->memory + shared->output.offset;
     return STATUS_OK;
@@ -113,21 +117,28 @@ static void copy_runs(const struct job_runs *runs, const uint8_t *from, const vo
 enum status placement_fill(const struct placement *placement, const struct job *job,
                            struct copy_counters *copies, struct error *err)
 {
-    if (job->input_given)
-        return STATUS_OK;
-    const uint8_t *activations = placement->region->memory + placement->activations.offset;
-    const uint8_t *scales = placement->region->memory + placement->scales.offset;
+    const uint8_t *memory = placement->region->memory;
+    const uint8_t *scales = memory + placement->scales.offset;
     const struct einsum_operand *operand = &job->operand;
     const struct job_runs rows = job_activation_runs(job), second = job_scale_runs(job);
     if (job->attention) {
         enum status status = fill_rotations((const void *)(scales + second.offset), job, err);
         if (status != STATUS_OK)
             return status;
-    } else {
-        copy_runs(&second, scales, operand->scales);
+        count(&copies->in_bytes, second.n * second.bytes);
     }
-    copy_runs(&rows, activations, operand->activations);
-    count(&copies->in_bytes, rows.n * rows.bytes + second.n * second.bytes);
+    if (job->input_given)
+        return STATUS_OK;
+    if (placement->region->on_device)
+        return error_field(err, STATUS_UNIMPLEMENTED, "shared.region",
+                           "of more tokens than a batch holds, only layouts TGR and TGK can lie "
+                           "in CUDA memory");
+    if (!job->attention) {
+        copy_runs(&second, scales, operand->scales);
+        count(&copies->in_bytes, second.n * second.bytes);
+    }
+    copy_runs(&rows, memory + placement->activations.offset, operand->activations);
+    count(&copies->in_bytes, rows.n * rows.bytes);
     return STATUS_OK;
 }
 

@@ -1,5 +1,6 @@
 // The tensors of one request in a region, or of a part of it: checked once against it, then used from where they lie,
 // or, where the engine or attention's quantising in place does not allow that, by way of the batch.
+// An engine that stages them brings attention there itself, where it may be quantised.
 //
 //     placement_set     checks; sets the job's operand and what it brings along
 //     placement_fill    once the job has room: copies in what must be

@@ -3,7 +3,7 @@
 //     slots    [ region ][ NULL ][ region ] ...      a name begins with the index of its slot
 //     unused   region -> region                      in no slot, and nobody holds them
 //
-// One lock guards both; it covers no system call.
+// One lock guards both; it covers no system call, unlike the one that collectors take in turn.
 #include "region.h"
 
 #include <errno.h>
@@ -20,12 +20,16 @@
 #include <sys/statfs.h>
 #include <unistd.h>
 
+#include "log.h"
+
 struct regions {
     struct regions_options options;
     pthread_mutex_t lock;  // guards what follows
     struct region **slots; // options.regions_max of them
     struct region *unused;
     struct regions_stats stats;
+    pthread_mutex_t
+        collecting; // one at a time, so that who collects finds all gone that was unused
 };
 
 enum status regions_create(const struct regions_options *options, struct regions **out,
@@ -42,6 +46,7 @@ enum status regions_create(const struct regions_options *options, struct regions
     regions->options = *options;
     regions->slots = slots;
     pthread_mutex_init(&regions->lock, NULL);
+    pthread_mutex_init(&regions->collecting, NULL);
     *out = regions;
     return STATUS_OK;
 }
@@ -50,12 +55,22 @@ void regions_destroy(struct regions *regions)
 {
     regions_collect(regions);
     ASSERT(regions->stats.regions == 0);
+    pthread_mutex_destroy(&regions->collecting);
     pthread_mutex_destroy(&regions->lock);
     free(regions->slots);
     free(regions);
 }
 
 // ---- what may be mapped
+
+NODISCARD static enum status check_bytes(uint64_t bytes, uint64_t bytes_max, struct error *err)
+{
+    if (bytes <= bytes_max)
+        return STATUS_OK;
+    return error_field(err, STATUS_RESOURCE_EXHAUSTED, "bytes",
+                       "%" PRIu64 ", at most %" PRIu64 " (shared_region_bytes_max)", bytes,
+                       bytes_max);
+}
 
 // Without these seals the file could shrink under the map, and reading it would kill the daemon.
 // Only files of memfd_create can have them. Of those, huge pages are refused: they are reserved
@@ -83,11 +98,7 @@ NODISCARD static enum status check_file(int fd, uint64_t bytes, uint64_t bytes_m
                            "%" PRIu64 " for a file of %" PRIu64
                            "; expected the same, in whole pages of %" PRIu64,
                            bytes, found, page_bytes);
-    if (bytes > bytes_max)
-        return error_field(err, STATUS_RESOURCE_EXHAUSTED, "bytes",
-                           "%" PRIu64 ", at most %" PRIu64 " (shared_region_bytes_max)", bytes,
-                           bytes_max);
-    return STATUS_OK;
+    return check_bytes(bytes, bytes_max, err);
 }
 
 // Room for one more among the limits of all.
@@ -142,21 +153,37 @@ NODISCARD static enum status map(struct region *region, int fd, struct error *er
                        region->bytes);
 }
 
-NODISCARD static enum status tell_engine(struct region *region, struct error *err)
+// What the engine cannot reach is copied by us: slower, but right, so the caller is served.
+static void tell_engine(struct region *region)
 {
     const struct regions_options *options = &region->owner->options;
-    region->direct = options->ops->memory_register != NULL;
+    if (!options->ops->memory_register)
+        return;
+    struct error err;
+    enum status status =
+        options->ops->memory_register(options->engine, region->memory, region->bytes, &err);
+    region->direct = status == STATUS_OK;
+    region->staged = region->direct && options->ops->stages;
     if (!region->direct)
-        return STATUS_OK;
-    return options->ops->memory_register(options->engine, region->memory, region->bytes, err);
+        LOG(WARN, "a region is out of the engine's reach: its tensors are copied",
+            LOG_U64("bytes", region->bytes), LOG_STR("error", err.text));
+}
+
+static void unmap(struct region *region)
+{
+    const struct regions_options *options = &region->owner->options;
+    if (region->on_device) {
+        options->ops->memory_forget(options->engine, region->memory);
+        return;
+    }
+    if (region->direct)
+        options->ops->memory_unregister(options->engine, region->memory, region->bytes);
+    munmap(region->memory, region->bytes);
 }
 
 static void destroy(struct region *region)
 {
-    const struct regions_options *options = &region->owner->options;
-    if (region->direct)
-        options->ops->memory_unregister(options->engine, region->memory, region->bytes);
-    munmap(region->memory, region->bytes);
+    unmap(region);
     unreserve(region->owner, region->bytes);
     free(region);
 }
@@ -178,43 +205,86 @@ NODISCARD static enum status publish(struct regions *regions, struct region *reg
     return STATUS_OK;
 }
 
-enum status regions_add(struct regions *regions, int fd, uint64_t bytes, struct region **out,
-                        struct error *err)
+// Counted, but without memory yet.
+NODISCARD static enum status region_alloc(struct regions *regions, uint64_t bytes,
+                                          struct region **out, struct error *err)
 {
-    enum status status = check_file(fd, bytes, regions->options.region_bytes_max, err);
-    if (status == STATUS_OK)
-        status = reserve(regions, bytes, err);
+    enum status status = reserve(regions, bytes, err);
     if (status != STATUS_OK)
         return status;
     struct region *region = calloc(1, sizeof *region);
     if (!region) {
-        status = error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory for a region");
-        goto give_back;
+        unreserve(regions, bytes);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory for a region");
     }
     region->owner = regions;
     region->bytes = bytes;
     atomic_init(&region->references, 1);
-    status = map(region, fd, err);
-    if (status != STATUS_OK)
-        goto free_region;
-    status = tell_engine(region, err);
-    if (status != STATUS_OK)
-        goto unmap;
-    status = publish(regions, region, err);
-    if (status != STATUS_OK) {
-        destroy(region);
-        return status;
-    }
     *out = region;
     return STATUS_OK;
+}
 
-unmap:
-    munmap(region->memory, bytes);
-free_region:
-    free(region);
-give_back:
-    unreserve(regions, bytes);
+// Takes a region whose memory is there, if `status` says so.
+NODISCARD static enum status finish(struct regions *regions, struct region *region,
+                                    enum status status, struct region **out, struct error *err)
+{
+    if (status != STATUS_OK) {
+        unreserve(regions, region->bytes);
+        free(region);
+        return status;
+    }
+    status = publish(regions, region, err);
+    if (status == STATUS_OK)
+        *out = region;
+    else
+        destroy(region);
     return status;
+}
+
+enum status regions_add(struct regions *regions, int fd, uint64_t bytes, struct region **out,
+                        struct error *err)
+{
+    struct region *region = NULL;
+    enum status status = check_file(fd, bytes, regions->options.region_bytes_max, err);
+    if (status == STATUS_OK)
+        status = region_alloc(regions, bytes, &region, err);
+    if (status != STATUS_OK)
+        return status;
+    status = map(region, fd, err);
+    if (status == STATUS_OK)
+        tell_engine(region);
+    return finish(regions, region, status, out, err);
+}
+
+NODISCARD static enum status check_import(const struct regions_options *options, uint64_t bytes,
+                                          struct error *err)
+{
+    if (!options->ops->memory_import)
+        return error_set(err, STATUS_UNIMPLEMENTED, "the engine \"%s\" takes no CUDA memory",
+                         options->ops->name);
+    if (!options->import)
+        return error_set(err, STATUS_FAILED_PRECONDITION,
+                         "this server takes no CUDA memory (shared_memory_cuda)");
+    if (bytes == 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "bytes", "0, expected at least 1");
+    return check_bytes(bytes, options->region_bytes_max, err);
+}
+
+enum status regions_import(struct regions *regions, const uint8_t handle[ENGINE_HANDLE_BYTES],
+                           uint64_t bytes, struct region **out, struct error *err)
+{
+    const struct regions_options *options = &regions->options;
+    struct region *region = NULL;
+    enum status status = check_import(options, bytes, err);
+    if (status == STATUS_OK)
+        status = region_alloc(regions, bytes, &region, err);
+    if (status != STATUS_OK)
+        return status;
+    region->direct = region->on_device = true;
+    void *memory = NULL;
+    status = options->ops->memory_import(options->engine, handle, bytes, &memory, err);
+    region->memory = memory;
+    return finish(regions, region, status, out, err);
 }
 
 void regions_remove(struct regions *regions, struct region *region)
@@ -276,6 +346,7 @@ void region_unref(struct region *region)
 
 void regions_collect(struct regions *regions)
 {
+    pthread_mutex_lock(&regions->collecting);
     pthread_mutex_lock(&regions->lock);
     struct region *unused = regions->unused;
     regions->unused = NULL;
@@ -285,6 +356,7 @@ void regions_collect(struct regions *regions)
         destroy(unused);
         unused = next;
     }
+    pthread_mutex_unlock(&regions->collecting);
 }
 
 // ---- use

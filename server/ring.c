@@ -625,6 +625,9 @@ NODISCARD static enum status check_ring(const struct rings *rings, const struct 
                            "expected a power of two up to %" PRIu32
                            " (ring_entries_max), got %" PRIu32,
                            rings->options.entries_max, entries);
+    if (region->on_device)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "region",
+                           "a ring cannot lie in CUDA memory");
     return region_check(region, "offset", offset, einsum_ring_bytes(entries), REGION_ALIGNMENT,
                         err);
 }

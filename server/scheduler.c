@@ -138,9 +138,14 @@ static void batch_prepare(struct batcher *batcher, struct batch *batch, uint32_t
     uint32_t tokens = 0;
     for (uint32_t i = 0; i < n; i++) {
         const struct job *job = batch->jobs[i];
-        batch->segments[i].weight = job->weight->engine_weight;
-        batch->segments[i].operand = job->operand;
-        batch->segments[i].kernel = job->kernel;
+        batch->segments[i] = (struct engine_segment){
+            .weight = job->weight->engine_weight,
+            .operand = job->operand,
+            .kernel = job->kernel,
+            .staged_input = job->staged_input_bytes ? job->staged_input : NULL,
+            .staged_output =
+                job->staged_output_bytes ? (void *)(uintptr_t)job->staged_output : NULL,
+        };
         tokens += job->operand.tokens;
     }
     uint32_t bucket = bucket_for(&batcher->options, tokens);
@@ -162,6 +167,8 @@ static void batch_prepare(struct batcher *batcher, struct batch *batch, uint32_t
         .input_bytes = batch->input_used,
         .output = batch->output,
         .output_bytes = batch->output_used,
+        .input_staged = batch->input_staged,
+        .output_staged = batch->output_staged,
     };
 }
 

@@ -117,6 +117,7 @@ static Einsum__V1__SharedMemory read_shared_memory(const struct service_context 
     Einsum__V1__SharedMemory message = EINSUM__V1__SHARED_MEMORY__INIT;
     message.socket = config->shared_memory_listen + strlen("unix:");
     message.direct = context->engine_ops->memory_register != NULL;
+    message.cuda = config->shared_memory_cuda && context->engine_ops->memory_import != NULL;
     message.connections_max = config->shared_connections_max;
     message.connection_regions_max = config->shared_connection_regions_max;
     message.regions_max = config->shared_regions_max;

@@ -2,7 +2,8 @@
 //
 //     reading --whole request--> answered at once ---------------------------> reading
 //                  |
-//                  +-- REGION --> working: a pool thread maps the file ------> reading
+//                  +-- REGION, CUDA --> working: a pool thread maps it ------> reading
+//                  +-- FORGET of CUDA memory --> working: or closes it ------> reading
 //
 // While it works the socket is not read. A peer that breaks the protocol or does not read its
 // replies is cut off; nothing that a peer does makes us wait for it.
@@ -21,6 +22,7 @@
 
 _Static_assert((int)EINSUM_SHARED_NAME_BYTES == (int)REGION_NAME_BYTES, "the same names");
 _Static_assert((int)EINSUM_SHARED_ALIGNMENT == (int)REGION_ALIGNMENT, "the same alignment");
+_Static_assert((int)EINSUM_SHARED_HANDLE_BYTES == (int)ENGINE_HANDLE_BYTES, "the same handles");
 
 struct connection {
     struct sharing *sharing;
@@ -139,28 +141,61 @@ static void read_on(struct connection *connection)
         uv_poll_start(&connection->readable, UV_READABLE | UV_DISCONNECT, on_readable);
 }
 
-static void add_region(uv_work_t *work)
+// In the pool. What has been forgotten is closed here, before its owner hears of it.
+static void work_on_region(uv_work_t *work)
 {
     struct connection *connection = CONTAINER_OF(work, struct connection, work);
-    if (regions_add(connection->sharing->regions, connection->received_fd,
-                    connection->request.bytes, &connection->added, &connection->error) != STATUS_OK)
+    const struct einsum_shared_request *request = &connection->request;
+    struct regions *regions = connection->sharing->regions;
+    if (request->op == EINSUM_SHARED_FORGET) {
+        regions_collect(regions);
+        return;
+    }
+    enum status status =
+        request->op == EINSUM_SHARED_CUDA
+            ? regions_import(regions, (const uint8_t *)request->text, request->bytes,
+                             &connection->added, &connection->error)
+            : regions_add(regions, connection->received_fd, request->bytes, &connection->added,
+                          &connection->error);
+    if (status != STATUS_OK)
         connection->added = NULL;
 }
 
-static void on_region_added(uv_work_t *work, int unused)
+// CUDA gives one address to all who open the same memory. From one connection that is a mistake: its
+// tensors would be there under two numbers.
+static void refuse_if_known(struct connection *connection)
+{
+    struct region *added = connection->added;
+    for (uint32_t i = 0; added && i < SHARING_CONNECTION_REGIONS_MAX; i++) {
+        const struct region *other = connection->regions[i];
+        if (!other || !added->on_device || other->memory != added->memory)
+            continue;
+        error_field(&connection->error, STATUS_ALREADY_EXISTS, "handle",
+                    "this connection has opened that memory already, as region %" PRIu32, i);
+        connection->added = NULL;
+        regions_remove(connection->sharing->regions, added);
+        return;
+    }
+}
+
+static void on_region_worked(uv_work_t *work, int unused)
 {
     (void)unused;
     struct connection *connection = CONTAINER_OF(work, struct connection, work);
     connection->working = false;
-    close(connection->received_fd);
+    if (connection->received_fd >= 0)
+        close(connection->received_fd);
     connection->received_fd = -1;
     if (connection->closing) {
         free_if_over(connection);
         return;
     }
+    refuse_if_known(connection);
     struct region *region = connection->added;
     connection->added = NULL;
-    if (!region) {
+    if (connection->request.op == EINSUM_SHARED_FORGET) {
+        reply(connection, &nothing, NULL);
+    } else if (!region) {
         reply(connection, &nothing, &connection->error);
     } else {
         struct answer answer = {.name = region->name, .fd = -1};
@@ -174,22 +209,27 @@ static void on_region_added(uv_work_t *work, int unused)
     read_on(connection);
 }
 
+static void start_work(struct connection *connection)
+{
+    uv_poll_stop(&connection->readable);
+    connection->working = true;
+    uv_queue_work(connection->sharing->options.loop, &connection->work, work_on_region,
+                  on_region_worked);
+}
+
 NODISCARD static enum status start_region(struct connection *connection, struct error *err)
 {
     uint32_t most = connection->sharing->options.connection_regions_max, used = 0;
     for (uint32_t i = 0; i < most; i++)
         used += connection->regions[i] != NULL;
-    if (connection->received_fd < 0)
+    if (connection->request.op == EINSUM_SHARED_REGION && connection->received_fd < 0)
         return error_field(err, STATUS_INVALID_ARGUMENT, "fd", "a region needs one, none came");
     if (used == most)
         return error_set(err, STATUS_RESOURCE_EXHAUSTED,
                          "this connection has %" PRIu32
                          " regions, no more may be (shared_connection_regions_max)",
                          used);
-    uv_poll_stop(&connection->readable);
-    connection->working = true;
-    uv_queue_work(connection->sharing->options.loop, &connection->work, add_region,
-                  on_region_added);
+    start_work(connection);
     return STATUS_OK;
 }
 
@@ -214,7 +254,10 @@ NODISCARD static enum status forget_region(struct connection *connection, struct
     if (connection->ring)
         ring_set_region(connection->ring, connection->request.region, NULL);
     connection->regions[connection->request.region] = NULL;
+    bool on_device = region->on_device;
     regions_remove(connection->sharing->regions, region);
+    if (on_device) // its owner may free it then
+        start_work(connection);
     return STATUS_OK;
 }
 
@@ -269,6 +312,7 @@ NODISCARD static enum status carry_out(struct connection *connection, struct ans
     *fatal = false;
     switch (request->op) {
     case EINSUM_SHARED_REGION:
+    case EINSUM_SHARED_CUDA:
         return start_region(connection, err);
     case EINSUM_SHARED_FORGET:
         return forget_region(connection, err);

@@ -10,9 +10,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cuda.h>
+
 #include "server/base.h"
 
-enum { BLOCKS_MAX = 1024, STREAMS_MAX = 64, GRAPH_DEVICE_BYTES = 64 << 10 };
+enum { BLOCKS_MAX = 1024, STREAMS_MAX = 64, EXPORTS_MAX = 16, GRAPH_DEVICE_BYTES = 64 << 10 };
 static const uint64_t address_space_bytes = (uint64_t)1 << 33;
 
 // Memory that the device reaches: its own, or the host's, pinned.
@@ -21,6 +23,15 @@ struct block {
     unsigned char *memory;
     uint64_t bytes;
     bool device, registered; // its own; the caller's, pinned
+    uint32_t opened;         // how often, if it is another process's; it is `device` then
+};
+
+// Of another process.
+struct export
+{
+    unsigned char *memory; // where its allocation begins
+    uint64_t bytes, begin;
+    int device;
 };
 
 enum kind { KIND_COPY, KIND_SET, KIND_EVENT, KIND_KERNEL };
@@ -76,6 +87,8 @@ static struct {
     uint64_t address_next;
     struct block blocks[BLOCKS_MAX];
     uint32_t blocks_n;
+    struct export exports[EXPORTS_MAX];
+    uint32_t exports_n;
     struct CUstream_st *streams[STREAMS_MAX];
     uint32_t streams_n, events_n, graphs_n, execs_n;
     struct fault calls, allocations, operations;
@@ -283,7 +296,7 @@ static struct block *add_block_locked(void *memory, uint64_t bytes, bool mapped)
 
 static void remove_block_locked(struct block *block)
 {
-    if (!block->registered)
+    if (!block->registered && !block->opened)
         munmap(block->memory, block->bytes);
     *block = fake.blocks[--fake.blocks_n];
 }
@@ -305,7 +318,7 @@ static uint64_t device_bytes_locked(void)
 {
     uint64_t bytes = (uint64_t)fake.execs_n * GRAPH_DEVICE_BYTES;
     for (uint32_t i = 0; i < fake.blocks_n; i++)
-        bytes += fake.blocks[i].device ? fake.blocks[i].bytes : 0;
+        bytes += fake.blocks[i].device && !fake.blocks[i].opened ? fake.blocks[i].bytes : 0;
     return bytes;
 }
 
@@ -347,7 +360,7 @@ static cudaError_t give_back(enum owner owner, const void *memory)
     for (uint32_t i = 0; i < fake.blocks_n && !block; i++) {
         struct block *each = &fake.blocks[i];
         bool starts = each->device ? each->address == (uintptr_t)memory : each->memory == memory;
-        if (starts && each->device == (owner == OWNER_DEVICE) &&
+        if (starts && each->device == (owner == OWNER_DEVICE) && !each->opened &&
             each->registered == (owner == OWNER_REGISTERED))
             block = each;
     }
@@ -401,6 +414,105 @@ cudaError_t cudaHostGetDevicePointer(void **mapped, void *memory, unsigned flags
         *mapped = (void *)(uintptr_t)(block->address +
                                       (uint64_t)((unsigned char *)memory - block->memory));
     }
+    return leave(error);
+}
+
+// ---- memory of other processes
+
+struct fake_cuda_export fake_cuda_export(uint64_t bytes, uint64_t begin, int device)
+{
+    pthread_mutex_lock(&fake.lock);
+    ASSERT(fake.exports_n < EXPORTS_MAX && begin < bytes);
+    struct export *export = &fake.exports[fake.exports_n++];
+    *export = (struct export){garbage(bytes), bytes, begin, device};
+    struct fake_cuda_export out = {.memory = export->memory + begin};
+    memcpy(out.handle.reserved, &fake.exports_n, sizeof fake.exports_n);
+    pthread_mutex_unlock(&fake.lock);
+    return out;
+}
+
+static struct export *export_locked(const cudaIpcMemHandle_t *handle)
+{
+    uint32_t number;
+    memcpy(&number, handle->reserved, sizeof number);
+    return number >= 1 && number <= fake.exports_n ? &fake.exports[number - 1] : NULL;
+}
+
+static struct block *opened_locked(const struct export *export)
+{
+    for (uint32_t i = 0; i < fake.blocks_n; i++)
+        if (fake.blocks[i].opened > 0 && fake.blocks[i].memory == export->memory)
+            return &fake.blocks[i];
+    return NULL;
+}
+
+// Again: the same address.
+cudaError_t cudaIpcOpenMemHandle(void **memory, cudaIpcMemHandle_t handle, unsigned flags)
+{
+    cudaError_t error = enter_allocation(__func__);
+    struct export *export = export_locked(&handle);
+    if (error == cudaSuccess && !export)
+        error = cudaErrorInvalidResourceHandle;
+    if (error == cudaSuccess) {
+        ASSERT(flags == cudaIpcMemLazyEnablePeerAccess);
+        struct block *block = opened_locked(export);
+        if (!block)
+            block = add_block_locked(export->memory, export->bytes, true);
+        block->device = true;
+        block->opened++;
+        *memory = (void *)(uintptr_t)(block->address + export->begin);
+    }
+    return leave(error);
+}
+
+cudaError_t cudaIpcCloseMemHandle(void *memory)
+{
+    pthread_mutex_lock(&fake.lock);
+    wait_idle_locked();
+    struct block *block = block_at_locked((uintptr_t)memory, 1);
+    ASSERT(block && block->opened > 0); // else it was closed twice, or never opened
+    if (block->opened == 1)
+        remove_block_locked(block);
+    else
+        block->opened--;
+    return leave(fake.sticky);
+}
+
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *memory)
+{
+    cudaError_t error = enter(__func__);
+    const struct block *block = block_at_locked((uintptr_t)memory, 1);
+    if (error == cudaSuccess) {
+        ASSERT(block && block->device);
+        *attributes = (struct cudaPointerAttributes){.type = cudaMemoryTypeDevice};
+        for (uint32_t i = 0; i < fake.exports_n; i++)
+            if (fake.exports[i].memory == block->memory)
+                attributes->device = fake.exports[i].device;
+    }
+    return leave(error);
+}
+
+static CUresult address_range(CUdeviceptr *begin, size_t *bytes, CUdeviceptr address)
+{
+    cudaError_t error = enter("cuMemGetAddressRange");
+    const struct block *block = block_at_locked(address, 1);
+    if (error == cudaSuccess) {
+        ASSERT(block);
+        *begin = block->address;
+        *bytes = block->bytes;
+    }
+    return leave(error) == cudaSuccess ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **found, unsigned version,
+                                             unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *how)
+{
+    cudaError_t error = enter(__func__);
+    ASSERT(version == 12000 && flags == cudaEnableDefault);
+    bool known = error == cudaSuccess && strcmp(symbol, "cuMemGetAddressRange") == 0;
+    *found = known ? (void *)(uintptr_t)address_range : NULL;
+    *how = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     return leave(error);
 }
 
@@ -529,6 +641,10 @@ void fake_cuda_stop(void)
     pthread_cond_broadcast(&fake.changed);
     pthread_mutex_unlock(&fake.lock);
     pthread_join(fake.thread, NULL);
+    while (fake.exports_n > 0) {
+        struct export *export = &fake.exports[--fake.exports_n];
+        munmap(export->memory, export->bytes);
+    }
     fake.started = false;
 }
 
@@ -543,7 +659,8 @@ struct fake_cuda_live fake_cuda_live(void)
         .device_bytes = device_bytes_locked(),
     };
     for (uint32_t i = 0; i < fake.blocks_n; i++) {
-        live.allocations += fake.blocks[i].device;
+        live.allocations += fake.blocks[i].device && !fake.blocks[i].opened;
+        live.imported += fake.blocks[i].opened;
         live.pinned += !fake.blocks[i].device;
     }
     pthread_mutex_unlock(&fake.lock);

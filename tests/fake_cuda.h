@@ -31,7 +31,7 @@ struct fake_cuda_device {
 
 // What a program has of CUDA and has not yet given back.
 struct fake_cuda_live {
-    uint32_t allocations, pinned, streams, events, graphs, graph_execs;
+    uint32_t allocations, pinned, imported, streams, events, graphs, graph_execs;
     uint64_t device_bytes;
 };
 
@@ -50,6 +50,14 @@ void fake_cuda_fail_operation(uint32_t n, cudaError_t error); // sticky
 // Since the last fake_cuda_fail_*: how many there were, and the call that was made to fail or NULL.
 uint32_t fake_cuda_calls(void), fake_cuda_allocations(void), fake_cuda_operations(void);
 const char *fake_cuda_failed_call(void);
+
+// Memory that another process has on a device: where this one reads and writes it, and its handle. It
+// begins so far into an allocation, as what cudaMalloc gives may. Gone with fake_cuda_stop.
+struct fake_cuda_export {
+    unsigned char *memory;
+    cudaIpcMemHandle_t handle;
+};
+struct fake_cuda_export fake_cuda_export(uint64_t bytes, uint64_t begin, int device);
 
 // While held, the device runs nothing.
 void fake_cuda_hold(bool held);

@@ -394,7 +394,7 @@ static void run_attention(const void *bytes)
 
 static void fetch(uint64_t from, uint64_t to, uint64_t bytes, uint64_t multiple)
 {
-    ASSERT(from % 16 == 0 && to % 16 == 0 && bytes % multiple == 0);
+    ASSERT(from % 16 == 0 && to % 16 == 0 && bytes % multiple == 0 && bytes % 16 == 0);
     if (bytes > 0)
         memcpy(fake_cuda_at(to, bytes), fake_cuda_at(from, bytes), bytes);
     atomic_fetch_add(&bytes_fetched, bytes);
@@ -417,6 +417,11 @@ static void run_fetch(const void *bytes)
     report->begun_ns = fake_cuda_now_ns();
     fetch((uintptr_t)it->table_host, (uintptr_t)it->table, orders->table_bytes, CUDA_FETCH_BYTES);
     fetch(orders->input_from, orders->input_to, orders->input_bytes, 16);
+    uint32_t pieces_n = orders->pieces > CUDA_PIECES_EARLY ? orders->pieces : CUDA_PIECES_EARLY;
+    const struct cuda_piece *pieces =
+        fake_cuda_at((uintptr_t)it->pieces, pieces_n * sizeof *pieces);
+    for (uint32_t i = 0; i < orders->pieces; i++)
+        fetch(pieces[i].from, pieces[i].to, align_up(pieces[i].bytes, 16), 16);
     report->fetched_ns = fake_cuda_now_ns();
 }
 

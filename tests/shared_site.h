@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "client/checkpoint.h"
 #include "folder.h"
@@ -61,6 +62,35 @@ static void held_submit(struct engine *engine, uint32_t lane, const struct engin
 {
     running[lane] = batch;
     engine_null.submit(engine, lane, batch);
+}
+
+// Memory on its device: a memory file of this process, mapped by whoever opens it. A handle is the
+// file's descriptor and size.
+enum { EXPORTED_BYTES = 1 << 20 };
+static _Atomic int imported;
+
+__attribute__((unused)) static enum status site_import(struct engine *engine,
+                                                       const uint8_t handle[ENGINE_HANDLE_BYTES],
+                                                       uint64_t bytes, void **memory,
+                                                       struct error *err)
+{
+    (void)engine;
+    int fd;
+    memcpy(&fd, handle, sizeof fd);
+    if (bytes > EXPORTED_BYTES)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "bytes", "but the handle is of fewer");
+    *memory = mmap(NULL, EXPORTED_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (*memory == MAP_FAILED)
+        return error_field(err, STATUS_FAILED_PRECONDITION, "handle", "cannot be opened");
+    atomic_fetch_add(&imported, 1);
+    return STATUS_OK;
+}
+
+__attribute__((unused)) static void site_forget(struct engine *engine, void *memory)
+{
+    (void)engine;
+    munmap(memory, EXPORTED_BYTES);
+    atomic_fetch_sub(&imported, 1);
 }
 
 // ---- the daemon's side
@@ -149,6 +179,8 @@ static void start_with(bool direct)
     ops.poll = held_poll;
     if (!direct)
         ops.memory_register = NULL;
+    ops.memory_import = site_import;
+    ops.memory_forget = site_forget;
     struct error err;
     const struct engine_options engine = {
         .lanes = LANES, .wake = batcher_wake, .wake_context = &site.waker};
@@ -165,6 +197,7 @@ static void start_with(bool direct)
         .regions_max = REGIONS_MAX,
         .region_bytes_max = 64 << 20,
         .bytes_max = REGIONS_MAX * (64ull << 20),
+        .import = true,
         .on_unused = on_unused,
     };
     ASSERT(regions_create(&regions, &site.context.regions, &err) == STATUS_OK);

@@ -1031,6 +1031,61 @@ START_TEST(given_memory_is_used_where_it_is)
 }
 END_TEST
 
+// What is given and staged takes room all the same, from the other end, so that it is kept apart from
+// what goes to the device in one copy; of attention, the rotations are the batch's.
+START_TEST(staged_memory_has_room_from_the_other_end)
+{
+    start(&base);
+    static uint8_t input[8 * REDUCED_DIM], scales[8], output[8 * OUTPUT_BYTES];
+    struct job *plain = reserve(0, 1), *given[2];
+    for (int i = 0; i < 2; i++) {
+        struct error err;
+        given[i] = job_init(1 + i, 2);
+        given[i]->input_given = given[i]->output_given = given[i]->staged = true;
+        given[i]->operand.activations = input;
+        given[i]->operand.scales = scales;
+        given[i]->operand.output = output;
+        ck_assert_int_eq(batcher_reserve(batcher, given[i], &err), STATUS_OK);
+        ck_assert_ptr_eq(given[i]->operand.activations, input);
+        ck_assert_ptr_eq(given[i]->operand.scales, scales);
+        ck_assert_ptr_eq(given[i]->operand.output, output);
+    }
+    uint64_t in_room = align_up(2 * REDUCED_DIM, 64) + 64,
+             out_room = align_up(2 * OUTPUT_BYTES, 64);
+    batcher_abandon(batcher, given[1]); // gives back what it took
+    struct job *again = job_init(2, 2);
+    again->input_given = again->staged = true;
+    again->operand.activations = input;
+    again->operand.scales = scales;
+    struct error err;
+    ck_assert_int_eq(batcher_reserve(batcher, again, &err), STATUS_OK);
+    batcher_commit(batcher, plain);
+    batcher_commit(batcher, given[0]);
+    batcher_commit(batcher, again);
+    const struct engine_batch *batch = wait_submitted(1);
+    ck_assert_uint_eq(batch->segments_n, 3);
+    ck_assert_uint_eq(batch->input_staged, 2 * in_room);
+    ck_assert_uint_eq(batch->output_staged, out_room);
+    ck_assert_uint_eq(batch->input_bytes, plain->input_bytes);
+    ck_assert_uint_eq(batch->output_bytes, plain->output_bytes + out_room);
+    const uint8_t *end = (const uint8_t *)batch->input + base.batch_input_bytes / 64 * 64;
+    for (uint32_t i = 0; i < 3; i++) {
+        const struct engine_segment *segment = &batch->segments[i];
+        const uint8_t *at = segment->staged_input;
+        bool first = segment->operand.output == output;
+        if (segment->operand.activations != input)
+            ck_assert(!at && !segment->staged_output);
+        else
+            ck_assert_ptr_eq(at, end - (first ? 1 : 2) * in_room);
+        ck_assert_int_eq(segment->staged_output != NULL, first);
+    }
+    fake_complete(&engine, 0, STATUS_OK);
+    for (int i = 0; i < 3; i++)
+        wait_release(i, STATUS_OK);
+    all_buffers_free(&base, 10);
+}
+END_TEST
+
 // Launching and answering by who commits, while the scheduler's thread sleeps.
 START_TEST(a_turn_does_the_schedulers_work)
 {
@@ -1728,8 +1783,28 @@ static bool all_bytes_are(const void *bytes, uint8_t value, size_t n)
     return true;
 }
 
+// Writes over all that is staged, or looks whether others have.
+static void stress_stage(const struct engine_batch *batch, bool write)
+{
+    for (uint32_t s = 0; s < batch->segments_n; s++) {
+        const struct engine_segment *segment = &batch->segments[s];
+        uint8_t *in = (uint8_t *)(uintptr_t)segment->staged_input, *out = segment->staged_output;
+        uint64_t in_bytes = in ? align_up(segment->operand.tokens * REDUCED_DIM, 64) + 64 : 0;
+        uint64_t out_bytes = out ? align_up(segment->operand.tokens * OUTPUT_BYTES, 64) : 0;
+        uint8_t number = *(const uint8_t *)segment->operand.activations;
+        fault_unless((uintptr_t)in % 64 == 0 && (uintptr_t)out % 64 == 0, "staged anywhere");
+        if (write && in)
+            memset(in, number, in_bytes);
+        if (write && out)
+            memset(out, number, out_bytes);
+        fault_unless(all_bytes_are(in, number, in_bytes) && all_bytes_are(out, number, out_bytes),
+                     "another job's room for what is staged");
+    }
+}
+
 static void stress_compute(const struct engine_batch *batch)
 {
+    stress_stage(batch, true);
     uint32_t tokens = 0, changes = 0;
     for (uint32_t s = 0; s < batch->segments_n; s++) {
         const struct engine_segment *segment = &batch->segments[s];
@@ -1743,6 +1818,7 @@ static void stress_compute(const struct engine_batch *batch)
         tokens += operand->tokens;
         changes += s > 0 && segment->weight != segment[-1].weight;
     }
+    stress_stage(batch, false);
     fault_unless(tokens == batch->tokens, "tokens miscounted");
     fault_unless(buckets[batch->bucket] >= tokens, "bucket too small");
     fault_unless(batch->bucket == 0 || buckets[batch->bucket - 1] < tokens, "bucket too large");
@@ -1809,6 +1885,7 @@ static bool stress_reserve(struct stress_job *it, bool may_wait, uint64_t *rando
         .on_room = stress_on_room,
         .input_given = (dice >> 40) % 4 == 0,
         .output_given = (dice >> 42) % 4 == 0,
+        .staged = (dice >> 46) % 2 == 0,
         .quiet = (dice >> 44) % 2 == 0,
     };
     if (it->job.input_given) {
@@ -1997,6 +2074,7 @@ int main(void)
     tcase_add_test(rules, a_batch_of_dropped_jobs_is_not_launched);
     tcase_add_test(rules, abandoned_room_comes_back_if_it_was_the_last);
     tcase_add_test(rules, given_memory_is_used_where_it_is);
+    tcase_add_test(rules, staged_memory_has_room_from_the_other_end);
     tcase_add_test(rules, a_turn_does_the_schedulers_work);
     tcase_add_test(rules, an_open_batch_abandoned_whole_starts_afresh);
     tcase_add_test(rules, an_engines_error_reaches_every_job_of_the_batch);

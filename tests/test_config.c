@@ -99,7 +99,7 @@ static const char everything[] =
     "26, \"shared_memory_listen\": \"unix:/run/s.sock\", \"shared_connections_max\": 28,"
     " \"shared_connection_regions_max\": 16, \"shared_regions_max\": 29,"
     " \"shared_region_bytes_max\": 8192, \"shared_bytes_max\": 16384,"
-    " \"ring_entries_max\": 128, \"ring_spin_us\": 30,"
+    " \"shared_memory_cuda\": true, \"ring_entries_max\": 128, \"ring_spin_us\": 30,"
     " \"engine\": \"null\", \"kernel\": \"avx2\","
     " \"compute_threads\": 6, \"lanes\": 7, \"phase_sample\": 27,"
     " \"request_tokens_max\": 8, \"batch_tokens_max\": 24,"
@@ -127,6 +127,7 @@ static void ck_shared(const struct config *config)
     ck_assert_uint_eq(config->shared_regions_max, 29);
     ck_assert_uint_eq(config->shared_region_bytes_max, 8192);
     ck_assert_uint_eq(config->shared_bytes_max, 16384);
+    ck_assert(config->shared_memory_cuda);
     ck_assert_uint_eq(config->ring_entries_max, 128);
     ck_assert_uint_eq(config->ring_spin_us, 30);
 }

@@ -878,6 +878,29 @@ START_TEST(a_part_that_cannot_be_filled)
 }
 END_TEST
 
+// Memory that no host thread may touch: only parts that are one run of bytes there can be served. _i:
+// two bits of layouts.
+START_TEST(memory_on_the_device)
+{
+    start(1, 6);
+    struct request request;
+    request_init(&request, 3 * TOKENS_MAX, (unsigned)_i);
+    place(&request, true);
+    request.region.on_device = true;
+    engine.quick = true;
+    struct error err;
+    if (_i == 0) {
+        begin(&request);
+        hear_all(&request);
+        check_output(&request);
+    } else {
+        ck_assert_int_eq(try_begin(&request, &err), STATUS_UNIMPLEMENTED);
+        ck_assert_ptr_nonnull(strstr(err.text, "shared.region"));
+    }
+    drop(&request);
+}
+END_TEST
+
 START_TEST(a_lost_device)
 {
     start(1, 2);
@@ -1103,6 +1126,7 @@ int main(void)
     tcase_add_loop_test(all, cancelled_between_parts, 0, 4);
     tcase_add_test(all, a_deadline_passes_between_parts);
     tcase_add_loop_test(all, a_part_that_cannot_be_filled, 0, 12);
+    tcase_add_loop_test(all, memory_on_the_device, 0, 4);
     tcase_add_test(all, a_lost_device);
     tcase_add_loop_test(all, a_full_queue, 0, 2);
     tcase_add_test(all, parts_do_not_wait_by_bytes);

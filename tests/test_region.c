@@ -202,9 +202,31 @@ START_TEST(sizes_must_be_true_and_within_limits)
     refuse(regions, empty, 0, STATUS_INVALID_ARGUMENT, "in whole pages");
     refuse(regions, large, REGION_BYTES_MAX + PAGE_BYTES, STATUS_RESOURCE_EXHAUSTED,
            "shared_region_bytes_max");
-    atomic_store(&refuse_next, 1);
-    refuse(regions, fd, BYTES, STATUS_RESOURCE_EXHAUSTED, "the device takes no more");
     close(fd), close(odd), close(empty), close(large);
+    regions_destroy(regions);
+}
+END_TEST
+
+// Served all the same, by copies.
+START_TEST(what_the_engine_cannot_reach_is_mapped_alone)
+{
+    struct regions *regions = make_regions(&counting);
+    atomic_store(&refuse_next, 1);
+    struct region *region = add(regions, BYTES);
+    ck_assert(!region->direct && !region->staged);
+    region->memory[BYTES - 1] = 42;
+    ck_assert_int_eq(registered, 0);
+    regions_remove(regions, region);
+    regions_collect(regions);
+    ck_assert_int_eq(registered, 0); // nor unregistered
+    regions_destroy(regions);
+
+    struct engine_ops staging = counting;
+    staging.stages = true;
+    regions = make_regions(&staging);
+    region = add(regions, BYTES);
+    ck_assert(region->direct && region->staged && !region->on_device);
+    regions_remove(regions, region);
     regions_destroy(regions);
 }
 END_TEST
@@ -688,6 +710,7 @@ int main(void)
     tcase_add_test(files, files_that_could_shrink_are_refused);
     tcase_add_test(files, files_of_other_kinds_are_refused);
     tcase_add_test(files, sizes_must_be_true_and_within_limits);
+    tcase_add_test(files, what_the_engine_cannot_reach_is_mapped_alone);
     tcase_add_test(files, limits_of_all_count_what_is_still_used);
     tcase_add_test(files, only_the_right_name_finds_a_region);
     tcase_add_test(files, places_are_checked_without_overflow);

@@ -180,6 +180,16 @@ enum {
     CUDA_ORDERS = 32,
     CUDA_FETCH_BYTES = 512, // by a warp at once
     CUDA_WARM_BYTES = 4096,
+    CUDA_FETCH_WARPS = 256, // each takes every so manieth of the pieces
+    CUDA_PIECES_EARLY = 64, // which are looked at before it is known whether there are any
+};
+
+// Bytes that lie in host memory by themselves, to be fetched by one warp. A sector for each, since
+// sectors that several warps ask for go to one after the other, too.
+struct cuda_piece {
+    uint64_t from, to; // device addresses, the first of host memory; aligned to 16
+    uint32_t bytes;    // rounded up to 16, from memory that goes as far
+    uint32_t padding[3];
 };
 
 // What the host asks of one launch. Pinned; written before the launch, left alone until the report.
@@ -191,7 +201,7 @@ struct cuda_order {
     // behind the one before, brought to the cache meanwhile. Aligned to 16.
     uint64_t warm_from;
     uint32_t warm_pieces, warm_step_bytes;
-    uint64_t padding;
+    uint32_t pieces, padding; // how many are to be fetched, beside the input
 };
 
 // What the device says of it. Pinned, a cache line of its own. Times are the device's, in ns.
@@ -205,6 +215,7 @@ struct cuda_report {
 struct cuda_ends {
     const struct cuda_order *orders;     // CUDA_ORDERS of them
     const struct cuda_table *table_host; // aligned to 16, as `table` is
+    const struct cuda_piece *pieces;     // at least CUDA_PIECES_EARLY of them
     struct cuda_table *table;
     struct cuda_report *report;
 };

@@ -2,13 +2,15 @@
 // host is told that it is done. Both read and write pinned host memory over the bus, so that a
 // small batch needs neither the copy engine, which takes microseconds for any copy, nor an event.
 //
-//     host     orders, table, input              output             report
+//     host     orders, table, input, pieces      output             report
 //                        |                         ^                  ^
 //     graph    [fetch]---'--> table, input -> [kernels] -> [report] --'
 //
 // A block waits two round trips over the bus, one for its order and one for its share of all that
 // the order names, as long as the bytes fit into the loads in flight. No two warps read from one
-// sector (32 bytes): those that do are served in turn, a round trip each.
+// sector (32 bytes): those that do are served in turn, a round trip each. Where pieces lie is known
+// as soon as the order is: the first are asked for together with it, at the cost of one load of a few
+// warps where there are none.
 #include "launch.h"
 
 #include "copy.cuh"
@@ -20,7 +22,11 @@ enum {
     BLOCKS = CUDA_ORDERS,
     THREADS = 256,
     IN_FLIGHT = 4, // loads of 16 bytes by a thread: 512 KiB by all
+    WARPS = BLOCKS * THREADS / 32,
 };
+static_assert((int)WARPS == (int)CUDA_FETCH_WARPS && (int)CUDA_PIECES_EARLY <= (int)WARPS,
+              "a warp's first is early");
+static_assert(sizeof(cuda_piece) == 32, "read by two lanes");
 
 // Nanoseconds; steps of up to a microsecond, by the device.
 __device__ inline uint64_t device_time_ns()
@@ -34,6 +40,37 @@ __device__ inline uint64_t device_time_ns()
 __device__ inline uint4 load_host(const uint4 *from)
 {
     return __ldcv(from);
+}
+
+// Both words of what a lane and its neighbour hold, for all of the warp.
+__device__ inline uint64_t from_lane(uint32_t low, uint32_t high, uint32_t lane)
+{
+    return (uint64_t)__shfl_sync(0xFFFFFFFF, high, lane) << 32 | __shfl_sync(0xFFFFFFFF, low, lane);
+}
+
+__device__ inline uint4 load_piece(const cuda_piece *pieces, uint32_t i)
+{
+    uint32_t lane = threadIdx.x % 32;
+    return lane < 2 ? load_host((const uint4 *)&pieces[i] + lane) : make_uint4(0, 0, 0, 0);
+}
+
+// By a warp; what it has loaded of the piece tells where.
+__device__ inline void copy_piece(uint4 loaded)
+{
+    const uint4 *from = (const uint4 *)from_lane(loaded.x, loaded.y, 0);
+    uint4 *to = (uint4 *)from_lane(loaded.z, loaded.w, 0);
+    uint32_t n = (__shfl_sync(0xFFFFFFFF, loaded.x, 1) + 15) / 16;
+    for (uint32_t first = threadIdx.x % 32; first < n; first += 32 * IN_FLIGHT) {
+        uint4 held[IN_FLIGHT];
+#pragma unroll
+        for (uint32_t i = 0; i < IN_FLIGHT; i++)
+            if (first + i * 32 < n)
+                held[i] = load_host(from + first + i * 32);
+#pragma unroll
+        for (uint32_t i = 0; i < IN_FLIGHT; i++)
+            if (first + i * 32 < n)
+                to[first + i * 32] = held[i];
+    }
 }
 
 // From the device's memory into its L2.
@@ -52,6 +89,11 @@ __global__ void __launch_bounds__(THREADS) fetch_kernel(const cuda_ends ends)
     if (threadIdx.x < sizeof order / 16)
         ((uint4 *)&order)[threadIdx.x] =
             load_host((const uint4 *)&ends.orders[blockIdx.x] + threadIdx.x);
+    uint32_t warp = threadIdx.x / 32 * BLOCKS + blockIdx.x; // of little, all blocks have a share
+    uint32_t piece = WARPS - 1 - warp; // the last warps first: the table is the first ones'
+    uint4 early = make_uint4(0, 0, 0, 0);
+    if (piece < CUDA_PIECES_EARLY)
+        early = load_piece(ends.pieces, piece);
     __syncthreads();
 
     // Table and input, one behind the other, in pieces of 16 bytes: a warp's lie side by side, and
@@ -61,7 +103,6 @@ __global__ void __launch_bounds__(THREADS) fetch_kernel(const cuda_ends ends)
     uint4 *table_to = (uint4 *)ends.table, *input_to = (uint4 *)order.input_to;
     uint32_t table_n = (uint32_t)(order.table_bytes / 16);
     uint32_t n = table_n + (uint32_t)(order.input_bytes / 16);
-    uint32_t warp = threadIdx.x / 32 * BLOCKS + blockIdx.x; // of little, all blocks have a share
     for (uint32_t first = warp * 32 + threadIdx.x % 32; first < n;
          first += BLOCKS * THREADS * IN_FLIGHT) {
         uint4 held[IN_FLIGHT];
@@ -78,6 +119,9 @@ __global__ void __launch_bounds__(THREADS) fetch_kernel(const cuda_ends ends)
                 *(at < table_n ? table_to + at : input_to + (at - table_n)) = held[i];
         }
     }
+
+    for (; piece < order.pieces; piece += WARPS)
+        copy_piece(piece < CUDA_PIECES_EARLY ? early : load_piece(ends.pieces, piece));
 
     // The last threads first, since they have the least to fetch.
     for (uint32_t i = (THREADS - 1 - threadIdx.x) * BLOCKS + blockIdx.x; i < order.warm_pieces;

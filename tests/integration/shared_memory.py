@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAGIC = 0x316D6873
-OP_REGION, OP_FORGET, OP_RING, OP_WEIGHT, OP_KERNEL = 1, 2, 3, 4, 5
+OP_REGION, OP_FORGET, OP_RING, OP_WEIGHT, OP_KERNEL, OP_CUDA = 1, 2, 3, 4, 5, 6
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 ALIGNMENT = 64
 

@@ -23,12 +23,10 @@ import oracle
 from client import field_violations
 from conftest import Site, serving
 from daemon import EINSUMCTL, ENGINE, Daemon, run, wait_until
-from shared_memory import Connection, Refused, Region, Ring, memory_file, share
+from shared_memory import OP_CUDA, Connection, Refused, Region, Ring, memory_file, share
 from test_numbers import FORMATS, LAYOUTS, make_weights, recipes_for
 from test_output_project import PROJECTED, Projection
 from test_output_project import start as start_output_project
-
-DIRECT = ENGINE in ("cpu", "null")  # engines that read callers' memory where it is
 
 
 def start(directory: Path, **config: Any) -> Any:
@@ -173,11 +171,9 @@ def test_nothing_is_copied(site: Site, rng: np.random.Generator, region: Region)
         site.client.einsum(request)
     after = site.client.counters()
     assert after.shared_requests - before.shared_requests == 5
-    tensors = 5 * (request.shared.activations_bytes + request.shared.scales_bytes)
-    assert after.copied_in_bytes - before.copied_in_bytes == (0 if DIRECT else tensors)
-    outputs = 5 * request.shared.output_bytes
-    assert after.copied_out_bytes - before.copied_out_bytes == (0 if DIRECT else outputs)
-    assert site.client.call("ServerInfo").shared_memory.direct == DIRECT
+    assert after.copied_in_bytes == before.copied_in_bytes
+    assert after.copied_out_bytes == before.copied_out_bytes
+    assert site.client.call("ServerInfo").shared_memory.direct
 
 
 def test_over_sockets_each_byte_is_copied_once(site: Site, rng: np.random.Generator) -> None:
@@ -254,9 +250,8 @@ def test_ring_random(site: Site, rng: np.random.Generator, ring: Ring) -> None:
     sent = ring.entries - 1
     assert after.ring_requests - before.ring_requests == sent
     assert after.answered - before.answered == after.requests - before.requests == sent
-    if DIRECT:
-        assert after.copied_in_bytes == before.copied_in_bytes
-        assert after.copied_out_bytes == before.copied_out_bytes
+    assert after.copied_in_bytes == before.copied_in_bytes
+    assert after.copied_out_bytes == before.copied_out_bytes
 
 
 def test_ring_output_project(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -434,7 +429,7 @@ def test_client_takes_the_best(site: Site, small: Site) -> None:
         by_ring = after.ring_requests - before.ring_requests
         assert (shared >= result["calls"]) == (transport != "grpc")
         assert (by_ring >= result["calls"]) == (taken == "ring")
-        if DIRECT and transport != "grpc":
+        if transport != "grpc":
             assert after.copied_in_bytes == before.copied_in_bytes
             assert after.copied_out_bytes == before.copied_out_bytes
     # Where none is offered, whoever does not insist goes by gRPC.
@@ -526,6 +521,32 @@ def test_without_shared_memory(small: Site, rng: np.random.Generator) -> None:
     request, _ = good_request(small, rng, region)
     refuse(small, request, StatusCode.FAILED_PRECONDITION, "shared")
     region.close()
+
+
+# --- memory on the GPU ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allowed", (False, True))
+def test_cuda_memory_is_refused_with_its_reason(
+    tmp_path: Path, rng: np.random.Generator, allowed: bool
+) -> None:
+    """Here by every engine: the handle is of nothing. tests/gpu/regions.c has real ones."""
+    with start(tmp_path, shared_memory_cuda=allowed) as site, connect(site) as connection:
+        gpu = ENGINE == "cuda"
+        assert site.client.call("ServerInfo").shared_memory.cuda == (gpu and allowed)
+        with pytest.raises(Refused) as caught:
+            connection.ask(OP_CUDA, size=4096, text=bytes(64))
+        if not gpu:
+            assert caught.value.status == StatusCode.UNIMPLEMENTED.value[0]
+            assert f'the engine "{ENGINE}" takes no CUDA memory' in caught.value.text
+        else:
+            assert caught.value.status == StatusCode.FAILED_PRECONDITION.value[0]
+            assert ("cannot be opened" if allowed else "shared_memory_cuda") in caught.value.text
+        region = connection.register()  # the connection goes on
+        request, expected = good_request(site, rng, region)
+        reply = site.client.einsum(request)
+        got = region.get(request.shared.output_offset, output_bytes(reply))
+        oracle.check(got, "BF16", *expected)
 
 
 # --- connections ----------------------------------------------------------------------------------
