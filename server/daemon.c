@@ -144,6 +144,8 @@ NODISCARD static enum status open_engine(struct daemon *daemon, struct error *er
         return status;
     struct engine_info info;
     ops->describe(daemon->context.engine, &info);
+    snprintf(daemon->context.kernel, sizeof daemon->context.kernel, "%.*s",
+             (int)strcspn(info.kernel, ":"), info.kernel);
     LOG(INFO, "engine", LOG_STR("name", ops->name), LOG_STR("device", info.device),
         LOG_STR("kernel", info.kernel), LOG_U64("threads", info.threads),
         LOG_U64("scratch_bytes", info.scratch_bytes), LOG_U64("lanes_bytes", info.lanes_bytes),

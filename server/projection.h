@@ -9,9 +9,15 @@
 #include "call.h"
 #include "placement.h"
 
+enum { PROJECTION_HEAD_BYTES_MAX = 1536 };
+
 struct projection {
     struct job job; // its on_done is the owner's to set
     struct call *call;
+    struct weight *weight; // found already, a reference that projection_start takes; NULL: by name
+    // Writes all of the response but the output's bytes; NULL: as an EinsumResponse.
+    size_t (*write_head)(const struct projection *projection, const struct wire_response *response,
+                         uint8_t head[PROJECTION_HEAD_BYTES_MAX]);
     bool streamed; // answers as EinsumStreamResponse; on the heap, and freed by projection_release
     bool digest_only;
     uint64_t request_id;
@@ -44,6 +50,10 @@ NODISCARD bool projection_continue(struct projection *projection);
 
 // Whether on_room, not on_done, was the last to be called.
 bool projection_has_room(const struct projection *projection);
+
+// Of a job that is DONE or given up: counts how the request ended, in the daemon's counters and the
+// weight's. Before it is answered or released.
+void projection_count(const struct projection *projection);
 
 // The response of a job that is DONE and went well. Takes the projection: it is released when the
 // message has been sent, or destroyed unsent.

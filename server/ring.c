@@ -214,8 +214,8 @@ static void complete(struct request *request, const struct error *err)
     placement_drop(&request->placement);
     if (atomic_load_explicit(&job->state, memory_order_relaxed) != JOB_IDLE)
         batcher_release(context->batcher, job);
-    if (job->weight)
-        weight_unref(job->weight);
+    job_count(job, err->status);
+    weight_unref(job->weight);
     service_count(context, err->status);
     post(request, &completion);
 }
