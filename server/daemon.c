@@ -348,8 +348,9 @@ NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *
 NODISCARD static enum status start_serving(struct daemon *daemon, struct error *err)
 {
     static const struct method *const methods[] = {
-        service_einsum_methods, service_weights_methods,    service_info_methods,
-        service_health_methods, service_reflection_methods, NULL,
+        service_einsum_methods,    service_weights_methods,    service_info_methods,
+        service_inference_methods, service_models_methods,     service_repository_methods,
+        service_health_methods,    service_reflection_methods, NULL,
     };
     struct config *config = daemon->config;
     struct service_context *context = &daemon->context;

@@ -76,6 +76,9 @@ void *service_unpack(struct call *call, const ProtobufCMessageDescriptor *descri
 
 // Each ends with a method whose path is NULL.
 extern const struct method service_einsum_methods[];
+extern const struct method service_inference_methods[];
+extern const struct method service_models_methods[];
+extern const struct method service_repository_methods[];
 extern const struct method service_weights_methods[];
 extern const struct method service_info_methods[];
 extern const struct method service_health_methods[];
