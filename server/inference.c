@@ -368,7 +368,7 @@ static enum status translate_priority(const struct wire_infer *infer, struct wir
     if (infer->priority >= ARRAY_LEN(priorities))
         return error_field(err, STATUS_INVALID_ARGUMENT, "priority",
                            "expected 1 (first), 2 or 3, got %" PRIu64, infer->priority);
-    request->priority = priorities[infer->priority];
+    request->priority = (int32_t)priorities[infer->priority];
     return STATUS_OK;
 }
 
@@ -385,7 +385,7 @@ enum status inference_translate(const struct wire_infer *infer, const struct wei
     strcpy(request->weight, weight->name);
     strcpy(request->equation, request_equation);
     strcpy(request->kernel, infer->kernel);
-    request->recipe = inference_recipe(weight);
+    request->recipe = (int32_t)inference_recipe(weight);
     request->group_begin = saturate(infer->group_begin);
     request->group_end = saturate(infer->group_end);
     request->timeout_us = infer->timeout_us;

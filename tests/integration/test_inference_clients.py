@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 from grpc import StatusCode
+from tritonclient.grpc import model_config_pb2, service_pb2
 from tritonclient.utils import InferenceServerException
 
 import oracle
@@ -47,6 +49,39 @@ INVALID, NOT_FOUND = StatusCode.INVALID_ARGUMENT, StatusCode.NOT_FOUND
 def stock(models: Site) -> Iterator[triton.InferenceServerClient]:
     with triton.InferenceServerClient(models.daemon.address) as client:
         yield client
+
+
+# --- the contract -----------------------------------------------------------------------------------
+
+
+def assert_same_messages(ours: Any, theirs: Any) -> None:
+    for message in ours:
+        peer = theirs[message.name]
+        for field in message.fields:
+            known = peer.fields_by_name[field.name]
+            assert (field.number, field.type, field.is_repeated) == (
+                known.number, known.type, known.is_repeated,
+            ), field.full_name  # fmt: skip
+        assert_same_messages(message.nested_types, peer.nested_types_by_name)
+
+
+def test_names_and_numbers_are_triton_s(models: Site) -> None:
+    """All that is served is in the public protocol as its own client has it."""
+    served = models.client.schema.pool
+    for file, theirs in (("grpc_service", service_pb2), ("model_config", model_config_pb2)):
+        ours = served.FindFileByName(f"inference/{file}.proto")
+        assert ours.package == "inference"
+        messages = ours.message_types_by_name.values()
+        assert_same_messages(messages, theirs.DESCRIPTOR.message_types_by_name)
+        for enum in ours.enum_types_by_name.values():
+            known = theirs.DESCRIPTOR.enum_types_by_name[enum.name]
+            for value in enum.values:
+                assert value.number == known.values_by_name[value.name].number
+    service = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+    for method in served.FindServiceByName(INFERENCE).methods:
+        known = service.methods_by_name[method.name]
+        assert method.input_type.full_name == known.input_type.full_name
+        assert method.output_type.full_name == known.output_type.full_name
 
 
 # --- Triton's own client --------------------------------------------------------------------------
@@ -365,14 +400,20 @@ def perf_analyzer(*arguments: Any) -> Any:
     )  # fmt: skip
 
 
-def test_perf_analyzer(models: Site, stock: triton.InferenceServerClient, tmp_path: Path) -> None:
-    """NVIDIA's load generator, unchanged, with random tensors of its own making."""
+def require_perf_analyzer() -> None:
     if not (PERF_ANALYZER / "bin/perf_analyzer").exists():
-        pytest.skip("NOT TESTED: perf_analyzer is not in build/venv/perf_analyzer; "
-                    "run deploy/install-dependencies.sh --tests")  # fmt: skip
+        pytest.skip(
+            "NOT TESTED: perf_analyzer is not in build/venv/perf_analyzer; "
+            "run deploy/install-dependencies.sh --tests"
+        )
     version = perf_analyzer("--version")
     if version.returncode != 0:
         pytest.skip(f"NOT TESTED: perf_analyzer does not run here: {version.stderr.strip()}")
+
+
+def test_perf_analyzer(models: Site, stock: triton.InferenceServerClient, tmp_path: Path) -> None:
+    """NVIDIA's load generator, unchanged, with random tensors of its own making."""
+    require_perf_analyzer()
     name = TENSOR_NAME.format(0)
     report = tmp_path / "report.csv"
     before = statistics(stock, name)
@@ -394,3 +435,30 @@ def test_perf_analyzer(models: Site, stock: triton.InferenceServerClient, tmp_pa
     assert float(columns["Inferences/Second"]) > 10
     assert after.inference_count - before.inference_count >= 400
     assert after.inference_stats.fail.count == before.inference_stats.fail.count
+
+
+# --- the README -----------------------------------------------------------------------------------
+
+
+def readme_lines(models: Site, start: str) -> list[str]:
+    """What stands indented in README.md from `start` on, made to ask this daemon."""
+    text = (REPOSITORY / "README.md").read_text()
+    lines = text[text.index(f"    {start}") :].splitlines()
+    block = list(itertools.takewhile(lambda line: line.startswith("    "), lines))
+    return [line[4:].replace("localhost:50061", models.daemon.address) for line in block]
+
+
+def test_the_readme_s_examples(tmp_path: Path, rng: np.random.Generator) -> None:
+    name = TENSOR_NAME.format(3)
+    weights = {name: oracle.random_weight(rng, 8, 1024, 4096)}
+    with serving(tmp_path, weights, 1024) as site:
+        activations = oracle.random_activations(rng, weights[name], 3, "FP32")
+        known = {"activations": activations.values, "scales": activations.scales}
+        exec("\n".join(readme_lines(site, "import numpy as np, tritonclient")), known)
+        raw = known["out"].astype(ml_dtypes.bfloat16).tobytes()
+        oracle.check(raw, "BF16", *site.expected(activations, weights[name]))
+        (command,) = readme_lines(site, "perf_analyzer")
+        quick = ["--measurement-interval", "200", "--stability-percentage", "999"]
+        require_perf_analyzer()
+        ran = perf_analyzer(*command.split()[1:], *quick)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
