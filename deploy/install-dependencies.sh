@@ -18,6 +18,7 @@ test_packages=(
     clang libclang-rt-dev           # libFuzzer and its sanitizers
     clang-format clang-tidy cppcheck shellcheck
     python3 python3-venv            # integration tests
+    libb64-0d                       # perf_analyzer
 )
 
 say() { echo "dependencies: $*"; }
@@ -67,15 +68,18 @@ fi
 
 if $tests; then
     # Debian's own Python, for which python3-venv was installed. Rebuilt when the pins change.
-    wanted=$(sha256sum <tests/requirements.txt)
+    wanted=$(cat tests/requirements*.txt | sha256sum)
     if [ "$(cat build/venv/requirements.sha256 2>/dev/null || true)" = "$wanted" ]; then
         say "the Python packages in build/venv are installed"
     else
-        say "installing the Python packages of tests/requirements.txt into build/venv"
+        say "installing the Python packages of tests/requirements*.txt into build/venv"
         rm -rf build/venv
         mkdir -p build
         /usr/bin/python3 -m venv build/venv
-        build/venv/bin/pip install --quiet --requirement tests/requirements.txt
+        pip=(build/venv/bin/pip install --quiet --use-pep517)
+        "${pip[@]}" --requirement tests/requirements.txt
+        "${pip[@]}" --no-deps --target build/venv/perf_analyzer \
+            --requirement tests/requirements-perf-analyzer.txt
         echo "$wanted" >build/venv/requirements.sha256
     fi
 fi

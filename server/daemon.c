@@ -16,6 +16,7 @@
 #include "batch.h"
 #include "control.h"
 #include "listener.h"
+#include "projection.h"
 #include "rope.h"
 #include "rpc.h"
 #include "service.h"
@@ -110,7 +111,7 @@ static void resolve_message_bytes(struct config *config, struct service_context 
     context->message_bytes_max = input + MESSAGE_OVERHEAD_BYTES;
     if (context->message_bytes_max > INT32_MAX) // gRPC's own limit
         context->message_bytes_max = INT32_MAX;
-    context->reply_bytes_max = output + WIRE_RESPONSE_HEAD_BYTES_MAX;
+    context->reply_bytes_max = output + PROJECTION_HEAD_BYTES_MAX;
     if (config->cut_bytes_max == 0)
         config->cut_bytes_max =
             CUT_REQUESTS * (context->message_bytes_max + context->reply_bytes_max);
@@ -172,6 +173,8 @@ NODISCARD static enum status open_engine(struct daemon *daemon, struct error *er
         return status;
     struct engine_info info;
     ops->describe(daemon->context.engine, &info);
+    snprintf(daemon->context.kernel, sizeof daemon->context.kernel, "%.*s",
+             (int)strcspn(info.kernel, ":"), info.kernel);
     LOG(INFO, "engine", LOG_STR("name", ops->name), LOG_STR("device", info.device),
         LOG_STR("kernel", info.kernel), LOG_U64("threads", info.threads),
         LOG_U64("scratch_bytes", info.scratch_bytes), LOG_U64("lanes_bytes", info.lanes_bytes),
@@ -375,8 +378,9 @@ NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *
 NODISCARD static enum status start_serving(struct daemon *daemon, struct error *err)
 {
     static const struct method *const methods[] = {
-        service_einsum_methods, service_weights_methods,    service_info_methods,
-        service_health_methods, service_reflection_methods, NULL,
+        service_einsum_methods,    service_weights_methods,    service_info_methods,
+        service_inference_methods, service_models_methods,     service_repository_methods,
+        service_health_methods,    service_reflection_methods, NULL,
     };
     struct config *config = daemon->config;
     struct service_context *context = &daemon->context;

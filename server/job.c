@@ -2,6 +2,8 @@
 // part's tensors lie in its request. Any thread, on jobs that it owns.
 #include "job.h"
 
+#include <time.h>
+
 #include "../kernels/attention.h"
 
 #define TO(state) (1u << (state))
@@ -78,4 +80,35 @@ struct job_runs job_scale_runs(const struct job *job)
         .from_stride = einsum_align4(job->whole->operand.tokens) * sizeof(uint32_t),
         .to_stride = einsum_align4(tokens) * sizeof(uint32_t),
     };
+}
+
+static void add(_Atomic uint64_t *counter, uint64_t value)
+{
+    atomic_fetch_add_explicit(counter, value, memory_order_relaxed);
+}
+
+static uint64_t wall_clock_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME_COARSE, &now);
+    return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+void job_count(const struct job *job, enum status status)
+{
+    if (!job->weight || job->received_ns == 0)
+        return;
+    struct weight_counters *counters = &job->weight->counters;
+    uint64_t total_ns = now_ns() - job->received_ns;
+    if (status != STATUS_OK) {
+        add(&counters->failed, 1);
+        add(&counters->failed_ns, total_ns);
+        return;
+    }
+    add(&counters->answered, 1);
+    add(&counters->answered_ns, total_ns);
+    add(&counters->fill_ns, job->queued_ns - job->received_ns);
+    add(&counters->queue_ns, job->launched_ns - job->queued_ns);
+    add(&counters->run_ns, job->done_ns - job->launched_ns);
+    atomic_store_explicit(&counters->last_ms, wall_clock_ms(), memory_order_relaxed);
 }

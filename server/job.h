@@ -101,3 +101,6 @@ struct job_runs job_scale_runs(const struct job *job);      // of attention: pos
 
 // From `from` to `to`; asserts that the job was in `from` and that the table above has that step.
 void job_advance(struct job *job, enum job_state from, enum job_state to);
+
+// Counts how a request ended in the counters of its weight. Nothing, if it was never accepted.
+void job_count(const struct job *job, enum status status);

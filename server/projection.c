@@ -245,11 +245,13 @@ bool projection_go_on(struct projection *projection)
     return goes_on;
 }
 
-static uint64_t deadline_ns(const struct projection *projection)
+static uint64_t deadline_ns(const struct projection *projection, uint64_t timeout_us)
 {
     uint64_t given = call_deadline_ns(projection->call);
-    uint64_t cap_ms = call_context(projection->call)->config->deadline_ms_max;
-    uint64_t cap = projection->job.received_ns + cap_ms * 1000000u;
+    uint64_t cap_us = call_context(projection->call)->config->deadline_ms_max * UINT64_C(1000);
+    if (timeout_us > 0 && timeout_us < cap_us)
+        cap_us = timeout_us;
+    uint64_t cap = projection->job.received_ns + cap_us * 1000;
     return given < cap ? given : cap;
 }
 
@@ -271,10 +273,27 @@ NODISCARD static enum status place(struct projection *projection,
                          &projection->job, err);
 }
 
+// On success the job has its weight.
+NODISCARD static enum status check(struct projection *projection,
+                                   const struct wire_request *request, struct error *err)
+{
+    struct service_context *context = call_context(projection->call);
+    uint32_t tokens_max = context->config->request_tokens_max;
+    struct job *job = &projection->job;
+    enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
+                                            &job->kernel, err);
+    if (status != STATUS_OK) {
+        weight_unref(projection->weight);
+        return status;
+    }
+    return projection->weight
+               ? request_check_with(request, projection->weight, tokens_max, job, err)
+               : request_check(request, context->weights, tokens_max, job, err);
+}
+
 enum status projection_start(struct projection *projection, const struct wire_request *request,
                              grpc_byte_buffer *message, bool *running, struct error *err)
 {
-    struct service_context *context = call_context(projection->call);
     *running = false;
     projection->request_id = request->request_id;
     projection->digest_only = request->digest_only;
@@ -283,13 +302,9 @@ enum status projection_start(struct projection *projection, const struct wire_re
     projection->activation_scales = request->activation_scales;
     projection->positions = request->positions;
     projection->job.received_ns = now_ns();
-    projection->job.deadline_ns = deadline_ns(projection);
+    projection->job.deadline_ns = deadline_ns(projection, request->timeout_us);
     projection->job.connection = call_connection(projection->call);
-    enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
-                                            &projection->job.kernel, err);
-    if (status == STATUS_OK)
-        status = request_check(request, context->weights, context->config->request_tokens_max,
-                               &projection->job, err);
+    enum status status = check(projection, request, err);
     if (status != STATUS_OK)
         return status;
     if (request->shared.given) {
@@ -300,7 +315,8 @@ enum status projection_start(struct projection *projection, const struct wire_re
                                          projection->job.weight, err);
     }
     if (status == STATUS_OK && request->tokens > 0) {
-        struct batcher_cut at = batcher_cut(context->batcher, &projection->job);
+        struct batcher_cut at =
+            batcher_cut(call_context(projection->call)->batcher, &projection->job);
         status = at.tokens == 0 || at.tokens == request->tokens
                      ? submit(projection, message, err)
                      : submit_cut(projection, message, at, err);
@@ -309,10 +325,18 @@ enum status projection_start(struct projection *projection, const struct wire_re
     if (!*running)
         placement_drop(&projection->placement);
     if (status != STATUS_OK) {
+        job_count(&projection->job, status);
         weight_unref(projection->job.weight);
         projection->job.weight = NULL;
     }
     return status;
+}
+
+void projection_count(const struct projection *projection)
+{
+    const struct job *job = &projection->job;
+    service_count(call_context(projection->call), job->error.status);
+    job_count(job, job->error.status);
 }
 
 // ---- a job becomes a response
@@ -366,9 +390,11 @@ static void on_output_sent(void *argument)
 static grpc_byte_buffer *respond_with_head(const struct projection *projection,
                                            const grpc_slice *output, uint64_t bytes)
 {
-    uint8_t head[WIRE_RESPONSE_HEAD_BYTES_MAX];
+    uint8_t head[PROJECTION_HEAD_BYTES_MAX];
     struct wire_response response = describe(projection, bytes);
-    size_t head_bytes = wire_write_response_head(&response, projection->streamed, head);
+    size_t head_bytes = projection->write_head
+                            ? projection->write_head(projection, &response, head)
+                            : wire_write_response_head(&response, projection->streamed, head);
     grpc_slice slices[2] = {grpc_slice_from_copied_buffer((const char *)head, head_bytes)};
     if (output)
         slices[1] = *output;

@@ -12,11 +12,17 @@
 #include "cut.h"
 #include "placement.h"
 
+enum { PROJECTION_HEAD_BYTES_MAX = 1536 };
+
 struct projection {
     struct job job;     // its on_done and on_room are the owner's to set
     struct cut *cut;    // NULL: the job is one
     uint64_t cut_bytes; // that it counts for in service_context.cut_bytes
     struct call *call;
+    struct weight *weight; // found already, a reference that projection_start takes; NULL: by name
+    // Writes all of the response but the output's bytes; NULL: as an EinsumResponse.
+    size_t (*write_head)(const struct projection *projection, const struct wire_response *response,
+                         uint8_t head[PROJECTION_HEAD_BYTES_MAX]);
     bool streamed; // answers as EinsumStreamResponse; on the heap, and freed by projection_release
     bool digest_only;
     uint64_t request_id;
@@ -45,6 +51,10 @@ NODISCARD enum status projection_start(struct projection *projection,
 // After on_room or on_done, on the rpc thread: goes on as far as may be. False: it is over, and job.error
 // says how. After a failure nothing is left but to release it.
 NODISCARD bool projection_go_on(struct projection *projection);
+
+// Of a job that is DONE or given up: counts how the request ended, in the daemon's counters and the
+// weight's. Before it is answered or released.
+void projection_count(const struct projection *projection);
 
 // The response of a job that is DONE and went well. Takes the projection: it is released when the
 // message has been sent, or destroyed unsent.

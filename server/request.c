@@ -98,6 +98,11 @@ bool request_recipe_fits(enum einsum_recipe recipe, const struct einsum_weight_f
     return einsum_recipe_fits(recipe, format) && einsum_recipe_block_r(recipe) == format->block_r;
 }
 
+const char *request_recipe_name(enum einsum_recipe recipe)
+{
+    return recipes.names[recipe - 1];
+}
+
 NODISCARD static enum status check_recipe(enum einsum_recipe recipe, const struct weight *weight,
                                           struct error *err)
 {
@@ -109,11 +114,9 @@ NODISCARD static enum status check_recipe(enum einsum_recipe recipe, const struc
                        recipes.names[recipe - 1], weight->name, format->block_d, format->block_r);
 }
 
-NODISCARD static enum status check_groups(const struct wire_request *request,
-                                          const struct weight *weight,
-                                          struct einsum_operand *operand, struct error *err)
+enum status request_check_groups(uint32_t begin, uint32_t end, const struct weight *weight,
+                                 struct einsum_operand *operand, struct error *err)
 {
-    uint32_t begin = request->group_begin, end = request->group_end;
     if (begin == 0 && end == 0)
         end = weight->format.groups;
     if (begin >= end || end > weight->format.groups)
@@ -271,28 +274,33 @@ NODISCARD static enum status check_priority(const struct wire_request *request, 
     return check_choice(&priorities, request->priority, err);
 }
 
-enum status request_check(const struct wire_request *request, struct weights *weights,
-                          uint32_t request_tokens_max, struct job *job, struct error *err)
+// What needs no weight.
+NODISCARD static enum status check_fields(const struct wire_request *request, struct job *job,
+                                          struct error *err)
 {
-    bool attention = request->kind == WIRE_OUTPUT_PROJECT;
-    enum status status = attention ? check_choice(&output_types, request->output_type, err)
-                                   : check_choices(request, err);
+    enum status status = request->kind == WIRE_OUTPUT_PROJECT
+                             ? check_choice(&output_types, request->output_type, err)
+                             : check_choices(request, err);
     if (status == STATUS_OK)
         status = check_one_place(request, err);
     if (status == STATUS_OK)
         status = check_priority(request, job, err);
-    if (status != STATUS_OK)
-        return status;
-    struct weight *weight;
-    status = find_weight(request, weights, &weight, err);
-    if (status != STATUS_OK)
-        return status;
+    return status;
+}
+
+// Takes the weight's reference.
+NODISCARD static enum status check_against(const struct wire_request *request,
+                                           struct weight *weight, uint32_t request_tokens_max,
+                                           struct job *job, struct error *err)
+{
+    bool attention = request->kind == WIRE_OUTPUT_PROJECT;
     job->attention = attention;
     job->operand = (struct einsum_operand){
         .tokens = request->tokens,
         .output_type = (enum einsum_output_type)request->output_type,
     };
-    status = check_groups(request, weight, &job->operand, err);
+    enum status status =
+        request_check_groups(request->group_begin, request->group_end, weight, &job->operand, err);
     if (status == STATUS_OK)
         status = check_tokens(request->tokens, request_tokens_max, err);
     if (status == STATUS_OK)
@@ -304,6 +312,27 @@ enum status request_check(const struct wire_request *request, struct weights *we
     }
     job->weight = weight;
     return STATUS_OK;
+}
+
+enum status request_check(const struct wire_request *request, struct weights *weights,
+                          uint32_t request_tokens_max, struct job *job, struct error *err)
+{
+    struct weight *weight;
+    enum status status = check_fields(request, job, err);
+    if (status == STATUS_OK)
+        status = find_weight(request, weights, &weight, err);
+    return status == STATUS_OK ? check_against(request, weight, request_tokens_max, job, err)
+                               : status;
+}
+
+enum status request_check_with(const struct wire_request *request, struct weight *weight,
+                               uint32_t request_tokens_max, struct job *job, struct error *err)
+{
+    enum status status = check_fields(request, job, err);
+    if (status == STATUS_OK)
+        return check_against(request, weight, request_tokens_max, job, err);
+    weight_unref(weight);
+    return status;
 }
 
 enum status request_check_position(int64_t position, uint64_t index, const struct weight *weight,

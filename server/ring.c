@@ -219,6 +219,7 @@ static void complete(struct request *request, const struct error *err)
         batcher_release(context->batcher, job);
     if (request->cut)
         cut_destroy(request->cut);
+    job_count(job, err->status);
     if (job->weight)
         weight_unref(job->weight);
     service_count(context, err->status);

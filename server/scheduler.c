@@ -147,6 +147,8 @@ static void batch_prepare(struct batcher *batcher, struct batch *batch, uint32_t
                 job->staged_output_bytes ? (void *)(uintptr_t)job->staged_output : NULL,
         };
         tokens += job->operand.tokens;
+        if (i == 0 || batch->jobs[i - 1]->weight != job->weight)
+            atomic_fetch_add_explicit(&job->weight->counters.batches, 1, memory_order_relaxed);
     }
     uint32_t bucket = bucket_for(&batcher->options, tokens);
     for (uint32_t i = 0; i < n; i++) {

@@ -4,12 +4,13 @@
 #include <stdatomic.h>
 
 #include "call.h"
+#include "control.h"
 #include "engine.h"
+#include "message.h"
 #include "placement.h"
 
 struct batcher;
 struct config;
-struct control;
 struct health;
 struct listener;
 struct rings;
@@ -32,6 +33,7 @@ struct service_context {
     const struct config *config; // every "automatic" resolved
     const struct engine_ops *engine_ops;
     struct engine *engine;
+    char kernel[ENGINE_KERNEL_TEXT]; // the engine's own choice, without its reasons
     struct weights *weights;
     struct batcher *batcher;
     struct control *control; // runs what may block: loads, self-tests
@@ -53,8 +55,32 @@ struct service_context {
 // Counts one request by the status that it ended with.
 void service_count(struct service_context *context, enum status status);
 
+// Serving: neither draining nor without its device.
+bool service_ready(const struct service_context *context);
+
+// Slow work on behalf of a call, part of its state: done on a control thread, while the call is
+// held. Then it is woken.
+struct service_task {
+    struct control_task task;
+    struct call *call;
+    void (*work)(struct service_task *task); // sets `error` if it fails
+    struct error error;
+    _Atomic bool done; // what `work` has written may be read
+};
+// Fails the call if too many wait already.
+void service_task_start(struct service_task *task, struct call *call,
+                        void (*work)(struct service_task *task));
+bool service_task_done(const struct service_task *task);
+
+// Unpacks, or finishes the call with the reason why not and returns NULL. message_free.
+void *service_unpack(struct call *call, const ProtobufCMessageDescriptor *descriptor,
+                     grpc_byte_buffer *bytes);
+
 // Each ends with a method whose path is NULL.
 extern const struct method service_einsum_methods[];
+extern const struct method service_inference_methods[];
+extern const struct method service_models_methods[];
+extern const struct method service_repository_methods[];
 extern const struct method service_weights_methods[];
 extern const struct method service_info_methods[];
 extern const struct method service_health_methods[];

@@ -4,39 +4,20 @@
 #include "config.h"
 #include "projection.h"
 #include "service.h"
+#include "unary.h"
 
 // ---- Einsum, OutputProject
 
-// Done, or given room after it had waited.
-static void on_unary_job(struct job *job)
-{
-    call_wake(CONTAINER_OF(job, struct projection, job)->call);
-}
-
-static void fail_unary(struct call *call, const struct error *err)
-{
-    service_count(call_context(call), err->status);
-    call_finish(call, NULL, err);
-}
-
 static void on_unary_message(struct call *call, grpc_byte_buffer *message, enum wire_kind kind)
 {
-    struct service_context *context = call_context(call);
-    atomic_fetch_add_explicit(&context->counters.received, 1, memory_order_relaxed);
-    struct projection *projection = call_inline_state(call, sizeof *projection);
-    projection->call = call;
-    projection->job.on_done = projection->job.on_room = on_unary_job;
+    struct projection *projection = unary_begin(call, sizeof *projection);
     struct projection_bytes bytes = projection_bytes(message);
     struct wire_request request;
     struct error err;
-    bool running;
-    if (wire_read_request(bytes.slices, bytes.slices_n, kind, &request, &err) != STATUS_OK ||
-        projection_start(projection, &request, message, &running, &err) != STATUS_OK) {
-        fail_unary(call, &err);
-    } else if (!running) {
-        service_count(context, STATUS_OK);
-        call_finish(call, projection_respond_empty(projection), NULL);
-    }
+    if (wire_read_request(bytes.slices, bytes.slices_n, kind, &request, &err) == STATUS_OK)
+        unary_start(projection, &request, message);
+    else
+        unary_fail(call, &err);
 }
 
 static void on_einsum_message(struct call *call, grpc_byte_buffer *message)
@@ -47,29 +28,6 @@ static void on_einsum_message(struct call *call, grpc_byte_buffer *message)
 static void on_output_project_message(struct call *call, grpc_byte_buffer *message)
 {
     on_unary_message(call, message, WIRE_OUTPUT_PROJECT);
-}
-
-// The only waker is on_unary_job; the call itself may be over by now.
-static void on_unary_wake(struct call *call)
-{
-    struct projection *projection = call_state(call);
-    if (projection_go_on(projection))
-        return;
-    const struct error *err = &projection->job.error;
-    service_count(call_context(call), err->status);
-    if (err->status == STATUS_OK) {
-        call_finish(call, projection_respond(projection), NULL);
-    } else {
-        call_finish(call, NULL, err);
-        projection_release(projection);
-    }
-}
-
-static void on_unary_cancel(struct call *call)
-{
-    struct projection *projection = call_state(call);
-    if (projection)
-        atomic_store_explicit(&projection->job.cancelled, true, memory_order_relaxed);
 }
 
 // ---- EinsumStream
@@ -238,7 +196,7 @@ static void collect(struct item *item)
         return;
     struct error err = projection->job.error;
     unlink_running(item);
-    service_count(call_context(stream->call), err.status);
+    projection_count(projection);
     if (err.status == STATUS_OK) {
         answer(stream, projection_respond(projection));
         return;
@@ -371,15 +329,15 @@ const struct method service_einsum_methods[] = {
         .path = "/einsum.v1.Einsum/Einsum",
         .message_with_call = true,
         .on_message = on_einsum_message,
-        .on_wake = on_unary_wake,
-        .on_cancel = on_unary_cancel,
+        .on_wake = unary_on_wake,
+        .on_cancel = unary_on_cancel,
     },
     {
         .path = "/einsum.v1.Einsum/OutputProject",
         .message_with_call = true,
         .on_message = on_output_project_message,
-        .on_wake = on_unary_wake,
-        .on_cancel = on_unary_cancel,
+        .on_wake = unary_on_wake,
+        .on_cancel = unary_on_cancel,
     },
     {
         .path = "/einsum.v1.Einsum/EinsumStream",

@@ -46,6 +46,7 @@ static const struct health_name {
     {"readiness", false},
     {"liveness", true},
     {"einsum.v1.Einsum", false},
+    {"inference.GRPCInferenceService", false},
     {"grpc.health.v1.Health", false},
     {"grpc.reflection.v1.ServerReflection", false},
     {"grpc.reflection.v1alpha.ServerReflection", false},

@@ -8,15 +8,13 @@
 
 #include "batch.h"
 #include "config.h"
-#include "control.h"
 #include "listener.h"
 #include "log.h"
-#include "message.h"
+#include "projection.h"
 #include "service.h"
 #include "sharing.h"
 #include "verify.h"
 #include "weights.h"
-#include "wire.h"
 
 // ---- ServerInfo
 
@@ -136,7 +134,7 @@ static const char *state_name(const struct service_context *context)
 {
     if (batcher_device_lost(context->batcher))
         return "device_lost";
-    return atomic_load_explicit(&context->draining, memory_order_relaxed) ? "draining" : "serving";
+    return service_ready(context) ? "serving" : "draining";
 }
 
 static Einsum__V1__Library library(const char *name, const char *version)
@@ -210,15 +208,12 @@ struct verdict {
 };
 
 struct self_test {
-    struct control_task task;
-    struct call *call;
+    struct service_task task;
     uint32_t kernel;
     bool wgmma; // see verify_weight
     struct verdict *verdicts;
     size_t verdicts_n, verdicts_max;
-    // Written by the task, read after `done`.
-    size_t judged_n;
-    _Atomic bool done;
+    size_t judged_n; // written by the task
 };
 
 static void add_weight(void *context, struct weight *weight)
@@ -232,26 +227,22 @@ static void add_weight(void *context, struct weight *weight)
     test->verdicts[test->verdicts_n++] = (struct verdict){.weight = weight_ref(weight)};
 }
 
-static void run_self_test(struct control_task *task)
+static void run_self_test(struct service_task *task)
 {
     struct self_test *test = CONTAINER_OF(task, struct self_test, task);
-    struct service_context *context = call_context(test->call);
+    struct service_context *context = call_context(task->call);
     for (; test->judged_n < test->verdicts_n; test->judged_n++) {
-        if (call_cancelled(test->call) || control_stopping(context->control))
+        if (call_cancelled(task->call) || control_stopping(context->control))
             break;
         struct verdict *verdict = &test->verdicts[test->judged_n];
         verify_weight(context->batcher, verdict->weight, test->kernel, test->wgmma,
                       &verdict->result, &verdict->error);
     }
-    atomic_store_explicit(&test->done, true, memory_order_release);
-    call_wake(test->call);
-    call_unhold(test->call);
 }
 
-NODISCARD static enum status choose_weights(struct self_test *test, const char *name,
-                                            struct error *err)
+NODISCARD static enum status choose_weights(struct self_test *test, struct weights *weights,
+                                            const char *name, struct error *err)
 {
-    struct weights *weights = call_context(test->call)->weights;
     if (name[0] == '\0') {
         weights_visit(weights, add_weight, test);
         if (test->verdicts_n > 0)
@@ -267,40 +258,26 @@ NODISCARD static enum status choose_weights(struct self_test *test, const char *
     return STATUS_OK;
 }
 
-NODISCARD static enum status start_self_test(struct self_test *test, grpc_byte_buffer *bytes,
-                                             struct error *err)
-{
-    ProtobufCMessage *message;
-    enum status status =
-        message_unpack(&einsum__v1__self_test_request__descriptor, bytes, &message, err);
-    if (status != STATUS_OK)
-        return status;
-    const Einsum__V1__SelfTestRequest *request = (const Einsum__V1__SelfTestRequest *)message;
-    const struct service_context *context = call_context(test->call);
-    status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
-                                &test->kernel, err);
-    test->wgmma = engine_may_sum_by_wgmma(context->engine_ops, context->engine, test->kernel);
-    if (status == STATUS_OK)
-        status = choose_weights(test, request->weight, err);
-    message_free(message);
-    if (status != STATUS_OK)
-        return status;
-    test->task.run = run_self_test;
-    call_hold(test->call);
-    status = control_submit(call_context(test->call)->control, &test->task, err);
-    if (status != STATUS_OK)
-        call_unhold(test->call);
-    return status;
-}
-
 static void on_self_test(struct call *call, grpc_byte_buffer *bytes)
 {
+    const struct service_context *context = call_context(call);
+    Einsum__V1__SelfTestRequest *request =
+        service_unpack(call, &einsum__v1__self_test_request__descriptor, bytes);
+    if (!request)
+        return;
     struct self_test *test = calloc(1, sizeof *test);
     ASSERT(test);
-    test->call = call;
     call_set_state(call, test);
     struct error err;
-    if (start_self_test(test, bytes, &err) != STATUS_OK)
+    enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
+                                            &test->kernel, &err);
+    test->wgmma = engine_may_sum_by_wgmma(context->engine_ops, context->engine, test->kernel);
+    if (status == STATUS_OK)
+        status = choose_weights(test, context->weights, request->weight, &err);
+    message_free(&request->base);
+    if (status == STATUS_OK)
+        service_task_start(&test->task, call, run_self_test);
+    else
         call_finish(call, NULL, &err);
 }
 
@@ -324,7 +301,7 @@ static Einsum__V1__SelfTestResult describe_verdict(struct verdict *verdict)
 static void on_self_test_wake(struct call *call)
 {
     struct self_test *test = call_state(call);
-    if (!atomic_load_explicit(&test->done, memory_order_acquire))
+    if (!service_task_done(&test->task))
         return;
     Einsum__V1__SelfTestResult *results = calloc(test->verdicts_n, sizeof *results);
     Einsum__V1__SelfTestResult **pointers = calloc(test->verdicts_n, sizeof *pointers);

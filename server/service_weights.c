@@ -1,11 +1,9 @@
 // The methods of einsum.v1.Einsum that look at and change the registry. Loading and unloading may
-// block, so they run as control tasks; each holds its call and wakes it when there is something to
-// tell.
+// block, so they run as control tasks.
 #include <einsum/v1/einsum.pb-c.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "control.h"
 #include "log.h"
 #include "message.h"
 #include "request.h"
@@ -98,22 +96,11 @@ static void list_deinit(struct weight_list *list)
     free(list->weights);
 }
 
-// Unpacks, or finishes the call with the reason why not.
-static void *unpack_or_fail(struct call *call, const ProtobufCMessageDescriptor *descriptor,
-                            grpc_byte_buffer *bytes)
-{
-    ProtobufCMessage *message = NULL;
-    struct error err;
-    if (message_unpack(descriptor, bytes, &message, &err) != STATUS_OK)
-        call_finish(call, NULL, &err);
-    return message;
-}
-
 // ---- ListWeights, GetWeight
 
 static void on_list_weights(struct call *call, grpc_byte_buffer *bytes)
 {
-    void *request = unpack_or_fail(call, &einsum__v1__list_weights_request__descriptor, bytes);
+    void *request = service_unpack(call, &einsum__v1__list_weights_request__descriptor, bytes);
     if (!request)
         return;
     struct weight_list list = {0};
@@ -129,7 +116,7 @@ static void on_list_weights(struct call *call, grpc_byte_buffer *bytes)
 static void on_get_weight(struct call *call, grpc_byte_buffer *bytes)
 {
     Einsum__V1__GetWeightRequest *request =
-        unpack_or_fail(call, &einsum__v1__get_weight_request__descriptor, bytes);
+        service_unpack(call, &einsum__v1__get_weight_request__descriptor, bytes);
     if (!request)
         return;
     struct weight *weight =
@@ -150,28 +137,14 @@ static void on_get_weight(struct call *call, grpc_byte_buffer *bytes)
     message_free(&request->base);
 }
 
-// The task holds the call until it is done.
-static void submit_task(struct call *call, struct control_task *task)
-{
-    struct error err;
-    call_hold(call);
-    if (control_submit(call_context(call)->control, task, &err) == STATUS_OK)
-        return;
-    call_finish(call, NULL, &err);
-    call_unhold(call);
-}
-
 // ---- UnloadWeights
 
 struct unload {
-    struct control_task task;
-    struct call *call;
+    struct service_task task;
     Einsum__V1__UnloadWeightsRequest *request;
-    // Written by the task, read after `done`.
-    struct error error;
+    // Written by the task.
     char **names;
     size_t names_n;
-    _Atomic bool done;
 };
 
 static void add_name(void *context, const char *name)
@@ -185,26 +158,21 @@ static void add_name(void *context, const char *name)
     LOG(INFO, "weight unloaded", LOG_STR("name", name));
 }
 
-static void run_unload(struct control_task *task)
+static void run_unload(struct service_task *task)
 {
     struct unload *unload = CONTAINER_OF(task, struct unload, task);
-    struct weights *weights = call_context(unload->call)->weights;
+    struct weights *weights = call_context(task->call)->weights;
     enum status status = STATUS_OK;
     for (size_t i = 0; i < unload->request->n_names && status == STATUS_OK; i++)
-        status =
-            weights_unload(weights, unload->request->names[i], add_name, unload, &unload->error);
-    atomic_store_explicit(&unload->done, true, memory_order_release);
-    call_wake(unload->call);
-    call_unhold(unload->call);
+        status = weights_unload(weights, unload->request->names[i], add_name, unload, &task->error);
 }
 
 static void on_unload_weights(struct call *call, grpc_byte_buffer *bytes)
 {
     struct unload *unload = calloc(1, sizeof *unload);
     ASSERT(unload);
-    unload->call = call;
     call_set_state(call, unload);
-    unload->request = unpack_or_fail(call, &einsum__v1__unload_weights_request__descriptor, bytes);
+    unload->request = service_unpack(call, &einsum__v1__unload_weights_request__descriptor, bytes);
     if (!unload->request)
         return;
     struct error err;
@@ -214,22 +182,21 @@ static void on_unload_weights(struct call *call, grpc_byte_buffer *bytes)
         call_finish(call, NULL, &err);
         return;
     }
-    unload->task.run = run_unload;
-    submit_task(call, &unload->task);
+    service_task_start(&unload->task, call, run_unload);
 }
 
 static void on_unload_wake(struct call *call)
 {
     struct unload *unload = call_state(call);
-    if (!atomic_load_explicit(&unload->done, memory_order_acquire))
+    if (!service_task_done(&unload->task))
         return;
     Einsum__V1__UnloadWeightsResponse response = EINSUM__V1__UNLOAD_WEIGHTS_RESPONSE__INIT;
     response.names = unload->names;
     response.n_names = unload->names_n;
-    if (unload->error.status == STATUS_OK)
+    if (unload->task.error.status == STATUS_OK)
         call_finish(call, message_pack(&response.base), NULL);
     else
-        call_finish(call, NULL, &unload->error);
+        call_finish(call, NULL, &unload->task.error);
 }
 
 static void on_unload_end(struct call *call)
@@ -248,17 +215,13 @@ static void on_unload_end(struct call *call)
 // ---- LoadWeights
 
 struct load {
-    struct control_task task;
-    struct call *call;
+    struct service_task task;
     Einsum__V1__LoadWeightsRequest *request;
     _Atomic uint32_t weights_done, weights_total;
     _Atomic uint64_t bytes_done, bytes_total;
-    _Atomic uint64_t told_ns; // when progress was last announced
-    bool sending;             // rpc thread
-    // Written by the task, read after `done`.
-    struct error error;
-    struct weight_list loaded;
-    _Atomic bool done;
+    _Atomic uint64_t told_ns;  // when progress was last announced
+    bool sending;              // rpc thread
+    struct weight_list loaded; // written by the task
 };
 
 static bool on_load_progress(void *context, uint32_t weights_done, uint32_t weights_total,
@@ -273,9 +236,10 @@ static bool on_load_progress(void *context, uint32_t weights_done, uint32_t weig
     uint64_t told = atomic_load_explicit(&load->told_ns, memory_order_relaxed);
     if (now - told > (uint64_t)PROGRESS_INTERVAL_MS * 1000000u) {
         atomic_store_explicit(&load->told_ns, now, memory_order_relaxed);
-        call_wake(load->call);
+        call_wake(load->task.call);
     }
-    return !call_cancelled(load->call) && !control_stopping(call_context(load->call)->control);
+    return !call_cancelled(load->task.call) &&
+           !control_stopping(call_context(load->task.call)->control);
 }
 
 static struct rope_options rope_options_of(const Einsum__V1__Rope *message)
@@ -292,11 +256,10 @@ static struct rope_options rope_options_of(const Einsum__V1__Rope *message)
     };
 }
 
-static void run_load(struct control_task *task)
+static void run_load(struct service_task *task)
 {
     struct load *load = CONTAINER_OF(task, struct load, task);
     const Einsum__V1__LoadWeightsRequest *request = load->request;
-    struct service_context *context = call_context(load->call);
     struct rope_options rope = {0};
     if (request->rope)
         rope = rope_options_of(request->rope);
@@ -318,15 +281,13 @@ static void run_load(struct control_task *task)
     };
     uint64_t started_ns = now_ns();
     uint32_t loaded = 0;
-    if (weights_load(context->weights, &options, &loaded, &load->error) == STATUS_OK)
+    if (weights_load(call_context(task->call)->weights, &options, &loaded, &task->error) ==
+        STATUS_OK)
         LOG(INFO, "weights loaded", LOG_STR("path", request->path), LOG_U64("weights", loaded),
             LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
     else
         LOG(WARN, "weights not loaded", LOG_STR("path", request->path),
-            LOG_STR("reason", load->error.text));
-    atomic_store_explicit(&load->done, true, memory_order_release);
-    call_wake(load->call);
-    call_unhold(load->call);
+            LOG_STR("reason", task->error.text));
 }
 
 static grpc_byte_buffer *pack_load(const struct load *load, const struct weight_list *weights)
@@ -347,13 +308,11 @@ static void on_load_weights(struct call *call, grpc_byte_buffer *bytes)
 {
     struct load *load = calloc(1, sizeof *load);
     ASSERT(load);
-    load->call = call;
-    load->request = unpack_or_fail(call, &einsum__v1__load_weights_request__descriptor, bytes);
+    load->request = service_unpack(call, &einsum__v1__load_weights_request__descriptor, bytes);
     call_set_state(call, load);
     if (!load->request)
         return;
-    load->task.run = run_load;
-    submit_task(call, &load->task);
+    service_task_start(&load->task, call, run_load);
 }
 
 static void on_load_wake(struct call *call)
@@ -361,19 +320,19 @@ static void on_load_wake(struct call *call)
     struct load *load = call_state(call);
     if (load->sending)
         return; // on_load_sent looks again
-    if (!atomic_load_explicit(&load->done, memory_order_acquire))
+    if (!service_task_done(&load->task))
         load->sending = call_send(call, pack_load(load, NULL));
-    else if (load->error.status == STATUS_OK)
+    else if (load->task.error.status == STATUS_OK)
         call_finish(call, pack_load(load, &load->loaded), NULL);
     else
-        call_finish(call, NULL, &load->error);
+        call_finish(call, NULL, &load->task.error);
 }
 
 static void on_load_sent(struct call *call)
 {
     struct load *load = call_state(call);
     load->sending = false;
-    if (atomic_load_explicit(&load->done, memory_order_acquire))
+    if (service_task_done(&load->task))
         on_load_wake(call);
 }
 

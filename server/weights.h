@@ -1,6 +1,6 @@
 // The registry: name -> resident weight. Loads, replaces and unloads while serving.
 //
-// A struct weight is immutable once visible and counted by reference: a request takes one reference
+// A struct weight is immutable once visible, but for its counters, and counted by reference: a request takes one reference
 // when it is decoded and drops it when it is answered, so that it keeps the weight it started with.
 // The last reference frees it.
 //
@@ -17,6 +17,16 @@ struct rope;
 struct rope_options;
 struct weights;
 
+// What has been computed with a weight since it was loaded. Relaxed: each is a number to look at.
+struct weight_counters {
+    _Atomic uint64_t answered, failed;       // requests; failed: accepted, and came to nothing
+    _Atomic uint64_t answered_ns, failed_ns; // from decoded to the end
+    // Of those answered: until its tensors were in place, until launched, until done.
+    _Atomic uint64_t fill_ns, queue_ns, run_ns;
+    _Atomic uint64_t batches; // that it took part in
+    _Atomic uint64_t last_ms; // when one was last answered, since 1970 UTC
+};
+
 struct weight {
     char name[WEIGHT_NAME_BYTES]; // canonical, with the load's prefix
     struct einsum_weight_format format;
@@ -27,6 +37,7 @@ struct weight {
     uint64_t generation;
     struct rope *rope; // a reference; NULL: it has none
     struct selftest_answers *answers;
+    struct weight_counters counters; // the one part that changes
     // Private to weights.c:
     struct weights *owner;
     _Atomic uint32_t references;

@@ -297,8 +297,8 @@ static const struct field_rule *find_rule(const struct field_rule *rules, size_t
     return number < rules_n && rules[number].name ? &rules[number] : NULL;
 }
 
-static enum status expect_type(const struct wire_field *field, const char *name,
-                               enum wire_type expected, struct error *err)
+enum status wire_expect_type(const struct wire_field *field, const char *name,
+                             enum wire_type expected, struct error *err)
 {
     if (field->type == expected)
         return STATUS_OK;
@@ -307,18 +307,18 @@ static enum status expect_type(const struct wire_field *field, const char *name,
                        (int)expected, (unsigned long long)field->offset);
 }
 
-static enum status take_text(struct wire_cursor *cursor, const struct wire_field *field,
-                             const struct field_rule *rule, char *to, struct error *err)
+enum status wire_take_text(struct wire_cursor *cursor, const struct wire_field *field,
+                           const char *name, size_t bytes_max, char *to, struct error *err)
 {
     size_t bytes = (size_t)field->range.bytes;
-    if (bytes > rule->bytes_max)
-        return error_field(err, STATUS_INVALID_ARGUMENT, rule->name, "%zu bytes, at most %zu",
-                           bytes, rule->bytes_max);
+    if (bytes > bytes_max)
+        return error_field(err, STATUS_INVALID_ARGUMENT, name, "%zu bytes, at most %zu", bytes,
+                           bytes_max);
     wire_take(cursor, bytes, to);
     to[bytes] = '\0';
     size_t valid = wire_text_prefix(to, bytes);
     if (valid < bytes)
-        return malformed(err, rule->name, field->range.offset + valid,
+        return malformed(err, name, field->range.offset + valid,
                          to[valid] ? "not UTF-8" : "NUL in text");
     return STATUS_OK;
 }
@@ -343,7 +343,8 @@ static enum status take_field(struct wire_cursor *cursor, uint64_t end,
                               struct wire_request *request, struct error *err)
 {
     bool in_bytes = rule->kind >= FIELD_TEXT;
-    enum status status = expect_type(field, rule->name, in_bytes ? WIRE_BYTES : WIRE_VARINT, err);
+    enum status status =
+        wire_expect_type(field, rule->name, in_bytes ? WIRE_BYTES : WIRE_VARINT, err);
     if (status)
         return status;
     status = wire_read_value(cursor, end, rule->name, field, err);
@@ -364,7 +365,7 @@ static enum status take_field(struct wire_cursor *cursor, uint64_t end,
         memcpy(to, &truth, sizeof truth);
         break;
     case FIELD_TEXT:
-        return take_text(cursor, field, rule, to, err);
+        return wire_take_text(cursor, field, rule->name, rule->bytes_max, to, err);
     case FIELD_RANGE:
         memcpy(to, &field->range, sizeof field->range);
         wire_skip(cursor, field->range.bytes);
@@ -377,8 +378,8 @@ static enum status take_field(struct wire_cursor *cursor, uint64_t end,
     return STATUS_OK;
 }
 
-static enum status skip_field(struct wire_cursor *cursor, uint64_t end, struct wire_field *field,
-                              struct error *err)
+enum status wire_skip_field(struct wire_cursor *cursor, uint64_t end, struct wire_field *field,
+                            struct error *err)
 {
     enum status status = wire_read_value(cursor, end, NULL, field, err);
     if (!status)
@@ -398,7 +399,7 @@ static enum status read_fields(struct wire_cursor *cursor, uint64_t end,
             return status;
         const struct field_rule *rule = find_rule(rules, rules_n, field.number);
         status = rule ? take_field(cursor, end, rule, &field, request, err)
-                      : skip_field(cursor, end, &field, err);
+                      : wire_skip_field(cursor, end, &field, err);
         if (status)
             return status;
     }
@@ -443,7 +444,7 @@ static enum status read_alternative(struct wire_cursor *cursor, uint64_t end, en
                                     struct wire_field *field, struct wire_request *request,
                                     struct error *err)
 {
-    enum status status = expect_type(field, messages[kind].name, WIRE_BYTES, err);
+    enum status status = wire_expect_type(field, messages[kind].name, WIRE_BYTES, err);
     if (status == STATUS_OK)
         status = wire_read_value(cursor, end, messages[kind].name, field, err);
     if (status != STATUS_OK)
@@ -471,7 +472,7 @@ enum status wire_read_stream_request(const grpc_slice *slices, size_t slices_n,
         else if (field.number == OUTPUT_PROJECT)
             status = read_alternative(&cursor, end, WIRE_OUTPUT_PROJECT, &field, request, err);
         else
-            status = skip_field(&cursor, end, &field, err);
+            status = wire_skip_field(&cursor, end, &field, err);
         if (status)
             return status;
     }
@@ -486,7 +487,7 @@ void wire_copy(const grpc_slice *slices, size_t slices_n, struct wire_range rang
     wire_take(&cursor, range.bytes, to);
 }
 
-static uint8_t *put_varint(uint8_t *at, uint64_t value)
+uint8_t *wire_put_varint(uint8_t *at, uint64_t value)
 {
     while (value >= 0x80) {
         *at++ = (uint8_t)(value | 0x80);
@@ -496,32 +497,32 @@ static uint8_t *put_varint(uint8_t *at, uint64_t value)
     return at;
 }
 
-static uint8_t *put_tag(uint8_t *at, uint32_t number, enum wire_type type)
+uint8_t *wire_put_tag(uint8_t *at, uint32_t number, enum wire_type type)
 {
-    return put_varint(at, number << 3 | (uint32_t)type);
+    return wire_put_varint(at, number << 3 | (uint32_t)type);
 }
 
-static uint8_t *put_scalar(uint8_t *at, uint32_t number, uint64_t value)
+uint8_t *wire_put_scalar(uint8_t *at, uint32_t number, uint64_t value)
 {
     if (value == 0)
         return at; // proto3: the default is not sent
-    return put_varint(put_tag(at, number, WIRE_VARINT), value);
+    return wire_put_varint(wire_put_tag(at, number, WIRE_VARINT), value);
 }
 
 static uint8_t *put_batch(uint8_t *at, uint32_t number, const struct wire_response *response)
 {
     uint8_t batch[64];
     uint8_t *end = batch;
-    end = put_scalar(end, 1, response->batch_tokens);
-    end = put_scalar(end, 2, response->batch_bucket);
-    end = put_scalar(end, 3, response->batch_requests);
-    end = put_scalar(end, 4, response->queue_ns);
-    end = put_scalar(end, 5, response->run_ns);
-    end = put_scalar(end, 6, response->parts);
+    end = wire_put_scalar(end, 1, response->batch_tokens);
+    end = wire_put_scalar(end, 2, response->batch_bucket);
+    end = wire_put_scalar(end, 3, response->batch_requests);
+    end = wire_put_scalar(end, 4, response->queue_ns);
+    end = wire_put_scalar(end, 5, response->run_ns);
+    end = wire_put_scalar(end, 6, response->parts);
     size_t bytes = (size_t)(end - batch);
     if (bytes == 0)
         return at; // it travelled in no batch
-    at = put_varint(put_tag(at, number, WIRE_BYTES), bytes);
+    at = wire_put_varint(wire_put_tag(at, number, WIRE_BYTES), bytes);
     memcpy(at, batch, bytes);
     return at + bytes;
 }
@@ -533,21 +534,21 @@ size_t wire_write_response_head(const struct wire_response *response, bool strea
     enum { WRAPPING_BYTES_MAX = 1 + VARINT_BYTES_MAX };
     uint8_t inner[WIRE_RESPONSE_HEAD_BYTES_MAX - WRAPPING_BYTES_MAX];
     uint8_t *end = inner;
-    end = put_scalar(end, 1, response->request_id);
-    end = put_scalar(end, 3, response->tokens);
-    end = put_scalar(end, 4, response->groups);
-    end = put_scalar(end, 5, response->output_dim);
-    end = put_scalar(end, 6, (uint64_t)(int64_t)response->output_type);
+    end = wire_put_scalar(end, 1, response->request_id);
+    end = wire_put_scalar(end, 3, response->tokens);
+    end = wire_put_scalar(end, 4, response->groups);
+    end = wire_put_scalar(end, 5, response->output_dim);
+    end = wire_put_scalar(end, 6, (uint64_t)(int64_t)response->output_type);
     end = put_batch(end, 8, response);
     // Protobuf leaves the order of fields to the writer: `output` comes last, so that its bytes
     // can be sent from where they lie.
     if (response->output_bytes > 0)
-        end = put_varint(put_tag(end, 2, WIRE_BYTES), response->output_bytes);
+        end = wire_put_varint(wire_put_tag(end, 2, WIRE_BYTES), response->output_bytes);
     size_t inner_bytes = (size_t)(end - inner);
 
     uint8_t *at = head;
     if (streamed)
-        at = put_varint(put_tag(at, 1, WIRE_BYTES), inner_bytes + response->output_bytes);
+        at = wire_put_varint(wire_put_tag(at, 1, WIRE_BYTES), inner_bytes + response->output_bytes);
     memcpy(at, inner, inner_bytes);
     return (size_t)(at - head) + inner_bytes;
 }

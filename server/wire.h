@@ -47,8 +47,18 @@ NODISCARD enum status wire_read_tag(struct wire_cursor *cursor, uint64_t end,
 // `name` goes into the error; NULL if the field is not known.
 NODISCARD enum status wire_read_value(struct wire_cursor *cursor, uint64_t end, const char *name,
                                       struct wire_field *field, struct error *err);
+// A field of no interest: its value read and passed by.
+NODISCARD enum status wire_skip_field(struct wire_cursor *cursor, uint64_t end,
+                                      struct wire_field *field, struct error *err);
+NODISCARD enum status wire_expect_type(const struct wire_field *field, const char *name,
+                                       enum wire_type expected, struct error *err);
 void wire_skip(struct wire_cursor *cursor, uint64_t bytes);
 void wire_take(struct wire_cursor *cursor, uint64_t bytes, void *to);
+// The content of a field of WIRE_BYTES, terminated. INVALID_ARGUMENT: it is longer than `bytes_max`,
+// which `to` has room for and its terminator, or it is no text.
+NODISCARD enum status wire_take_text(struct wire_cursor *cursor, const struct wire_field *field,
+                                     const char *name, size_t bytes_max, char *to,
+                                     struct error *err);
 
 // The length of the longest prefix that is text: UTF-8 without NUL.
 size_t wire_text_prefix(const void *text, size_t bytes);
@@ -85,6 +95,7 @@ struct wire_request {
     struct wire_range activations, activation_scales; // of an EinsumRequest
     struct wire_range attention, positions;           // of an OutputProjectRequest
     struct wire_shared shared;                        // of either, in place of the ranges above
+    uint64_t timeout_us;                              // of a ModelInferRequest alone; 0: none
 };
 
 // Reads a message of `kind`. INVALID_ARGUMENT for bytes that are not one. `slices` may be empty:
@@ -116,6 +127,11 @@ struct wire_response {
 };
 
 enum { WIRE_RESPONSE_HEAD_BYTES_MAX = 192 };
+
+// What writers put one behind the other; each returns where the next goes.
+uint8_t *wire_put_varint(uint8_t *at, uint64_t value);
+uint8_t *wire_put_tag(uint8_t *at, uint32_t number, enum wire_type type);
+uint8_t *wire_put_scalar(uint8_t *at, uint32_t number, uint64_t value); // nothing if it is 0
 
 // Writes all of an EinsumResponse but the output's bytes, which must follow it at once: the head
 // ends with the output's tag and length, or without them if output_bytes is 0. With `streamed`,

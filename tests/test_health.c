@@ -60,6 +60,7 @@ static const struct name_case {
     {"readiness", true},
     {"liveness", false},
     {"einsum.v1.Einsum", true},
+    {"inference.GRPCInferenceService", true},
     {"grpc.health.v1.Health", true},
     {"grpc.reflection.v1.ServerReflection", true},
     {"grpc.reflection.v1alpha.ServerReflection", true},

@@ -64,6 +64,43 @@ START_TEST(aborts_on_a_state_that_is_none)
 }
 END_TEST
 
+START_TEST(counts_where_a_request_spent_its_time)
+{
+    struct weight weight = {0};
+    struct job job = {.weight = &weight,
+                      .received_ns = 100,
+                      .queued_ns = 130,
+                      .launched_ns = 170,
+                      .done_ns = 250};
+    job_count(&job, STATUS_OK);
+    job_count(&job, STATUS_OK);
+    ck_assert_uint_eq(weight.counters.answered, 2);
+    ck_assert_uint_eq(weight.counters.fill_ns, 2 * 30);
+    ck_assert_uint_eq(weight.counters.queue_ns, 2 * 40);
+    ck_assert_uint_eq(weight.counters.run_ns, 2 * 80);
+    ck_assert_uint_gt(weight.counters.answered_ns, 2 * 150);
+    ck_assert_uint_gt(weight.counters.last_ms, 0);
+    ck_assert_uint_eq(weight.counters.failed, 0);
+}
+END_TEST
+
+START_TEST(counts_what_came_to_nothing)
+{
+    struct weight weight = {0};
+    struct job job = {.weight = &weight, .received_ns = 100};
+    job_count(&job, STATUS_DEADLINE_EXCEEDED);
+    ck_assert_uint_eq(weight.counters.failed, 1);
+    ck_assert_uint_gt(weight.counters.failed_ns, 0);
+    ck_assert_uint_eq(weight.counters.answered, 0);
+    // Not what was never accepted.
+    job.received_ns = 0;
+    job_count(&job, STATUS_INVALID_ARGUMENT);
+    job = (struct job){.received_ns = 100};
+    job_count(&job, STATUS_NOT_FOUND);
+    ck_assert_uint_eq(weight.counters.failed, 1);
+}
+END_TEST
+
 int main(void)
 {
     sort_pairs();
@@ -72,6 +109,10 @@ int main(void)
     TCase *steps = tcase_create("steps");
     tcase_add_loop_test(steps, takes_every_step_of_the_table, 0, right_n);
     suite_add_tcase(suite, steps);
+    TCase *counts = tcase_create("counts");
+    tcase_add_test(counts, counts_where_a_request_spent_its_time);
+    tcase_add_test(counts, counts_what_came_to_nothing);
+    suite_add_tcase(suite, counts);
     if (srunner_fork_status(runner) == CK_FORK) { // an abort ends the process
         TCase *aborts = tcase_create("aborts");
         tcase_add_loop_test_raise_signal(aborts, aborts_on_any_other_step, SIGABRT, 0, wrong_n);

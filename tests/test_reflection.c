@@ -136,9 +136,9 @@ static void assert_error(const Grpc__Reflection__V1__ServerReflectionResponse *r
 
 START_TEST(lists_the_services)
 {
-    static const char *const expected[] = {"einsum.v1.Einsum", "grpc.health.v1.Health",
-                                           "grpc.reflection.v1.ServerReflection",
-                                           "grpc.reflection.v1alpha.ServerReflection"};
+    static const char *const expected[] = {
+        "einsum.v1.Einsum", "inference.GRPCInferenceService", "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"};
     Grpc__Reflection__V1__ServerReflectionRequest request =
         GRPC__REFLECTION__V1__SERVER_REFLECTION_REQUEST__INIT;
     static char star[] = "*";
@@ -208,6 +208,11 @@ static const struct symbol_case {
     {"grpc.reflection.v1alpha.ServerReflection", "grpc/reflection/v1alpha/reflection.proto"},
     {"grpc.reflection.v1.ServerReflectionRequest.message_request",
      "grpc/reflection/v1/reflection.proto"},
+    {"inference.GRPCInferenceService.ModelInfer", "inference/grpc_service.proto"},
+    {"inference.ModelInferRequest.InferInputTensor.ParametersEntry",
+     "inference/grpc_service.proto"},
+    {"inference.ModelConfig", "inference/model_config.proto"},
+    {"inference.TYPE_BF16", "inference/model_config.proto"},
     {"google.rpc.BadRequest.FieldViolation", "google/rpc/error_details.proto"},
     {"google.rpc.RetryInfo.retry_delay", "google/rpc/error_details.proto"},
     {"google.rpc.Status", "google/rpc/status.proto"},

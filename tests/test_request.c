@@ -188,6 +188,32 @@ START_TEST(no_tokens_is_a_request_too)
 }
 END_TEST
 
+START_TEST(a_weight_may_be_found_already)
+{
+    const char name[] = "layers.0.attn.wo_a";
+    struct weight *weight = weights_get(weights, name, strlen(name));
+    ck_assert_ptr_nonnull(weight);
+    struct wire_request request = good_request();
+    strcpy(request.weight, "anything");
+    struct job job;
+    memset(&job, 0, sizeof job);
+    struct error err;
+    ck_assert_msg(request_check_with(&request, weight_ref(weight), TOKENS_MAX, &job, &err) ==
+                      STATUS_OK,
+                  "%s", err.text);
+    ck_assert_ptr_eq(job.weight, weight);
+    weight_unref(job.weight);
+    // A failure takes the reference too, at whichever check: tear_down sees to it.
+    request.tokens++;
+    ck_assert_int_eq(request_check_with(&request, weight_ref(weight), TOKENS_MAX, &job, &err),
+                     STATUS_INVALID_ARGUMENT);
+    request.recipe = 0;
+    ck_assert_int_eq(request_check_with(&request, weight_ref(weight), TOKENS_MAX, &job, &err),
+                     STATUS_INVALID_ARGUMENT);
+    weight_unref(weight);
+}
+END_TEST
+
 START_TEST(an_unset_priority_is_normal)
 {
     struct wire_request request = good_request();
@@ -524,6 +550,7 @@ int main(void)
     tcase_add_test(tests, shared_tensors_take_the_messages_place);
     tcase_add_test(tests, no_tokens_is_a_request_too);
     tcase_add_test(tests, an_unset_priority_is_normal);
+    tcase_add_test(tests, a_weight_may_be_found_already);
     tcase_add_test(tests, a_name_may_be_spelled_as_in_the_checkpoint);
     tcase_add_loop_test(tests, a_wrong_request_is_told_what_is_wrong, 0, ARRAY_LEN(wrong_cases));
     tcase_add_test(tests, words_of_scales_need_blocks_by_four);

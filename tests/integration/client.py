@@ -19,6 +19,7 @@ import oracle
 
 EINSUM = "einsum.v1.Einsum"
 HEALTH = "grpc.health.v1.Health"
+INFERENCE = "inference.GRPCInferenceService"
 EQUATION = "bhr,hdr->bhd"
 
 # For everything that should end soon; under a sanitizer on a busy machine soon is a while.
@@ -44,7 +45,7 @@ class Schema:
         self.database._stub = ReflectionStub(channel, version)
         self.pool = descriptor_pool.DescriptorPool(self.database)
         # Whatever is needed later is looked up now, while the channel is open.
-        for service in (EINSUM, HEALTH):
+        for service in (EINSUM, HEALTH, INFERENCE):
             for method in self.pool.FindServiceByName(service).methods:
                 self.message(method.input_type.full_name)
                 self.message(method.output_type.full_name)

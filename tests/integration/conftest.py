@@ -26,6 +26,7 @@ import oracle
 from checkpoints import TENSOR_NAME, write_checkpoint
 from client import Client, make_request
 from daemon import BUILD_DIR, EINSUMD, SCALE, Daemon
+from inference import FORMATS
 
 SEED = int(os.environ.get("EINSUM_SEED", time.time_ns() % 1_000_000))
 
@@ -129,11 +130,14 @@ def small_weights(layers: int = 2) -> dict[str, oracle.Weight]:
     }  # fmt: skip
 
 
+SITES = ("small", "slow", "site", "models")
+
+
 @pytest.fixture(autouse=True)
 def daemons_alive(request: pytest.FixtureRequest) -> None:
     """Once a module's daemon has died, its other tests say so, and no more."""
     for name in request.fixturenames:
-        site = request.getfixturevalue(name) if name in ("small", "slow", "site") else None
+        site = request.getfixturevalue(name) if name in SITES else None
         if site and site.daemon.process.poll() is not None:
             pytest.fail("the daemon of this module has died; see the first failure", pytrace=False)
 
@@ -142,4 +146,16 @@ def daemons_alive(request: pytest.FixtureRequest) -> None:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Two layers of G 4, D 256, R 512, shared by a module's tests."""
     with serving(tmp_path_factory.mktemp("small"), small_weights(), 256) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Weights of several formats, for the tests of the Open Inference Protocol."""
+    rng = rng_for("models")
+    weights = {
+        name: oracle.random_weight(rng, groups, 256, reduced_dim, block_d, block_r, scales)
+        for name, (groups, reduced_dim, block_d, block_r, scales) in FORMATS.items()
+    }
+    with serving(tmp_path_factory.mktemp("models"), weights, 256) as site:
         yield site

@@ -10,6 +10,7 @@ import pytest
 from conftest import Site, serving, small_weights
 from copies import Copies
 from daemon import default_scale
+from inference import infer, make_infer
 
 REQUESTS = 20
 TOKENS = 200  # several slices on the way in
@@ -21,35 +22,52 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def infer_requests_of(site: Site, rng: np.random.Generator) -> list:
+    """The same in the Open Inference Protocol."""
+    (name, weight), *_ = site.weights.items()
+    return [
+        make_infer(site.client, name, oracle.random_activations(rng, weight, TOKENS, "FP32"))
+        for _ in range(REQUESTS)
+    ]
+
+
 def requests_of(site: Site, rng: np.random.Generator) -> list:
     return [site.good_request(rng, tokens=TOKENS, request_id=i) for i in range(REQUESTS)]
 
 
 def input_bytes(request: object) -> int:
+    if hasattr(request, "raw_input_contents"):
+        return sum(map(len, request.raw_input_contents))
     return len(request.activations) + len(request.activation_scales)
 
 
-def copied_of_input(site: Site, copies: Copies, requests: list, streamed: bool) -> float:
+def ask(site: Site, requests: list, way: str) -> list[bytes]:
+    """The outputs."""
+    if way == "stream":
+        return [reply.response.output for reply in site.client.stream(requests)]
+    if way == "infer":
+        return [infer(site.client, request).raw_output_contents[0] for request in requests]
+    return [site.client.einsum(request).output for request in requests]
+
+
+def copied_of_input(site: Site, copies: Copies, requests: list, way: str) -> float:
     """Bytes copied for each byte of activations and scales."""
-    site.client.einsum(requests[0])  # what is set up once
+    ask(site, requests[:1], way)  # what is set up once
     before = copies.bytes()
-    if streamed:
-        replies = [reply.response for reply in site.client.stream(requests)]
-    else:
-        replies = [site.client.einsum(request) for request in requests]
-    assert all(len(reply.output) > TOKENS for reply in replies)
+    assert all(len(output) > TOKENS for output in ask(site, requests, way))
     return (copies.bytes() - before) / sum(map(input_bytes, requests))
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["unary", "stream"])
-def test_one_copy_in_none_out(tmp_path: Path, rng: np.random.Generator, streamed: bool) -> None:
+@pytest.mark.parametrize("way", ["unary", "stream", "infer"])
+def test_one_copy_in_none_out(tmp_path: Path, rng: np.random.Generator, way: str) -> None:
     """With a buffer for each request; where they are scarce replies are copied out, see below."""
     copies = Copies(tmp_path)
     with serving(
         tmp_path, small_weights(1), 256, extra_environment=copies.environment, engine="null",
         batches=2 * REQUESTS,
     ) as site:  # fmt: skip
-        copied = copied_of_input(site, copies, requests_of(site, rng), streamed)
+        requests = (infer_requests_of if way == "infer" else requests_of)(site, rng)
+        copied = copied_of_input(site, copies, requests, way)
     assert 1 - SLACK < copied < 1 + SLACK
 
 
@@ -62,7 +80,7 @@ def test_the_counter_sees_a_second_copy(tmp_path: Path, rng: np.random.Generator
     ) as site:  # fmt: skip
         requests = requests_of(site, rng)
         out = len(site.client.einsum(requests[0]).output) / input_bytes(requests[0])
-        copied = copied_of_input(site, copies, requests, False)
+        copied = copied_of_input(site, copies, requests, "unary")
     assert 1 + out - SLACK < copied < 1 + out + SLACK
 
 

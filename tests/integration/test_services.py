@@ -23,12 +23,12 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 import oracle
 from checkpoints import TENSOR_NAME, write_checkpoint
-from client import EINSUM, HEALTH, TIMEOUT_S, Client, ReflectionStub
+from client import EINSUM, HEALTH, INFERENCE, TIMEOUT_S, Client, ReflectionStub
 from conftest import Site, serving, small_weights
 from daemon import EINSUMD, REPOSITORY, Daemon, environment, run, seconds
 
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
-HEALTH_NAMES = ["", "liveness", "readiness", EINSUM]
+HEALTH_NAMES = ["", "liveness", "readiness", EINSUM, INFERENCE]
 REFLECTION_VERSIONS = ["v1", "v1alpha"]
 
 
@@ -116,6 +116,7 @@ def test_reflection_lists_services(reflection: Reflection) -> None:
         HEALTH,
         "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
+        INFERENCE,
     ]
     assert reflection.ask_one(list_services="").list_services_response.service
 
@@ -129,6 +130,9 @@ def test_reflection_lists_services(reflection: Reflection) -> None:
         ("einsum.v1.EinsumRequest.tokens", "einsum/v1/einsum.proto"),
         ("einsum.v1.Recipe", "einsum/v1/einsum.proto"),
         ("einsum.v1.RECIPE_1_1_32", "einsum/v1/einsum.proto"),
+        (INFERENCE, "inference/grpc_service.proto"),
+        ("inference.ModelInferRequest.InferInputTensor.shape", "inference/grpc_service.proto"),
+        ("inference.DataType", "inference/model_config.proto"),
         (HEALTH, "grpc/health/v1/health.proto"),
         (f"{HEALTH}.Watch", "grpc/health/v1/health.proto"),
         # A nested enum, and its values, which live beside it.
