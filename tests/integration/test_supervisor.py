@@ -1,4 +1,4 @@
-"""What a supervisor hears by systemd's notification protocol: a datagram socket stands in for it."""
+"""What a supervisor hears by systemd's notification protocol: a datagram socket stands for it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from conftest import small_weights
 from daemon import Daemon, seconds, wait_until
 
 
+def fields(message: bytes) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in message.decode().splitlines())
+
+
 class Supervisor:
     """Keeps what it is told, in order of arrival."""
 
@@ -30,10 +34,8 @@ class Supervisor:
 
     def next(self, timeout: float = 30) -> dict[str, str]:
         self.socket.settimeout(seconds(timeout))
-        lines = self.socket.recv(4096).decode().splitlines()
-        message = dict(line.split("=", 1) for line in lines)
-        self.heard.append(message)
-        return message
+        self.heard.append(fields(self.socket.recv(4096)))
+        return self.heard[-1]
 
     def wait_for(self, field: str) -> dict[str, str]:
         while True:
@@ -46,9 +48,7 @@ class Supervisor:
         self.socket.setblocking(False)
         try:
             while True:
-                self.heard.append(
-                    dict(line.split("=", 1) for line in self.socket.recv(4096).decode().splitlines())
-                )
+                self.heard.append(fields(self.socket.recv(4096)))
         except BlockingIOError:
             return self.heard
 
