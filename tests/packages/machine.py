@@ -61,6 +61,12 @@ def base() -> Path:
     return BASE
 
 
+def first_process(nspawn: subprocess.Popen) -> int:
+    """Its number here. While nspawn prepares it, another's or 0: what enters it then fails."""
+    children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children").read_text().split()
+    return int(children[0]) if children else 0
+
+
 class Machine:
     """Use as a context manager. What it writes is gone with it."""
 
@@ -107,11 +113,8 @@ class Machine:
     def try_(self, *arguments: object, timeout: float = 60) -> subprocess.CompletedProcess:
         """Runs a program there, booted or not."""
         if self.nspawn:
-            # Its only child once the machine runs; while it is being made there is another.
-            pid = self.nspawn.pid
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
-            enter = ["nsenter", f"--target={children[0] if children else 0}", *namespaces, "--"]
+            enter = ["nsenter", f"--target={first_process(self.nspawn)}", *namespaces, "--"]
         else:
             enter = [*NSPAWN, str(self.root), "--as-pid2", *QUIET_APT]
         return run(*enter, *arguments, timeout=timeout)
