@@ -12,4 +12,5 @@ python3 -m venv /opt/cuda
 /opt/cuda/bin/pip install --quiet "${packages[@]}"
 ln -s "$(echo /opt/cuda/lib/python3*/site-packages/nvidia/cu13)" /usr/local/cuda
 ln -s lib /usr/local/cuda/lib64
+ln -s libcudart.so.13 /usr/local/cuda/lib/libcudart.so # CMake looks for it, though nothing links it
 /usr/local/cuda/bin/nvcc --version | tail -1
