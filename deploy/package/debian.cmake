@@ -47,7 +47,7 @@ set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_DEPENDS
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_RECOMMENDS "libgrpc-dev, libprotobuf-c-dev") # of the archive
 set(CPACK_DEBIAN_DEVELOPMENT_DESCRIPTION
 "C library for callers of einsumd, to build with
-Headers, the static library, and files for pkg-config and CMake.")
+Header, static library, and files for pkg-config and CMake.")
 
 # Debian wants both in every package; elsewhere they are nobody's.
 configure_file(${CMAKE_CURRENT_LIST_DIR}/changelog.in changelog @ONLY)

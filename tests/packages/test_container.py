@@ -59,6 +59,11 @@ def image() -> Iterator[Image]:
     try:
         scratch = buildah("from", "scratch")
         buildah("add", "--quiet", scratch, base, "/")
+        # As the stock ones are; what the image adds is counted from there.
+        buildah("run", "--isolation", "chroot", scratch, "--", "sh", "-c",
+                "rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin")  # fmt: skip
+        base_bytes = file_bytes(Path(buildah("mount", scratch)))
+        buildah("umount", scratch)
         for name in BASES:
             buildah("commit", "--quiet", scratch, name)
         buildah("rm", scratch)
@@ -67,7 +72,7 @@ def image() -> Iterator[Image]:
         config = json.loads(buildah("inspect", "--type", "image", IMAGE))["Docker"]["config"]
         container = buildah("from", "--pull-never", IMAGE)
         root = Path(buildah("mount", container))
-        yield Image(root, config, file_bytes(root) - file_bytes(base))
+        yield Image(root, config, file_bytes(root) - base_bytes)
         buildah("umount", container)
     finally:
         buildah("rm", "--all")
@@ -77,7 +82,7 @@ def image() -> Iterator[Image]:
 
 def test_image_is_small_and_tells_what_is_in_it(image: Image) -> None:
     print(f"{image.added_bytes / 1e6:.0f} MB beside the base")
-    assert image.added_bytes < ADDED_BYTES_MAX
+    assert 0 < image.added_bytes < ADDED_BYTES_MAX
     listed = (image.root / "usr/share/doc/einsumd/packages.tsv").read_text()
     packages = dict(line.split("\t")[:2] for line in listed.splitlines())
     installed = must("dpkg-query", f"--admindir={image.root}/var/lib/dpkg", "--show",
