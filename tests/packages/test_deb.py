@@ -137,9 +137,9 @@ def check_watchdog(computer: Machine) -> None:
                 "/run/systemd/system/einsumd.service.d/watchdog.conf")  # fmt: skip
     computer.do("systemctl", "daemon-reload")
     computer.do("systemctl", "restart", "einsumd")
-    time.sleep(5)
-    assert active(computer) == "active", f"killed though alive:\n{computer.journal()}"
     hung = main_pid(computer)
+    time.sleep(5)
+    assert main_pid(computer) == hung, f"killed though alive:\n{computer.journal()}"
     computer.do("sh", "-c", f"kill -STOP {hung}")
     wait_until(lambda: main_pid(computer) not in (0, hung) and active(computer) == "active",
                timeout=30, what="started again")  # fmt: skip
