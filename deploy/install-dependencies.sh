@@ -4,12 +4,14 @@
 #     deploy/install-dependencies.sh             what building and running needs
 #     deploy/install-dependencies.sh --tests     also what the tests need, and their Python
 #                                                packages into build/venv
+#     deploy/install-dependencies.sh --packages  also what making and testing Debian packages and
+#                                                the container image needs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build_packages=(
     gcc libc6-dev cmake ninja-build pkg-config
-    libgrpc-dev libuv1-dev libjansson-dev zlib1g-dev
+    libgrpc-dev libuv1-dev libjansson-dev zlib1g-dev libsystemd-dev
     libprotobuf-c-dev protobuf-c-compiler
     protobuf-compiler libprotobuf-dev # libprotobuf-dev has descriptor.proto and any.proto
 )
@@ -19,23 +21,31 @@ test_packages=(
     clang-format clang-tidy cppcheck shellcheck
     python3 python3-venv            # integration tests
     libb64-0d                       # perf_analyzer
+    g++ mandoc man-db bash-completion systemd # what is installed
+)
+package_packages=(
+    dpkg-dev file lintian           # CPack and who judges what it makes
+    debootstrap systemd-container   # a Debian to install them on
+    buildah docker-compose
 )
 
 say() { echo "dependencies: $*"; }
 
 packages=("${build_packages[@]}")
 tests=false
-case "${1:-}" in
-'') ;;
---tests)
-    tests=true
-    packages+=("${test_packages[@]}")
-    ;;
-*)
-    echo "usage: deploy/install-dependencies.sh [--tests]" >&2
-    exit 2
-    ;;
-esac
+for option in "$@"; do
+    case $option in
+    --tests)
+        tests=true
+        packages+=("${test_packages[@]}")
+        ;;
+    --packages) packages+=("${package_packages[@]}") ;;
+    *)
+        echo "usage: deploy/install-dependencies.sh [--tests] [--packages]" >&2
+        exit 2
+        ;;
+    esac
+done
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
     say "this is no Debian-like system. Install the equivalents of these, then build by hand:" >&2

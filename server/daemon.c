@@ -21,6 +21,7 @@
 #include "rpc.h"
 #include "service.h"
 #include "sharing.h"
+#include "supervisor.h"
 #include "verify.h"
 #include "weights.h"
 #include "wire.h"
@@ -28,6 +29,7 @@
 enum {
     ADDRESSES_BYTES = 2048,
     DEVICE_CHECK_MS = 200,
+    STOP_SLACK_MS = 10000, // of giving back what was taken, once all is answered
     LOAD_LOG_SECONDS = 2,
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
     MESSAGE_OVERHEAD_BYTES = 64 << 10, // of a request beyond its tensors
@@ -40,7 +42,7 @@ struct daemon {
     struct config *config;
     uv_loop_t loop;
     uv_signal_t on_term, on_int, on_hup;
-    uv_timer_t lame_duck, grace, device_check;
+    uv_timer_t lame_duck, grace, device_check, alive;
     uv_async_t drained; // from the rpc thread that ended the last call
     struct batcher_waker waker;
     struct rpc *rpc;
@@ -197,9 +199,11 @@ static bool on_load_progress(void *context, uint32_t weights_done, uint32_t weig
     _Atomic uint64_t *logged_ns = context;
     uint64_t now = now_ns(), last = atomic_load_explicit(logged_ns, memory_order_relaxed);
     if (now - last > (uint64_t)LOAD_LOG_SECONDS * 1000000000u &&
-        atomic_compare_exchange_strong(logged_ns, &last, now))
+        atomic_compare_exchange_strong(logged_ns, &last, now)) {
         LOG(INFO, "loading", LOG_U64("weights", weights_done), LOG_U64("of", weights_total),
             LOG_U64("bytes", bytes_done), LOG_U64("bytes_of", bytes_total));
+        supervisor_loading(weights_done, weights_total);
+    }
     return !stop_requested();
 }
 
@@ -421,6 +425,12 @@ static void on_device_check(uv_timer_t *timer)
     begin_drain(daemon, "device lost");
 }
 
+static void on_alive(uv_timer_t *timer)
+{
+    (void)timer;
+    supervisor_alive();
+}
+
 static void on_grace_over(uv_timer_t *timer)
 {
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, grace);
@@ -450,6 +460,9 @@ static void begin_drain(struct daemon *daemon, const char *reason)
     LOG(INFO, "draining", LOG_STR("reason", reason),
         LOG_U64("lame_duck_ms", daemon->config->lame_duck_ms),
         LOG_U64("grace_ms", daemon->config->drain_grace_ms));
+    // Calls have the grace period, and after them the rings.
+    supervisor_stopping(daemon->config->lame_duck_ms + 2ull * daemon->config->drain_grace_ms +
+                        STOP_SLACK_MS);
     health_set(daemon->context.health, HEALTH_NOT_SERVING);
     uv_timer_start(&daemon->lame_duck, on_lame_duck_over, daemon->config->lame_duck_ms, 0);
 }
@@ -487,6 +500,7 @@ static void create_loop(struct daemon *daemon)
     bool created = uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->lame_duck) == 0 &&
                    uv_timer_init(loop, &daemon->grace) == 0 &&
                    uv_timer_init(loop, &daemon->device_check) == 0 &&
+                   uv_timer_init(loop, &daemon->alive) == 0 &&
                    uv_async_init(loop, &daemon->drained, on_drained) == 0 &&
                    uv_signal_init(loop, &daemon->on_term) == 0 &&
                    uv_signal_init(loop, &daemon->on_int) == 0 &&
@@ -502,6 +516,9 @@ static void run_loop(struct daemon *daemon)
     uv_signal_start(&daemon->on_int, on_stop_signal, SIGINT);
     uv_signal_start(&daemon->on_hup, on_hangup, SIGHUP);
     uv_timer_start(&daemon->device_check, on_device_check, DEVICE_CHECK_MS, DEVICE_CHECK_MS);
+    uint64_t alive_ms = supervisor_alive_ms();
+    if (alive_ms > 0)
+        uv_timer_start(&daemon->alive, on_alive, 0, alive_ms);
     sigset_t handled;
     sigemptyset(&handled);
     sigaddset(&handled, SIGTERM);
@@ -612,6 +629,7 @@ static void announce(const struct daemon *daemon)
     LOG(INFO, "ready", LOG_STR("version", EINSUMD_VERSION), LOG_STR("listen", addresses),
         LOG_U64("weights", weights_totals(daemon->context.weights).weights),
         LOG_U64("ms", (now_ns() - daemon->context.started_ns) / 1000000u));
+    supervisor_ready(addresses);
 }
 
 enum daemon_exit daemon_run(struct config *config)

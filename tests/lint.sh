@@ -63,7 +63,8 @@ cppcheck_ours() {
 }
 
 shell() {
-    sources '*.sh' '.ci/run' | xargs shellcheck
+    sources '*.sh' '.ci/run' 'deploy/package/p*' | xargs shellcheck &&
+        sources 'deploy/completion/*' | xargs shellcheck --shell=bash
 }
 
 # What the CUDA kernels for SM 12.0 compile to.

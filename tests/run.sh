@@ -1,24 +1,28 @@
 #!/bin/bash
 # Builds and tests everything:
 #
-#     tests/run.sh [--quick] [--fuzz-seconds N]
+#     tests/run.sh [--quick] [--packages] [--fuzz-seconds N]
 #
 #     dependencies   what is missing is installed
 #     release        build, unit tests (ctest), integration tests (pytest)
+#     packages       what `cmake --install` makes of it: library, man pages, completion, unit
 #     asan, tsan     the same under AddressSanitizer with UBSan, and under ThreadSanitizer
 #     fuzz           every libFuzzer target for N seconds, 60 by default
 #     lint           tests/lint.sh
 #
-# --quick stops after release. Logs lie in build/test-logs/. The last line is the count over all:
+# --quick stops after packages. --packages also makes the Debian packages and installs them on a
+# Debian 12 that it boots, and builds and runs the container image: minutes more, as root. Logs lie in build/test-logs/. The last line is the count over all:
 # "N passed, N failed" and, if any, ", N skipped"; the exit status is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 quick=false
+packages=false
 fuzz_seconds=60
 while [ $# -gt 0 ]; do
     case $1 in
     --quick) quick=true ;;
+    --packages) packages=true ;;
     --fuzz-seconds)
         fuzz_seconds=${2:-}
         shift
@@ -26,7 +30,7 @@ while [ $# -gt 0 ]; do
     *) fuzz_seconds= ;;
     esac
     [[ $fuzz_seconds =~ ^[1-9][0-9]*$ ]] || {
-        echo "usage: tests/run.sh [--quick] [--fuzz-seconds N]" >&2
+        echo "usage: tests/run.sh [--quick] [--packages] [--fuzz-seconds N]" >&2
         exit 2
     }
     shift
@@ -123,11 +127,24 @@ run_preset() {
     count "$preset integration" $? "$logs/$preset-integration.xml" "$log"
 }
 
+# run_packages: of the release build.
+run_packages() {
+    local log=$logs/packages.log only=()
+    $packages || only=(-m 'not slow')
+    progress "packages"
+    EINSUMD_BUILD_DIR=build/release timeout 1800 build/venv/bin/python -m pytest tests/packages \
+        "${only[@]}" -q -rs -p no:cacheprovider --junitxml "$logs/packages.xml" >"$log" 2>&1
+    count packages $? "$logs/packages.xml" "$log"
+}
+
+dependencies=(--tests)
+$packages && dependencies+=(--packages)
 progress "dependencies"
-if ! deploy/install-dependencies.sh --tests >"$logs/dependencies.log" 2>&1; then
+if ! deploy/install-dependencies.sh "${dependencies[@]}" >"$logs/dependencies.log" 2>&1; then
     fail dependencies "$logs/dependencies.log"
 else
     run_preset release
+    run_packages
     if ! $quick; then
         run_preset asan
         run_preset tsan
@@ -144,6 +161,7 @@ progress "done; logs in $logs"
 if [ "$skipped" -gt 0 ]; then
     echo "SKIPPED tests ran nothing and prove nothing; their reasons are above."
 fi
+$packages || echo "NOT TESTED: Debian packages and the container image; --packages does."
 summary="$passed passed, $failed failed"
 [ "$skipped" -gt 0 ] && summary+=", $skipped skipped"
 echo "$summary"
