@@ -4,6 +4,8 @@
 #     deploy/install-dependencies.sh             what building and running needs
 #     deploy/install-dependencies.sh --tests     also what the tests need, and their Python
 #                                                packages into build/venv
+#     deploy/install-dependencies.sh --torch     all that, and torch for the tests of client/python
+#                                                into build/torch: 0.8 GB to fetch, 1.6 GB there
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,20 +20,22 @@ test_packages=(
     clang libclang-rt-dev           # libFuzzer and its sanitizers
     clang-format clang-tidy cppcheck shellcheck
     python3 python3-venv            # integration tests
+    python3-dev g++                 # client/python, what torch compiles
 )
 
 say() { echo "dependencies: $*"; }
 
 packages=("${build_packages[@]}")
-tests=false
+tests=false torch=false
 case "${1:-}" in
 '') ;;
---tests)
+--tests | --torch)
     tests=true
+    [ "$1" = --tests ] || torch=true
     packages+=("${test_packages[@]}")
     ;;
 *)
-    echo "usage: deploy/install-dependencies.sh [--tests]" >&2
+    echo "usage: deploy/install-dependencies.sh [--tests|--torch]" >&2
     exit 2
     ;;
 esac
@@ -77,5 +81,28 @@ if $tests; then
         /usr/bin/python3 -m venv build/venv
         build/venv/bin/pip install --quiet --requirement tests/requirements.txt
         echo "$wanted" >build/venv/requirements.sha256
+    fi
+fi
+
+if $torch; then
+    wanted=$(sha256sum <tests/requirements-torch.txt)
+    if [ "$(cat build/torch/requirements.sha256 2>/dev/null || true)" = "$wanted" ]; then
+        say "torch in build/torch is installed"
+    else
+        say "installing torch into build/torch"
+        rm -rf build/torch
+        build/venv/bin/pip install --quiet --no-deps --target build/torch \
+            --requirement tests/requirements-torch.txt
+        # torch looks for CUDA's libraries here, where its own packages of them would lie.
+        for library in /usr/local/cuda/lib64/*.so.[0-9]* /usr/local/cuda/extras/CUPTI/lib64/*.so.[0-9]*; do
+            [ ! -f "$library" ] || ln -sfT "$library" "build/torch/nvidia/cu13/lib/${library##*/}"
+        done
+        if ! PYTHONPATH=build/torch build/venv/bin/python -c 'import torch'; then
+            say "torch does not start here: it needs the libraries of a CUDA 13.0 toolkit in" >&2
+            say "/usr/local/cuda. Its tests are skipped without build/torch" >&2
+            rm -rf build/torch
+            exit 1
+        fi
+        echo "$wanted" >build/torch/requirements.sha256
     fi
 fi
