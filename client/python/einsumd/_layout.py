@@ -143,6 +143,8 @@ def output(tensor: Tensor, tokens: int, groups: int, outputs: int, copies: bool)
     """If the tensor that comes back is another one, the caller is to be given what it holds."""
     check_kind(tensor, (BF16, FP32, HALVES))
     check_shape(tensor, tokens, groups, outputs, "[T, G, D]")
+    if not tensor.writable:
+        raise InvalidArgument(f"{tensor.field}: this array is read-only", field=tensor.field)
     kind = OUTPUT_FP32 if tensor.kind == FP32 else OUTPUT_BF16
     elements = tokens * groups * outputs
     if lies(tensor, (groups * outputs, 1) if len(tensor.shape) == 2 else

@@ -83,6 +83,10 @@ class Tensor:
         """A view [T, end - begin, ...] of some groups of [T, groups, ...] or [T, groups * ...]."""
         raise NotImplementedError
 
+    @property
+    def writable(self) -> bool:
+        return True
+
     def staged(self, elements: int, fill: bool) -> Tensor | None:
         """The first `elements` of its memory where the CPU reaches them, or None if they are."""
         return None
@@ -125,6 +129,11 @@ class NumpyTensor(Tensor):
             )
         room: int = max(0, low + extent - self.address()) // self.item_bytes
         return room
+
+    @property
+    def writable(self) -> bool:
+        writable: bool = self.raw.flags.writeable
+        return writable
 
     def copied(self) -> Tensor:
         return NumpyTensor(np.array(self.raw, order="C", copy=True), self.field)

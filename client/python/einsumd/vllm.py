@@ -169,7 +169,9 @@ def _take_operator(installed: _Installed, seam: Seam) -> None:
 
     import einsumd.torch as ops
 
-    original = getattr(importlib.import_module(seam.module), seam.name)
+    original = getattr(importlib.import_module(seam.module), seam.name, None)
+    if original is None:
+        raise FailedPrecondition(f"{seam.module} does not have {seam.name} under that name")
     key = f"{seam.module}.{seam.name}"
     ops.fallbacks[key] = original
     library = torch.library.Library("vllm", "IMPL")
