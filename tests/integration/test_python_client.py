@@ -27,6 +27,8 @@ from conftest import Site, serving, small_weights
 from copies import Copies
 from daemon import ENGINE, REPOSITORY, environment, run, seconds
 from python_package import ACTIVATIONS, COPIED_ACTIVATIONS, COPIED_SCALES, SCALES, arrays
+from test_output_project import PROJECTED, WITHOUT_ROPE, Projection
+from test_output_project import start as start_output_project
 
 EQUATION = "bhr,hdr->bhd"
 BF16 = ml_dtypes.bfloat16
@@ -195,6 +197,39 @@ def test_a_slice_of_groups(
             oracle.check(out.tobytes(), "BF16", *small.expected(activations, part))
     assert handle[1:][1:] == handle[2:4] and handle[2:4].groups == 2
     assert einsumd.copies() == copies
+
+
+def test_from_attentions_output_on(einsumd: Any, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Also by two clients' worth of groups, and with attention of strange strides."""
+    listen = ["127.0.0.1:0", f"unix:{tmp_path}/einsumd.sock"]
+    with start_output_project(tmp_path, listen=listen) as site, contextlib.ExitStack() as stack:
+        endpoints = site.daemon.listening
+        clients = [stack.enter_context(einsumd.Client(endpoints[1])),
+                   stack.enter_context(einsumd.Client(endpoints, shard="groups"))]  # fmt: skip
+        for name in PROJECTED:
+            case = Projection(rng, name, tokens=3)
+            attention = case.attention.view(BF16)
+            shape = (3, case.weight.groups, 256)
+            strided = np.zeros((6, *attention.shape[1:]), BF16)
+            strided[::2] = attention
+            for client in clients:
+                for each in (attention, attention.reshape(3, -1), strided[::2]):
+                    out = np.empty(shape, BF16)
+                    client.output_project(name, each, case.positions, out)
+                    oracle.check(out.tobytes(), "BF16", *case.expected())
+            part = Projection(rng, name, tokens=2, groups=(0, 1))
+            out = np.empty((2, 1, 256), np.float32)
+            clients[0].output_project(
+                f"{name}[0:1]", part.attention.view(BF16), part.positions, out
+            )
+            oracle.check(out.tobytes(), "FP32", *part.expected())
+        with pytest.raises(einsumd.InvalidArgument, match="positions: expected"):
+            client.output_project(name, attention, case.positions[:2], np.empty(shape, BF16))
+        with pytest.raises(einsumd.FailedPrecondition, match="rope"):
+            client.output_project(
+                WITHOUT_ROPE, np.zeros((1, 4, 512), BF16), np.zeros(1, np.int64),
+                np.empty((1, 4, 256), BF16),
+            )  # fmt: skip
 
 
 def test_no_tokens_are_no_error(einsumd: Any, client: Any, small: Site) -> None:
@@ -504,8 +539,15 @@ def test_load_with_progress_and_unload(einsumd: Any, small: Site, client: Any) -
     with pytest.raises(einsumd.Cancelled):
         client.load(path, on_progress=give_up, **options)
     assert seen and seen[0].weights_total == 3
+
+    def forget() -> None:
+        with contextlib.suppress(einsumd.NotFound):
+            client.unload("again.*")
+
+    forget()  # whoever gives up may be too late
     with pytest.raises(KeyError, match="mine"):
         client.load(path, on_progress=stumble, **options)
+    forget()
     names = [f"again.{name}" for name in small.weights]
     loaded = client.load(path, ["*.wo_a.weight"], on_progress=seen.append, **options)
     assert sorted(handle.name for handle in loaded) == sorted(names)

@@ -344,7 +344,7 @@ class Daemon:
         """Loads weights from a checkpoint on the daemon's side: all that match, or none.
 
         `tensors` are shell patterns ("*.attn.wo_a.weight" if there is none). `on_progress` is
-        called on a thread of the client's; if it returns False or raises, nothing is loaded.
+        called on a thread of the client's; if it returns False or raises, the load is given up.
         """
         kept = [ffi.new("char[]", pattern.encode()) for pattern in tensors]
         patterns = ffi.new("const char *[]", kept)

@@ -80,7 +80,7 @@ class Tensor:
         raise NotImplementedError
 
     def grouped(self, groups: int, begin: int, end: int) -> Tensor:
-        """A view [T, end - begin, ...] of some groups of [T, groups, ...] or [T, groups * ...]."""
+        """A view of some groups of all that the second dimension holds."""
         raise NotImplementedError
 
     @property
@@ -145,10 +145,8 @@ class NumpyTensor(Tensor):
         self.raw[...] = other.raw
 
     def grouped(self, groups: int, begin: int, end: int) -> Tensor:
-        raw = self.raw
-        if raw.ndim == 2:  # splitting a dimension is always a view
-            raw = raw.reshape(raw.shape[0], groups, raw.shape[1] // groups)
-        return NumpyTensor(raw[:, begin:end], self.field)
+        each = self.shape[1] // groups
+        return NumpyTensor(self.raw[:, begin * each : end * each], self.field)
 
 
 _torch_kinds: dict[Any, str] = {}
@@ -197,10 +195,8 @@ class TorchTensor(Tensor):
         self.raw.detach().copy_(other.raw.view(self.raw.shape), non_blocking=True)
 
     def grouped(self, groups: int, begin: int, end: int) -> Tensor:
-        raw = self.raw.detach()
-        if raw.dim() == 2:
-            raw = raw.unflatten(1, (groups, raw.shape[1] // groups))
-        return TorchTensor(raw[:, begin:end], self.field)
+        each = self.shape[1] // groups
+        return TorchTensor(self.raw.detach()[:, begin * each : end * each], self.field)
 
     def staged(self, elements: int, fill: bool) -> Tensor | None:
         if self.raw.device.type == "cpu":
