@@ -6,6 +6,8 @@
 #                                                packages into build/venv
 #     deploy/install-dependencies.sh --packages  also what making and testing Debian packages and
 #                                                the container image needs
+#     deploy/install-dependencies.sh --torch     as --tests, and torch for the tests of client/python
+#                                                into build/torch: 0.8 GB to fetch, 1.6 GB there
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,7 +23,8 @@ test_packages=(
     clang-format clang-tidy cppcheck shellcheck
     python3 python3-venv            # integration tests
     libb64-0d                       # perf_analyzer
-    g++ mandoc man-db bash-completion systemd # what is installed
+    python3-dev g++                 # client/python, what torch compiles; C++ callers
+    mandoc man-db bash-completion systemd # what is installed
 )
 package_packages=(
     dpkg-dev file lintian           # CPack and who judges what it makes
@@ -32,16 +35,17 @@ package_packages=(
 say() { echo "dependencies: $*"; }
 
 packages=("${build_packages[@]}")
-tests=false
+tests=false torch=false
 for option in "$@"; do
     case $option in
-    --tests)
+    --tests | --torch)
         tests=true
+        [ "$option" = --tests ] || torch=true
         packages+=("${test_packages[@]}")
         ;;
     --packages) packages+=("${package_packages[@]}") ;;
     *)
-        echo "usage: deploy/install-dependencies.sh [--tests] [--packages]" >&2
+        echo "usage: deploy/install-dependencies.sh [--tests|--torch] [--packages]" >&2
         exit 2
         ;;
     esac
@@ -91,5 +95,28 @@ if $tests; then
         "${pip[@]}" --no-deps --target build/venv/perf_analyzer \
             --requirement tests/requirements-perf-analyzer.txt
         echo "$wanted" >build/venv/requirements.sha256
+    fi
+fi
+
+if $torch; then
+    wanted=$(sha256sum <tests/requirements-torch.txt)
+    if [ "$(cat build/torch/requirements.sha256 2>/dev/null || true)" = "$wanted" ]; then
+        say "torch in build/torch is installed"
+    else
+        say "installing torch into build/torch"
+        rm -rf build/torch
+        build/venv/bin/pip install --quiet --no-deps --target build/torch \
+            --requirement tests/requirements-torch.txt
+        # torch looks for CUDA's libraries here, where its own packages of them would lie.
+        for library in /usr/local/cuda/lib64/*.so.[0-9]* /usr/local/cuda/extras/CUPTI/lib64/*.so.[0-9]*; do
+            [ ! -f "$library" ] || ln -sfT "$library" "build/torch/nvidia/cu13/lib/${library##*/}"
+        done
+        if ! PYTHONPATH=build/torch build/venv/bin/python -c 'import torch'; then
+            say "torch does not start here: it needs the libraries of a CUDA 13.0 toolkit in" >&2
+            say "/usr/local/cuda. Its tests are skipped without build/torch" >&2
+            rm -rf build/torch
+            exit 1
+        fi
+        echo "$wanted" >build/torch/requirements.sha256
     fi
 fi

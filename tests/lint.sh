@@ -76,6 +76,10 @@ proto() {
     build/venv/bin/buf lint --path proto/einsum --config tests/buf.yaml
 }
 
+python_types() {
+    build/venv/bin/mypy --cache-dir build/mypy --config-file client/python/pyproject.toml client/python/einsumd
+}
+
 check clang-format format
 if [ -f build/release/compile_commands.json ]; then
     check clang-tidy tidy
@@ -88,6 +92,11 @@ if [ -x build/venv/bin/buf ]; then
     check buf proto
 else
     skip buf "build/venv has no buf; run deploy/install-dependencies.sh --tests"
+fi
+if [ -x build/venv/bin/mypy ]; then
+    check mypy python_types
+else
+    skip mypy "build/venv has no mypy; run deploy/install-dependencies.sh --tests"
 fi
 if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
     check cuda_static cuda_static

@@ -121,8 +121,11 @@ run_preset() {
 
     log=$logs/$preset-integration.log
     progress "$preset: integration tests"
+    # The Python package links a build of its own, in which a sanitizer would see nothing.
+    local ignored=()
+    [ "$preset" = release ] || ignored=('--ignore-glob=*/test_python_*.py')
     EINSUMD_BUILD_DIR=build/$preset timeout 900 "${wrap[@]}" build/venv/bin/python -m pytest \
-        tests/integration -q -rs -p no:cacheprovider --junitxml "$logs/$preset-integration.xml" \
+        tests/integration "${ignored[@]}" -q -rs -p no:cacheprovider --junitxml "$logs/$preset-integration.xml" \
         >"$log" 2>&1
     count "$preset integration" $? "$logs/$preset-integration.xml" "$log"
 }

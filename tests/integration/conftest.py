@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 import oracle
+import python_package
 from checkpoints import TENSOR_NAME, write_checkpoint
 from client import Client, make_request
 from daemon import BUILD_DIR, EINSUMD, SCALE, Daemon
@@ -128,6 +129,12 @@ def small_weights(layers: int = 2) -> dict[str, oracle.Weight]:
                                                         reduced_dim=512)
         for layer in range(layers)
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def einsumd() -> Any:
+    """The Python package, as pip installs it."""
+    return python_package.einsumd()
 
 
 SITES = ("small", "slow", "site", "models")
