@@ -52,6 +52,7 @@ bool einsumd_einsum_all(size_t n, struct einsum_client *const *clients,
 
     for (size_t i = 0; i < n; i++) {
         parts[i] = (struct part){&gathering, &responses[i], &errors[i], &statuses[i]};
+        statuses[i] = EINSUM_CLIENT_UNKNOWN; // until it has ended
         enum einsum_client_status status =
             einsum_client_start(clients[i], &requests[i], on_response, &parts[i], NULL, &errors[i]);
         if (status)

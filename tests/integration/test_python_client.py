@@ -110,12 +110,15 @@ def test_every_layout_of_the_wire_is_taken_as_it_is(
     with einsumd.Client(small.daemon.address, allow_copies=False, shared_memory=None) as strict:
         for name, weight in small.weights.items():
             recipe = (1, 32, 32) if weight.block_r == 32 else (1, 128, 128)
+            activations = oracle.random_activations(rng, weight, tokens, scale_type)
+            expected = small.expected(activations, weight)
             for layout in ACTIVATIONS:
                 for scale_layout in SCALES[scale_type]:
-                    activations = oracle.random_activations(rng, weight, tokens, scale_type)
                     a, s = arrays(activations, layout, scale_layout)
                     for each in (client, strict):
-                        call(each, small, name, activations, a, s, recipe=recipe)
+                        out = np.empty((tokens, weight.groups, weight.output_dim), BF16)
+                        each.einsum(name, a, s, out, recipe=recipe)
+                        oracle.check(out.tobytes(), "BF16", *expected)
             call(client, small, name, activations, a, s, "FP32", recipe=(1, 1, recipe[2]))
     assert einsumd.copies() == copies
 

@@ -83,6 +83,24 @@ def test_projection_is_routed(
     assert ran.stdout.split() == ["right", "0"]
 
 
+PLUGIN = f"""
+import importlib, importlib.metadata, sys
+(entry,) = importlib.metadata.entry_points(group="vllm.general_plugins")
+entry.load()()
+print(entry.name, importlib.import_module("{MODULES["function"]}").fp8_einsum.__module__)
+"""
+
+
+@without_torch
+@pytest.mark.parametrize("endpoint", ["", "unix:/a", "unix:/a, unix:/b"])
+def test_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """As vLLM finds it, and only if it is asked for."""
+    monkeypatch.setenv("EINSUMD_VLLM_ENDPOINT", endpoint)
+    ran = python(stand_in(tmp_path, "function"), "-c", PLUGIN)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["einsumd", "einsumd.vllm" if endpoint else "vllm.utils.deep_gemm"]
+
+
 @pytest.mark.parametrize(
     ("variant", "seams"),
     [

@@ -2,6 +2,7 @@
 
     python -m einsumd.vllm --check          does it fit the installed vLLM? Reads its source alone
     einsumd.vllm.install("unix:/run/einsumd/einsumd.sock")          before the model is loaded
+    EINSUMD_VLLM_ENDPOINT=unix:/run/einsumd/einsumd.sock vllm serve ...     the same, as a plugin
 
 vLLM's versions and forks project in one of three ways; whichever is there is routed:
 
@@ -41,7 +42,7 @@ from einsumd._vllm_source import (
     check,
 )
 
-__all__ = ["Report", "Seam", "bind", "check", "install", "uninstall"]
+__all__ = ["Report", "Seam", "bind", "check", "install", "plugin", "uninstall"]
 
 
 # ---- taking over ---------------------------------------------------------------------------------
@@ -124,6 +125,17 @@ def install(
 def _undo(installed: _Installed) -> None:
     while installed.undo:
         installed.undo.pop()()
+
+
+def plugin() -> None:
+    """The entry point for vLLM, which calls it in all of its processes, workers too. Commas in
+    EINSUMD_VLLM_ENDPOINT part several daemons that share the groups."""
+    given = os.environ.get("EINSUMD_VLLM_ENDPOINT", "")
+    endpoints = [each.strip() for each in given.split(",") if each.strip()]
+    if len(endpoints) > 1:
+        install(endpoints, shard="groups")
+    elif endpoints:
+        install(endpoints[0])
 
 
 def uninstall() -> None:
