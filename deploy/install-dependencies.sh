@@ -18,6 +18,7 @@ test_packages=(
     clang libclang-rt-dev           # libFuzzer and its sanitizers
     clang-format clang-tidy cppcheck shellcheck
     python3 python3-venv            # integration tests
+    nginx iproute2                  # of these, test_cluster.py: daemons behind a balancer
 )
 
 say() { echo "dependencies: $*"; }

@@ -38,7 +38,8 @@ struct daemon {
     struct config *config;
     uv_loop_t loop;
     uv_signal_t on_term, on_int, on_hup;
-    uv_timer_t lame_duck, grace, device_check;
+    uv_timer_t closing, lame_duck, grace, device_check;
+    uv_async_t idle;    // from the rpc thread that ended the last call of a connection
     uv_async_t drained; // from the rpc thread that ended the last call
     struct batcher_waker waker;
     struct rpc *rpc;
@@ -327,6 +328,12 @@ static void on_calls_drained(void *argument)
     uv_async_send(&daemon->drained);
 }
 
+static void on_connection_idle(void *argument)
+{
+    struct daemon *daemon = argument;
+    uv_async_send(&daemon->idle);
+}
+
 NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *err)
 {
     struct service_context *context = &daemon->context;
@@ -367,6 +374,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .methods = methods,
         .context = context,
         .on_drained = on_calls_drained,
+        .on_connection_idle = on_connection_idle,
         .drained_context = daemon,
     };
     enum status status = rpc_create(&options, &daemon->rpc, err);
@@ -400,6 +408,28 @@ static void on_grace_over(uv_timer_t *timer)
     rpc_cancel_calls(daemon->rpc);
 }
 
+static bool connection_busy(void *rpc, int fd)
+{
+    return rpc_connection_busy(rpc, fd);
+}
+
+static void on_idle(uv_async_t *handle)
+{
+    struct daemon *daemon = CONTAINER_OF(handle, struct daemon, idle);
+    listener_close_idle(daemon->context.listener, connection_busy);
+}
+
+// Who follows health has left by now. Others, such as most proxies, learn it from a closed port and
+// a connection that ends between calls: nothing is lost that way. gRPC's own farewell is not as
+// careful: what crosses with it on the wire ends with CANCELLED, which nobody tries again.
+static void on_closing(uv_timer_t *timer)
+{
+    struct daemon *daemon = CONTAINER_OF(timer, struct daemon, closing);
+    listener_stop(daemon->context.listener);
+    rpc_watch_idle(daemon->rpc);
+    on_idle(&daemon->idle);
+}
+
 // New calls are refused and connections told to go elsewhere; what is in flight finishes.
 static void on_lame_duck_over(uv_timer_t *timer)
 {
@@ -423,6 +453,8 @@ static void begin_drain(struct daemon *daemon, const char *reason)
         LOG_U64("lame_duck_ms", daemon->config->lame_duck_ms),
         LOG_U64("grace_ms", daemon->config->drain_grace_ms));
     health_set(daemon->context.health, HEALTH_NOT_SERVING);
+    if (daemon->config->lame_duck_ms > 0)
+        uv_timer_start(&daemon->closing, on_closing, daemon->config->lame_duck_ms / 2, 0);
     uv_timer_start(&daemon->lame_duck, on_lame_duck_over, daemon->config->lame_duck_ms, 0);
 }
 
@@ -456,13 +488,14 @@ static void on_drained(uv_async_t *handle)
 static void create_loop(struct daemon *daemon)
 {
     uv_loop_t *loop = &daemon->loop;
-    bool created = uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->lame_duck) == 0 &&
-                   uv_timer_init(loop, &daemon->grace) == 0 &&
-                   uv_timer_init(loop, &daemon->device_check) == 0 &&
-                   uv_async_init(loop, &daemon->drained, on_drained) == 0 &&
-                   uv_signal_init(loop, &daemon->on_term) == 0 &&
-                   uv_signal_init(loop, &daemon->on_int) == 0 &&
-                   uv_signal_init(loop, &daemon->on_hup) == 0;
+    bool created =
+        uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->closing) == 0 &&
+        uv_timer_init(loop, &daemon->lame_duck) == 0 && uv_timer_init(loop, &daemon->grace) == 0 &&
+        uv_timer_init(loop, &daemon->device_check) == 0 &&
+        uv_async_init(loop, &daemon->idle, on_idle) == 0 &&
+        uv_async_init(loop, &daemon->drained, on_drained) == 0 &&
+        uv_signal_init(loop, &daemon->on_term) == 0 && uv_signal_init(loop, &daemon->on_int) == 0 &&
+        uv_signal_init(loop, &daemon->on_hup) == 0;
     ASSERT(created);
     daemon->on_term.data = daemon->on_int.data = daemon;
 }

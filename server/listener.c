@@ -30,6 +30,8 @@ enum {
 struct connection {
     uv_poll_t hangup; // of a duplicate of the socket that gRPC owns
     int fd;
+    int taken_fd; // the number that gRPC knows it by; another's, once gRPC has closed it
+    bool closing; // the peer has been told that no more will come
     struct listener *listener;
     struct connection *next, *previous;
 };
@@ -96,6 +98,7 @@ static bool watch_connection(struct listener *listener, int fd)
     if (!connection)
         return false;
     connection->listener = listener;
+    connection->taken_fd = fd;
     connection->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (connection->fd < 0)
         goto free_connection;
@@ -311,6 +314,8 @@ static void close_endpoint(struct endpoint *endpoint)
 {
     if (endpoint->path[0])
         unlink_socket(endpoint);
+    if (endpoint->fd >= 0)
+        shutdown(endpoint->fd, SHUT_RD); // at once, not when the loop comes to close it
     if (endpoint->polled)
         uv_close((uv_handle_t *)&endpoint->readable, on_endpoint_closed);
     else if (endpoint->fd >= 0)
@@ -385,6 +390,18 @@ void listener_stop(struct listener *listener)
     uv_timer_stop(&listener->pause);
     for (size_t i = 0; i < listener->endpoints_n; i++)
         close_endpoint(&listener->endpoints[i]);
+}
+
+// Half a close: a whole one would answer what the peer still sends, be it window updates, with a
+// reset that takes unsent replies with it.
+void listener_close_idle(struct listener *listener, bool (*busy)(void *context, int fd))
+{
+    for (struct connection *each = listener->live; each; each = each->next) {
+        if (each->closing || busy(listener->context, each->taken_fd))
+            continue;
+        each->closing = true;
+        shutdown(each->fd, SHUT_WR);
+    }
 }
 
 void listener_drop_connections(struct listener *listener)

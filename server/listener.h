@@ -28,6 +28,9 @@ NODISCARD enum status listener_start(struct listener *listener, void (*take)(voi
                                      void *context, struct error *err);
 // No further ones. The unix sockets are unlinked. Again is harmless.
 void listener_stop(struct listener *listener);
+// Ends each connection that `busy` has nothing to say for, by the number that `take` was given: what
+// was written still arrives, and the peer, who sees that no more will come, closes it.
+void listener_close_idle(struct listener *listener, bool (*busy)(void *context, int fd));
 // Before the loop runs for the last time; destroy comes after it.
 void listener_drop_connections(struct listener *listener);
 void listener_destroy(struct listener *listener);
