@@ -68,15 +68,16 @@ fi
 
 if $tests; then
     # Debian's own Python, for which python3-venv was installed. Rebuilt when the pins change.
-    wanted=$(sha256sum <tests/requirements.txt)
+    wanted=$(cat tests/requirements*.txt | sha256sum)
     if [ "$(cat build/venv/requirements.sha256 2>/dev/null || true)" = "$wanted" ]; then
         say "the Python packages in build/venv are installed"
     else
-        say "installing the Python packages of tests/requirements.txt into build/venv"
+        say "installing the Python packages of tests/requirements*.txt into build/venv"
         rm -rf build/venv
         mkdir -p build
         /usr/bin/python3 -m venv build/venv
         build/venv/bin/pip install --quiet --requirement tests/requirements.txt
+        build/venv/bin/pip install --quiet --no-deps --requirement tests/requirements-alone.txt
         echo "$wanted" >build/venv/requirements.sha256
     fi
 fi

@@ -39,7 +39,6 @@ struct daemon {
     uv_loop_t loop;
     uv_signal_t on_term, on_int, on_hup;
     uv_timer_t closing, lame_duck, grace, device_check;
-    uv_async_t idle;    // from the rpc thread that ended the last call of a connection
     uv_async_t drained; // from the rpc thread that ended the last call
     struct batcher_waker waker;
     struct rpc *rpc;
@@ -328,10 +327,10 @@ static void on_calls_drained(void *argument)
     uv_async_send(&daemon->drained);
 }
 
-static void on_connection_idle(void *argument)
+static void on_connection_idle(void *argument, int fd)
 {
     struct daemon *daemon = argument;
-    uv_async_send(&daemon->idle);
+    listener_end_connection(daemon->context.listener, fd);
 }
 
 NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *err)
@@ -413,12 +412,6 @@ static bool connection_busy(void *rpc, int fd)
     return rpc_connection_busy(rpc, fd);
 }
 
-static void on_idle(uv_async_t *handle)
-{
-    struct daemon *daemon = CONTAINER_OF(handle, struct daemon, idle);
-    listener_close_idle(daemon->context.listener, connection_busy);
-}
-
 // Who follows health has left by now. Others, such as most proxies, learn it from a closed port and
 // a connection that ends between calls: nothing is lost that way. gRPC's own farewell is not as
 // careful: what crosses with it on the wire ends with CANCELLED, which nobody tries again.
@@ -427,7 +420,7 @@ static void on_closing(uv_timer_t *timer)
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, closing);
     listener_stop(daemon->context.listener);
     rpc_watch_idle(daemon->rpc);
-    on_idle(&daemon->idle);
+    listener_end_idle(daemon->context.listener, connection_busy);
 }
 
 // New calls are refused and connections told to go elsewhere; what is in flight finishes.
@@ -492,7 +485,6 @@ static void create_loop(struct daemon *daemon)
         uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->closing) == 0 &&
         uv_timer_init(loop, &daemon->lame_duck) == 0 && uv_timer_init(loop, &daemon->grace) == 0 &&
         uv_timer_init(loop, &daemon->device_check) == 0 &&
-        uv_async_init(loop, &daemon->idle, on_idle) == 0 &&
         uv_async_init(loop, &daemon->drained, on_drained) == 0 &&
         uv_signal_init(loop, &daemon->on_term) == 0 && uv_signal_init(loop, &daemon->on_int) == 0 &&
         uv_signal_init(loop, &daemon->on_hup) == 0;

@@ -61,7 +61,7 @@ static void leave_connection(const struct call *call)
     const struct rpc *rpc = call->thread->rpc;
     _Atomic uint32_t *calls = connection_calls(rpc, call->connection);
     if (calls && atomic_fetch_sub(calls, 1) == 1 && atomic_load(&rpc->watch_idle))
-        rpc->options.on_connection_idle(rpc->options.drained_context);
+        rpc->options.on_connection_idle(rpc->options.drained_context, (int)call->connection - 1);
 }
 
 static void link_live(struct call *call)

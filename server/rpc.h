@@ -20,8 +20,9 @@ struct rpc_options {
     struct service_context *context;
     // Called on an rpc thread once the server has shut down and no call is left.
     void (*on_drained)(void *drained_context);
-    // Called on an rpc thread, after rpc_watch_idle, when the last call of a connection has ended.
-    void (*on_connection_idle)(void *drained_context);
+    // Called on an rpc thread, after rpc_watch_idle, when the last call has ended of the connection
+    // that was added as `fd`, which may be closed by then.
+    void (*on_connection_idle)(void *drained_context, int fd);
     void *drained_context;
 };
 

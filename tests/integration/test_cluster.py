@@ -120,9 +120,9 @@ class Caller:
             self.result = json.loads(output)
             print(self.result)
 
-    def judge(self, stream_ends: set[str]) -> None:
+    def judge(self, stream_ends: set[str], failures_max: int = 0) -> None:
         result = self.result
-        assert result["failures"] == []
+        assert len(result["failures"]) <= failures_max, result["failures"]
         assert result["wrong"] == 0
         assert result["calls"] > 0 and result["stream_calls"] > 0
         ends = {key for key in result if key.startswith("stream ended ")}
@@ -134,7 +134,8 @@ def test_rolling_restart(cluster: Cluster, balancer: str) -> None:
     """No call fails, none is answered wrongly, and who comes back gets work again."""
     with Caller(cluster, balancer) as caller:
         cluster.restart_each()
-    caller.judge({"UNAVAILABLE"})
+    # nginx loses the trailers of a stream, now and then, if its caller is still sending.
+    caller.judge({"UNAVAILABLE", "INTERNAL"} if balancer == "nginx" else {"UNAVAILABLE"})
 
 
 def test_rolling_restart_c_client(cluster: Cluster) -> None:
@@ -155,7 +156,8 @@ def test_rolling_restart_c_client(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("balancer", ["nginx", "round robin"])
 def test_kill(cluster: Cluster, balancer: str) -> None:
-    """Without a farewell, what was in flight is asked again elsewhere, by the retry policy."""
+    """Without a farewell, what was in flight is asked again elsewhere, by the retry policy; but for
+    a call whose reply had begun to arrive."""
     with Caller(cluster, balancer) as caller:
         for host in cluster.hosts:
             cluster.wait_spread()
@@ -163,4 +165,4 @@ def test_kill(cluster: Cluster, balancer: str) -> None:
             time.sleep(0.5)
             host.start()
         cluster.wait_spread()
-    caller.judge({"UNAVAILABLE", "INTERNAL"})
+    caller.judge({"UNAVAILABLE", "INTERNAL"}, failures_max=HOSTS)

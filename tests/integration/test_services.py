@@ -565,7 +565,7 @@ def test_lame_duck_closes_idle_connections(tmp_path: Path, rng: np.random.Genera
             idle.settimeout(seconds(10))
             while idle.recv(4096):
                 pass
-        assert time.monotonic() - begin >= lame_duck_ms / 2000
+        assert time.monotonic() - begin >= lame_duck_ms / 2000 - 0.01  # timers round
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(site.daemon.host_port)
         site.check_serves(rng)
@@ -576,7 +576,7 @@ def test_lame_duck_closes_a_connection_after_its_last_call(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """As a proxy has them, one call at a time: no reply is lost, however large."""
-    with serving(tmp_path, small_weights(1), 256, lame_duck_ms=400) as site:
+    with serving(tmp_path, small_weights(1), 256, lame_duck_ms=3000) as site:
         request, expected = site.good_case(rng, tokens=400)
         stop = threading.Event()
         codes = []
@@ -597,7 +597,7 @@ def test_lame_duck_closes_a_connection_after_its_last_call(
             assert site.daemon.wait_exit() == 0
             stop.set()
             [caller.result() for caller in callers]
-        assert codes == [StatusCode.UNAVAILABLE] * 3
+        assert codes == [StatusCode.UNAVAILABLE] * 3  # and not CANCELLED, by gRPC's own farewell
 
 
 def test_second_sigterm_cuts_the_lame_duck_short_or_changes_nothing(tmp_path: Path) -> None:
