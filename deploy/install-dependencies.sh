@@ -25,6 +25,7 @@ test_packages=(
     libb64-0d                       # perf_analyzer
     python3-dev g++                 # client/python, what torch compiles; C++ callers
     mandoc man-db bash-completion systemd # what is installed
+    nginx iproute2                  # of these, test_cluster.py: daemons behind a balancer
 )
 package_packages=(
     dpkg-dev file lintian           # CPack and who judges what it makes
@@ -92,6 +93,7 @@ if $tests; then
         /usr/bin/python3 -m venv build/venv
         pip=(build/venv/bin/pip install --quiet --use-pep517)
         "${pip[@]}" --requirement tests/requirements.txt
+        "${pip[@]}" --no-deps --requirement tests/requirements-alone.txt
         "${pip[@]}" --no-deps --target build/venv/perf_analyzer \
             --requirement tests/requirements-perf-analyzer.txt
         echo "$wanted" >build/venv/requirements.sha256

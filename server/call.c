@@ -47,10 +47,9 @@ uint64_t call_deadline_ns(const struct call *call)
 uint32_t call_connection(struct call *call)
 {
     if (call->connection == 0) {
-        // The listener gives gRPC its sockets by number, and that is what it calls the peers.
         char *peer = grpc_call_get_peer(call->grpc);
         bool named = strncmp(peer, "fd:", 3) == 0;
-        call->connection = named ? (uint32_t)strtoul(peer + 3, NULL, 10) + 1 : UINT32_MAX;
+        call->connection = named ? connection_number((int)strtol(peer + 3, NULL, 10)) : UINT32_MAX;
         gpr_free(peer);
     }
     return call->connection;

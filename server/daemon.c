@@ -42,7 +42,7 @@ struct daemon {
     struct config *config;
     uv_loop_t loop;
     uv_signal_t on_term, on_int, on_hup;
-    uv_timer_t lame_duck, grace, device_check, alive;
+    uv_timer_t closing, lame_duck, grace, device_check, alive;
     uv_async_t drained; // from the rpc thread that ended the last call
     struct batcher_waker waker;
     struct rpc *rpc;
@@ -363,6 +363,12 @@ static void on_calls_drained(void *argument)
     uv_async_send(&daemon->drained);
 }
 
+static void on_connection_idle(void *argument, int fd)
+{
+    struct daemon *daemon = argument;
+    listener_end_connection(daemon->context.listener, fd);
+}
+
 NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *err)
 {
     struct service_context *context = &daemon->context;
@@ -399,6 +405,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .methods = methods,
         .context = context,
         .on_drained = on_calls_drained,
+        .on_connection_idle = on_connection_idle,
         .drained_context = daemon,
     };
     enum status status = rpc_create(&options, &daemon->rpc, err);
@@ -438,6 +445,22 @@ static void on_grace_over(uv_timer_t *timer)
     rpc_cancel_calls(daemon->rpc);
 }
 
+static bool connection_busy(void *rpc, int fd)
+{
+    return rpc_connection_busy(rpc, fd);
+}
+
+// Who follows health has left by now. Others, such as most proxies, learn it from a closed port and
+// a connection that ends between calls: nothing is lost that way. gRPC's own farewell is not as
+// careful: what crosses with it on the wire ends with CANCELLED, which nobody tries again.
+static void on_closing(uv_timer_t *timer)
+{
+    struct daemon *daemon = CONTAINER_OF(timer, struct daemon, closing);
+    listener_stop(daemon->context.listener);
+    rpc_watch_idle(daemon->rpc);
+    listener_end_idle(daemon->context.listener, connection_busy);
+}
+
 // New calls are refused and connections told to go elsewhere; what is in flight finishes.
 static void on_lame_duck_over(uv_timer_t *timer)
 {
@@ -464,6 +487,8 @@ static void begin_drain(struct daemon *daemon, const char *reason)
     supervisor_stopping(daemon->config->lame_duck_ms + 2ull * daemon->config->drain_grace_ms +
                         STOP_SLACK_MS);
     health_set(daemon->context.health, HEALTH_NOT_SERVING);
+    if (daemon->config->lame_duck_ms > 0)
+        uv_timer_start(&daemon->closing, on_closing, daemon->config->lame_duck_ms / 2, 0);
     uv_timer_start(&daemon->lame_duck, on_lame_duck_over, daemon->config->lame_duck_ms, 0);
 }
 
@@ -497,7 +522,8 @@ static void on_drained(uv_async_t *handle)
 static void create_loop(struct daemon *daemon)
 {
     uv_loop_t *loop = &daemon->loop;
-    bool created = uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->lame_duck) == 0 &&
+    bool created = uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->closing) == 0 &&
+                   uv_timer_init(loop, &daemon->lame_duck) == 0 &&
                    uv_timer_init(loop, &daemon->grace) == 0 &&
                    uv_timer_init(loop, &daemon->device_check) == 0 &&
                    uv_timer_init(loop, &daemon->alive) == 0 &&

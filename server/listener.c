@@ -6,6 +6,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,6 +31,8 @@ enum {
 struct connection {
     uv_poll_t hangup; // of a duplicate of the socket that gRPC owns
     int fd;
+    int taken_fd; // the number that gRPC knows it by; another's, once gRPC has closed it
+    bool ended;   // guarded by the listener's lock
     struct listener *listener;
     struct connection *next, *previous;
 };
@@ -54,7 +57,8 @@ struct listener {
     void *context;
     struct endpoint *endpoints;
     size_t endpoints_n;
-    struct connection *live;
+    pthread_mutex_t lock;
+    struct connection *live; // guarded by lock; changed by the main thread alone
     uint32_t connections_max;
     bool stopped;
     _Atomic uint32_t connections;
@@ -73,12 +77,14 @@ static void on_connection_closed(uv_handle_t *handle)
 static void drop_connection(struct connection *connection)
 {
     struct listener *listener = connection->listener;
+    pthread_mutex_lock(&listener->lock);
     if (connection->previous)
         connection->previous->next = connection->next;
     else
         listener->live = connection->next;
     if (connection->next)
         connection->next->previous = connection->previous;
+    pthread_mutex_unlock(&listener->lock);
     atomic_fetch_sub_explicit(&listener->connections, 1, memory_order_relaxed);
     uv_close((uv_handle_t *)&connection->hangup, on_connection_closed);
 }
@@ -96,16 +102,19 @@ static bool watch_connection(struct listener *listener, int fd)
     if (!connection)
         return false;
     connection->listener = listener;
+    connection->taken_fd = fd;
     connection->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (connection->fd < 0)
         goto free_connection;
     if (uv_poll_init(listener->loop, &connection->hangup, connection->fd) != 0)
         goto close_duplicate;
     uv_poll_start(&connection->hangup, UV_DISCONNECT, on_hangup);
+    pthread_mutex_lock(&listener->lock);
     connection->next = listener->live;
     if (connection->next)
         connection->next->previous = connection;
     listener->live = connection;
+    pthread_mutex_unlock(&listener->lock);
     atomic_fetch_add_explicit(&listener->connections, 1, memory_order_relaxed);
     return true;
 
@@ -311,6 +320,8 @@ static void close_endpoint(struct endpoint *endpoint)
 {
     if (endpoint->path[0])
         unlink_socket(endpoint);
+    if (endpoint->fd >= 0)
+        shutdown(endpoint->fd, SHUT_RD); // at once, not when the loop comes to close it
     if (endpoint->polled)
         uv_close((uv_handle_t *)&endpoint->readable, on_endpoint_closed);
     else if (endpoint->fd >= 0)
@@ -330,6 +341,7 @@ enum status listener_create(uv_loop_t *loop, const struct listener_options *opti
         free(endpoints);
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the listeners");
     }
+    pthread_mutex_init(&listener->lock, NULL);
     listener->loop = loop;
     listener->endpoints = endpoints;
     listener->key = options->key;
@@ -353,8 +365,7 @@ enum status listener_create(uv_loop_t *loop, const struct listener_options *opti
 close_endpoints:
     for (size_t i = 0; i < listener->endpoints_n; i++)
         close_endpoint(&endpoints[i]);
-    free(endpoints);
-    free(listener);
+    listener_destroy(listener);
     return status;
 }
 
@@ -387,6 +398,35 @@ void listener_stop(struct listener *listener)
         close_endpoint(&listener->endpoints[i]);
 }
 
+// Half a close: a whole one would answer what the peer still sends, be it window updates, with a
+// reset that takes unsent replies with it.
+static void end_connection_locked(struct connection *connection)
+{
+    if (!connection->ended)
+        shutdown(connection->fd, SHUT_WR);
+    connection->ended = true;
+}
+
+void listener_end_connection(struct listener *listener, int fd)
+{
+    pthread_mutex_lock(&listener->lock);
+    for (struct connection *each = listener->live; each; each = each->next) {
+        if (each->taken_fd == fd)
+            end_connection_locked(each);
+    }
+    pthread_mutex_unlock(&listener->lock);
+}
+
+void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd))
+{
+    pthread_mutex_lock(&listener->lock);
+    for (struct connection *each = listener->live; each; each = each->next) {
+        if (!busy(listener->context, each->taken_fd))
+            end_connection_locked(each);
+    }
+    pthread_mutex_unlock(&listener->lock);
+}
+
 void listener_drop_connections(struct listener *listener)
 {
     while (listener->live)
@@ -395,6 +435,7 @@ void listener_drop_connections(struct listener *listener)
 
 void listener_destroy(struct listener *listener)
 {
+    pthread_mutex_destroy(&listener->lock);
     free(listener->endpoints);
     free(listener);
 }

@@ -3,7 +3,7 @@
 // sockets go to gRPC, or to sharing.c.
 //
 // gRPC never tells when a connection ends, so the listener keeps a duplicate of each socket,
-// watches it for the hang-up, and closes it then. Main thread only, but for the counters.
+// watches it for the hang-up, and closes it then. Main thread only, but where it says any.
 #pragma once
 
 #include <uv.h>
@@ -28,6 +28,11 @@ NODISCARD enum status listener_start(struct listener *listener, void (*take)(voi
                                      void *context, struct error *err);
 // No further ones. The unix sockets are unlinked. Again is harmless.
 void listener_stop(struct listener *listener);
+// Any thread. Ends the connection that `take` was given as `fd`, if it is still there: what was
+// written arrives, and the peer, who sees that no more will come, closes it.
+void listener_end_connection(struct listener *listener, int fd);
+// Each that is not `busy`.
+void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd));
 // Before the loop runs for the last time; destroy comes after it.
 void listener_drop_connections(struct listener *listener);
 void listener_destroy(struct listener *listener);

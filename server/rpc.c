@@ -17,15 +17,17 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "log.h"
 #include "rpc_internal.h"
 
 enum {
-    GENERIC_SLOTS = 16,    // armed on each queue for the methods that are looked up by path
-    REGISTERED_SLOTS = 64, // armed on each queue for each message_with_call method
-    SPARE_CALLS = 64,      // beyond live and armed: so that a full house still answers
-    SWEEP_MS = 500,        // how often replies that nobody reads are looked for
+    GENERIC_SLOTS = 16,        // armed on each queue for the methods that are looked up by path
+    REGISTERED_SLOTS = 64,     // armed on each queue for each message_with_call method
+    SPARE_CALLS = 64,          // beyond live and armed: so that a full house still answers
+    SWEEP_MS = 500,            // how often replies that nobody reads are looked for
+    CONNECTIONS_MAX = 1 << 20, // whose calls are counted
 };
 
 __thread struct rpc_thread *rpc_thread_here;
@@ -46,9 +48,28 @@ static void put_free(struct call *call)
     call->thread->free_list = call;
 }
 
+// NULL: its number is too great to be counted.
+static _Atomic uint32_t *connection_calls(const struct rpc *rpc, uint32_t connection)
+{
+    return connection < rpc->connections_n ? &rpc->connection_calls[connection] : NULL;
+}
+
+// The order between the count and `watch_idle` is what makes sure that whoever looks at them, this
+// thread or the main one, sees the end of the last call.
+static void leave_connection(const struct call *call)
+{
+    const struct rpc *rpc = call->thread->rpc;
+    _Atomic uint32_t *calls = connection_calls(rpc, call->connection);
+    if (calls && atomic_fetch_sub(calls, 1) == 1 && atomic_load(&rpc->watch_idle))
+        rpc->options.on_connection_idle(rpc->options.drained_context, (int)call->connection - 1);
+}
+
 static void link_live(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
+    _Atomic uint32_t *calls = connection_calls(thread->rpc, call_connection(call));
+    if (calls)
+        atomic_fetch_add_explicit(calls, 1, memory_order_relaxed);
     call->previous = NULL;
     call->next = thread->live;
     if (call->next)
@@ -175,6 +196,7 @@ void rpc_call_ended(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
     unlink_live(call);
+    leave_connection(call);
     put_free(call);
     arm(thread);
     count_down(thread->rpc);
@@ -418,8 +440,16 @@ static void free_rpc(struct rpc *rpc)
         grpc_completion_queue_destroy(rpc->threads[i].queue);
     }
     grpc_shutdown();
+    free(rpc->connection_calls);
     free(rpc->threads);
     free(rpc);
+}
+
+// Connections are numbered by their sockets. Pages that no number reaches are never touched.
+static size_t files_max(void)
+{
+    long files = sysconf(_SC_OPEN_MAX);
+    return files > 0 && files < CONNECTIONS_MAX ? (size_t)files + 1 : CONNECTIONS_MAX;
 }
 
 enum status rpc_create(const struct rpc_options *options, struct rpc **out, struct error *err)
@@ -427,13 +457,18 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
     ASSERT(options->threads > 0);
     struct rpc *rpc = calloc(1, sizeof *rpc);
     struct rpc_thread *threads = calloc(options->threads, sizeof *threads);
-    if (!rpc || !threads) {
+    size_t connections_n = files_max();
+    _Atomic uint32_t *connection_calls = calloc(connections_n, sizeof *connection_calls);
+    if (!rpc || !threads || !connection_calls) {
         free(rpc);
         free(threads);
+        free(connection_calls);
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the gRPC server");
     }
     rpc->options = *options;
     rpc->threads = threads;
+    rpc->connection_calls = connection_calls;
+    rpc->connections_n = connections_n;
     rpc->shutdown_tag = (struct tag){.kind = TAG_SHUTDOWN};
     atomic_init(&rpc->live_calls, 1); // the server's own, until its shutdown tag pops
 
@@ -476,6 +511,17 @@ shut_down:
 void rpc_add_connection(struct rpc *rpc, int fd)
 {
     grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials);
+}
+
+bool rpc_connection_busy(const struct rpc *rpc, int fd)
+{
+    const _Atomic uint32_t *calls = connection_calls(rpc, connection_number(fd));
+    return !calls || atomic_load(calls) > 0;
+}
+
+void rpc_watch_idle(struct rpc *rpc)
+{
+    atomic_store(&rpc->watch_idle, true);
 }
 
 void rpc_drain(struct rpc *rpc)

@@ -20,6 +20,9 @@ struct rpc_options {
     struct service_context *context;
     // Called on an rpc thread once the server has shut down and no call is left.
     void (*on_drained)(void *drained_context);
+    // Called on an rpc thread, after rpc_watch_idle, when the last call has ended of the connection
+    // that was added as `fd`, which may be closed by then.
+    void (*on_connection_idle)(void *drained_context, int fd);
     void *drained_context;
 };
 
@@ -29,6 +32,11 @@ NODISCARD enum status rpc_create(const struct rpc_options *options, struct rpc *
 
 // Any thread: takes a connected socket.
 void rpc_add_connection(struct rpc *rpc, int fd);
+
+// Any thread. Whether calls are live on the connection that was added as `fd`.
+bool rpc_connection_busy(const struct rpc *rpc, int fd);
+// Main thread.
+void rpc_watch_idle(struct rpc *rpc);
 
 // Main thread. Refuses new calls, tells clients to go elsewhere, runs on_drain of every live call;
 // on_drained follows when the last one has ended by itself or by rpc_cancel_calls.

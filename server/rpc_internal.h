@@ -97,9 +97,18 @@ struct rpc {
     size_t registered_n;
     grpc_server_credentials *credentials;
     _Atomic bool draining;
+    _Atomic bool watch_idle;
+    _Atomic uint32_t *connection_calls; // live ones, by connection_number
+    size_t connections_n;               // numbers in it; a connection beyond is never idle
     _Atomic uint32_t
         live_calls; // of all threads, and one for the server until its shutdown tag has popped
 };
+
+// The listener gives gRPC its sockets by number, and that is what gRPC calls the peers.
+static inline uint32_t connection_number(int fd)
+{
+    return (uint32_t)fd + 1; // 0 is none
+}
 
 // rpc.c
 extern __thread struct rpc_thread *rpc_thread_here; // set while an rpc thread is outside of gRPC

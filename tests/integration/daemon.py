@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILD_DIR = Path(os.environ.get("EINSUMD_BUILD_DIR", REPOSITORY / "build/release")).resolve()
@@ -66,9 +66,11 @@ class Daemon:
         directory: Path,
         extra_environment: dict[str, str] | None = None,
         wait: bool = True,
+        wrapper: Sequence[str] = (),
         **config: Any,
     ):
-        """`directory` gets the configuration; `config` holds its keys."""
+        """`directory` gets the configuration; `config` holds its keys; `wrapper` is a command that
+        becomes the daemon."""
         defaults = {
             "listen": ["127.0.0.1:0"],
             "engine": ENGINE,
@@ -85,7 +87,7 @@ class Daemon:
         self._ended = False
         self.told_to_stop = False
         self.process = subprocess.Popen(
-            [EINSUMD, "--config", self.config_path],
+            [*wrapper, EINSUMD, "--config", self.config_path],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -556,6 +556,54 @@ def test_lame_duck(tmp_path: Path, rng: np.random.Generator) -> None:
         assert lame_duck_ms <= took_ms < lame_duck_ms + 1000 * seconds(10)
 
 
+def test_lame_duck_closes_idle_connections(tmp_path: Path, rng: np.random.Generator) -> None:
+    """In the second half of lame_duck_ms nobody can connect, and who has no call is sent off; who
+    has one is served on."""
+    lame_duck_ms = 2000
+    with serving(tmp_path, small_weights(1), 256, lame_duck_ms=lame_duck_ms) as site:
+        watching = watch(site.client, "")
+        assert next(watching).status == SERVING
+        with socket.create_connection(site.daemon.host_port) as idle:
+            begin = time.monotonic()
+            site.daemon.terminate()
+            idle.settimeout(seconds(10))
+            while idle.recv(4096):
+                pass
+        assert time.monotonic() - begin >= lame_duck_ms / 2000 - 0.01  # timers round
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(site.daemon.host_port)
+        site.check_serves(rng)
+        assert site.daemon.wait_exit() == 0
+
+
+def test_lame_duck_closes_a_connection_after_its_last_call(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """As a proxy has them, one call at a time: no reply is lost, however large."""
+    with serving(tmp_path, small_weights(1), 256, lame_duck_ms=3000) as site:
+        request, expected = site.good_case(rng, tokens=400)
+        stop = threading.Event()
+        codes = []
+
+        def call_on_and_on() -> None:
+            with Client(site.daemon.address, site.client.schema) as client:
+                while not stop.is_set():
+                    try:
+                        oracle.check(client.einsum(request).output, "BF16", *expected)
+                    except grpc.RpcError as error:
+                        codes.append(error.code())
+                        return
+
+        with ThreadPoolExecutor(3) as pool:
+            callers = [pool.submit(call_on_and_on) for _ in range(3)]
+            time.sleep(0.3)
+            site.daemon.terminate()
+            assert site.daemon.wait_exit() == 0
+            stop.set()
+            [caller.result() for caller in callers]
+        assert codes == [StatusCode.UNAVAILABLE] * 3  # and not CANCELLED, by gRPC's own farewell
+
+
 def test_second_sigterm_cuts_the_lame_duck_short_or_changes_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, small_weights(1), 256, lame_duck_ms=1000) as site:
         for _ in range(3):
