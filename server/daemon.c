@@ -522,15 +522,14 @@ static void on_drained(uv_async_t *handle)
 static void create_loop(struct daemon *daemon)
 {
     uv_loop_t *loop = &daemon->loop;
-    bool created = uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->closing) == 0 &&
-                   uv_timer_init(loop, &daemon->lame_duck) == 0 &&
-                   uv_timer_init(loop, &daemon->grace) == 0 &&
-                   uv_timer_init(loop, &daemon->device_check) == 0 &&
-                   uv_timer_init(loop, &daemon->alive) == 0 &&
-                   uv_async_init(loop, &daemon->drained, on_drained) == 0 &&
-                   uv_signal_init(loop, &daemon->on_term) == 0 &&
-                   uv_signal_init(loop, &daemon->on_int) == 0 &&
-                   uv_signal_init(loop, &daemon->on_hup) == 0;
+    bool created =
+        uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->closing) == 0 &&
+        uv_timer_init(loop, &daemon->lame_duck) == 0 && uv_timer_init(loop, &daemon->grace) == 0 &&
+        uv_timer_init(loop, &daemon->device_check) == 0 &&
+        uv_timer_init(loop, &daemon->alive) == 0 &&
+        uv_async_init(loop, &daemon->drained, on_drained) == 0 &&
+        uv_signal_init(loop, &daemon->on_term) == 0 && uv_signal_init(loop, &daemon->on_int) == 0 &&
+        uv_signal_init(loop, &daemon->on_hup) == 0;
     ASSERT(created);
     daemon->on_term.data = daemon->on_int.data = daemon;
 }
