@@ -88,6 +88,15 @@ static void make_pattern(const char *before, const char *name, const char *behin
     snprintf(pattern + used, PATTERN_BYTES - used, "%s", behind);
 }
 
+// The model that a request means: KServe's clients have its name where Triton's have the
+// repository's, and no other.
+NODISCARD static enum status choose_name(const char *repository_name, const char *model_name,
+                                         const char **name, struct error *err)
+{
+    *name = model_name[0] ? model_name : repository_name;
+    return model_name[0] ? check_repository(repository_name, err) : STATUS_OK;
+}
+
 NODISCARD static enum status set_name(struct change *change, const char *name, struct error *err)
 {
     size_t bytes;
@@ -238,9 +247,10 @@ NODISCARD static enum status read_load(struct change *change, struct error *err)
         .progress = on_progress,
         .progress_context = change,
     };
-    enum status status = check_repository(request->repository_name, err);
+    const char *name;
+    enum status status = choose_name(request->repository_name, request->model_name, &name, err);
     if (status == STATUS_OK)
-        status = set_name(change, request->model_name, err);
+        status = set_name(change, name, err);
     for (size_t i = 0; i < request->n_parameters && status == STATUS_OK; i++)
         status = set_parameter(&change->load, request->parameters[i]->key,
                                request->parameters[i]->value, err);
@@ -277,10 +287,11 @@ static void on_model_unload(struct call *call, grpc_byte_buffer *bytes)
     call_set_state(call, change);
     struct weight *weight = NULL;
     struct error err;
-    enum status status = check_repository(request->repository_name, &err);
+    const char *name;
+    enum status status = choose_name(request->repository_name, request->model_name, &name, &err);
     if (status == STATUS_OK)
-        status = inference_find_model(call_context(call)->weights, "model_name",
-                                      request->model_name, "", &weight, &err);
+        status = inference_find_model(call_context(call)->weights, "model_name", name, "", &weight,
+                                      &err);
     if (status == STATUS_OK)
         status = set_name(change, weight->name, &err);
     if (status == STATUS_OK)
@@ -291,11 +302,10 @@ static void on_model_unload(struct call *call, grpc_byte_buffer *bytes)
     message_free(&request->base);
 }
 
+// With the response, or the reason why not.
 static void finish_change(struct call *call, const ProtobufCMessage *response)
 {
     const struct change *change = call_state(call);
-    if (!service_task_done(&change->task))
-        return;
     if (change->task.error.status == STATUS_OK)
         call_finish(call, message_pack(response), NULL);
     else
@@ -304,15 +314,25 @@ static void finish_change(struct call *call, const ProtobufCMessage *response)
 
 static void on_model_load_wake(struct call *call)
 {
-    const Inference__RepositoryModelLoadResponse response =
+    struct change *change = call_state(call);
+    if (!service_task_done(&change->task))
+        return;
+    Inference__RepositoryModelLoadResponse response =
         INFERENCE__REPOSITORY_MODEL_LOAD_RESPONSE__INIT;
+    response.model_name = change->name;
+    response.isloaded = true;
     finish_change(call, &response.base);
 }
 
 static void on_model_unload_wake(struct call *call)
 {
-    const Inference__RepositoryModelUnloadResponse response =
+    struct change *change = call_state(call);
+    if (!service_task_done(&change->task))
+        return;
+    Inference__RepositoryModelUnloadResponse response =
         INFERENCE__REPOSITORY_MODEL_UNLOAD_RESPONSE__INIT;
+    response.model_name = change->name;
+    response.isunloaded = true;
     finish_change(call, &response.base);
 }
 
