@@ -237,8 +237,8 @@ static const struct key config_keys[] = {
     {SECTION("running"), U32(drain_grace_ms, 0, DAY_MS, "30000", "milliseconds",
                              "after SIGTERM, for requests in flight")},
     {U32(lame_duck_ms, 0, DAY_MS, "0", "milliseconds",
-         "after SIGTERM, of serving on as NOT_SERVING; in the second half connections are no "
-         "longer accepted, and closed as their last call ends")},
+         "after SIGTERM, of serving on as NOT_SERVING; halfway the port and idle connections "
+         "close")},
     {BOOL(self_test_at_start, "true", "compare every weight with known answers before serving")},
     {ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
     {ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},

@@ -19,7 +19,7 @@ from client import Client, make_request
 from cluster import PORT, Host, Network, Nginx
 from cluster_load import Case
 from conftest import rng_for, small_weights
-from daemon import EINSUMCTL, count, environment, seconds, wait_until
+from daemon import EINSUMCTL, count, environment, run, seconds, wait_until
 
 HOSTS = 3
 LAME_DUCK_MS = 600
@@ -144,7 +144,7 @@ def test_rolling_restart_c_client(cluster: Cluster) -> None:
     bench = subprocess.Popen(
         [*network.inside(network.hub), EINSUMCTL, "--endpoint", cluster.targets()["nginx"], "bench",
          "--retry", "--tokens", "1,8", "--concurrency", "4", "--connections", "2",
-         "--duration", str(round(seconds(8)))],
+         "--duration", "12"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
     )  # fmt: skip
     for host in cluster.hosts:
@@ -152,6 +152,13 @@ def test_rolling_restart_c_client(cluster: Cluster) -> None:
         host.restart()
     output, _ = bench.communicate(timeout=seconds(60))
     assert bench.returncode == 0, output
+
+
+def test_nginx_keeps_to_itself_what_is_of_one_daemon(cluster: Cluster) -> None:
+    network = cluster.network
+    result = run(*network.inside(network.hub), EINSUMCTL, "--endpoint", cluster.targets()["nginx"],
+                 "weights", "unload", TENSOR_NAME.format(0))  # fmt: skip
+    assert result.returncode == 4 and "PERMISSION_DENIED" in result.stderr, result
 
 
 @pytest.mark.parametrize("balancer", ["nginx", "round robin"])

@@ -1,10 +1,12 @@
-"""What deploy/kubernetes renders to: valid by real schemas, consistent, and as the daemon has it."""
+"""What deploy/kubernetes renders to: valid by real schemas, consistent, as the daemon has it."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import json
+import re
+import socket
 import sys
 from pathlib import Path
 from typing import Any, Iterator
@@ -14,7 +16,7 @@ import yaml
 
 from client import HEALTH
 from conftest import Site
-from daemon import EINSUMD, REPOSITORY, run
+from daemon import EINSUMD, REPOSITORY, Daemon, run
 from kubernetes_schemas import Invalid, validate
 
 FOLDER = REPOSITORY / "deploy/kubernetes"
@@ -73,6 +75,11 @@ def config_of(name: str) -> dict:
 def probes(name: str) -> dict[str, dict]:
     (container,) = pod(name)["containers"]
     return {key: probe["grpc"] for key, probe in container.items() if key.endswith("Probe")}
+
+
+def need_http() -> None:
+    if "http_listen" not in run(EINSUMD, "--help-config").stdout:
+        pytest.skip("this build has no http_listen")
 
 
 def test_everything_is_rendered() -> None:
@@ -146,8 +153,8 @@ def test_config(name: str, tmp_path: Path) -> None:
     data = config_of(name)
     assert set(data) == {"einsumd.json"}
     config = json.loads(data["einsumd.json"])
-    if "http_listen" in config and "http_listen" not in run(EINSUMD, "--help-config").stdout:
-        pytest.skip("this build has no http_listen")
+    if "http_listen" in config:
+        need_http()
     path = tmp_path / "einsumd.json"
     path.write_text(data["einsumd.json"])
     result = run(EINSUMD, "--config", path, "--check-config")
@@ -180,13 +187,34 @@ def test_ports(name: str) -> None:
     listens = [*config["listen"], *filter(None, [config.get("http_listen")])]
     assert {f"0.0.0.0:{port}" for port in ports.values()} == set(listens)
     named = [
-        *(port["targetPort"] for each in of_kind(name, "Service") for port in each["spec"]["ports"]),
+        *(port["targetPort"] for each in of_kind(name, "Service")
+          for port in each["spec"]["ports"]),
         *(port["port"] for each in of_kind(name, "NetworkPolicy")
           for rule in each["spec"]["ingress"] for port in rule["ports"]),
         *(end["port"] for each in of_kind(name, "PodMonitor")
           for end in each["spec"]["podMetricsEndpoints"]),
     ]  # fmt: skip
     assert set(named) <= set(ports)
+
+
+def test_series(tmp_path: Path) -> None:
+    """What scaling asks Prometheus for is on the daemon's page, with the labels asked for."""
+    need_http()
+    path = f"{tmp_path}/http.sock"
+    with Daemon(tmp_path, http_listen=f"unix:{path}"), socket.socket(socket.AF_UNIX) as http:
+        http.connect(path)
+        http.sendall(b"GET /metrics HTTP/1.1\r\nHost: einsumd\r\nConnection: close\r\n\r\n")
+        page = http.makefile().read()
+    asked = [
+        (series, label)
+        for name in RENDERED
+        for resource in render(name)
+        for series, label in re.findall(r"\b(einsumd_\w+)\{(.*?)\}", json.dumps(resource))
+    ]
+    assert asked
+    for series, label in asked:
+        label = label.replace("\\", "")
+        assert re.search(rf"^{series}\{{[^}}]*{re.escape(label)}", page, re.M), (series, label)
 
 
 @pytest.mark.parametrize("name", RENDERED)
