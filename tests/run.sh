@@ -124,7 +124,7 @@ run_preset() {
     # The Python package links a build of its own, in which a sanitizer would see nothing.
     local ignored=()
     [ "$preset" = release ] || ignored=('--ignore-glob=*/test_python_*.py')
-    EINSUMD_BUILD_DIR=build/$preset timeout 900 "${wrap[@]}" build/venv/bin/python -m pytest \
+    EINSUMD_BUILD_DIR=build/$preset timeout 1800 "${wrap[@]}" build/venv/bin/python -m pytest \
         tests/integration "${ignored[@]}" -q -rs -p no:cacheprovider --junitxml "$logs/$preset-integration.xml" \
         >"$log" 2>&1
     count "$preset integration" $? "$logs/$preset-integration.xml" "$log"

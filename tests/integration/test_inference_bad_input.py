@@ -124,8 +124,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], StatusCode, str | None, list[str]]]
     "more T": (set_shape(0, 5, 4, 512), INVALID, S, ["[3, 4, 4]", "[5, 4, 4]", "[4, 4, 8]"]),
     "scales' T": (set_shape(1, 2, 4, 4), INVALID, S, ["[2, 4, 4]", "[3, 4, 4]"]),
     "scales' K": (set_shape(1, 3, 4, 5), INVALID, S, ["[3, 4, 5]"]),
-    "too many tokens": (
-        set_tokens(600), INVALID, "tokens", ["512", "600"]),
+    "too many tokens": (set_tokens(9000), INVALID, "tokens", ["8192", "9000"]),
     "activations short": (set_raw(0, lambda b: b[:-1]), INVALID, A, ["6144", "6143"]),
     "activations long": (set_raw(0, lambda b: b + b"\0"), INVALID, A, ["6144", "6145"]),
     "scales short": (set_raw(1, lambda b: b[:-4]), INVALID, S, ["192", "188"]),

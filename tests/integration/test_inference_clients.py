@@ -187,7 +187,7 @@ def test_triton_model_calls(
     assert config["output"][0]["data_type"] == "TYPE_BF16"
     parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
     assert parameters["activations.dtype"] == "FP8_E4M3"
-    assert parameters["request_tokens_max"] == "512"
+    assert parameters["request_tokens_max"] == "8192"
 
     activations = oracle.random_activations(rng, weight, random_tokens(rng, weight), "FP32")
     inputs = [
@@ -479,6 +479,7 @@ def test_the_readme_s_examples(tmp_path: Path, rng: np.random.Generator) -> None
         (command,) = readme_lines(site, "perf_analyzer")
         quick = (
             "--measurement-mode count_windows --measurement-request-count 5 --max-trials 2 "
+            "--stability-percentage 999 "
             "--stability-percentage 999"
         )
         require_perf_analyzer()

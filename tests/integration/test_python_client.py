@@ -518,7 +518,7 @@ def test_control_calls(einsumd: Any, small: Site, client: Any) -> None:
     assert (weight.groups, weight.output_dim, weight.reduced_dim) == (4, 256, 512)
     assert weight.recipes == ((1, 128, 128), (1, 1, 128))
     info = client.info()
-    assert info.engine == ENGINE and info.limits["request_tokens_max"] == 512
+    assert info.engine == ENGINE and info.limits["request_tokens_max"] == 8192
     assert info.shared_memory["socket"].endswith("shared.sock")
     assert client.health() is einsumd.Health.SERVING
     with pytest.raises(einsumd.NotFound):
