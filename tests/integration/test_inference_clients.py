@@ -51,7 +51,7 @@ def stock(models: Site) -> Iterator[triton.InferenceServerClient]:
         yield client
 
 
-# --- the contract -----------------------------------------------------------------------------------
+# --- the contract ---------------------------------------------------------------------------------
 
 
 # KServe has fields where Triton has none.
@@ -325,7 +325,7 @@ def test_repository_by_triton_client(tmp_path: Path, rng: np.random.Generator) -
 
 
 def test_repository_as_kserve_s_clients_call_it(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Their requests hold the model's name as field 1, their responses it and whether it went well."""
+    """Their requests have the model's name as field 1; responses it, and whether it went well."""
     with serving(tmp_path, small_weights(1), 256) as site:
         (name,) = site.weights
         field = b"\x0a" + bytes([len(name)]) + name.encode()
@@ -440,7 +440,7 @@ def test_perf_analyzer(models: Site, stock: triton.InferenceServerClient, tmp_pa
         "-m", name, "-i", "grpc", "-u", models.daemon.address,
         "--shape", f"{A}:16,8,1024", "--shape", f"{S}:16,8,8",
         "--concurrency-range", "1:4:3", "--measurement-mode", "count_windows",
-        "--measurement-request-count", "200", "--stability-percentage", "999", "--max-trials", "3",
+        "--measurement-request-count", "200", "--stability-percentage", "999", "--max-trials", "10",
         "-f", report,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -478,8 +478,7 @@ def test_the_readme_s_examples(tmp_path: Path, rng: np.random.Generator) -> None
         oracle.check(raw, "BF16", *site.expected(activations, weights[name]))
         (command,) = readme_lines(site, "perf_analyzer")
         quick = (
-            "--measurement-mode count_windows --measurement-request-count 5 --max-trials 2 "
-            "--stability-percentage 999 "
+            "--measurement-mode count_windows --measurement-request-count 5 --max-trials 10 "
             "--stability-percentage 999"
         )
         require_perf_analyzer()
