@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 build_packages=(
     gcc libc6-dev cmake ninja-build pkg-config
-    libgrpc-dev libuv1-dev libjansson-dev zlib1g-dev
+    libgrpc-dev libuv1-dev libjansson-dev zlib1g-dev libmicrohttpd-dev
     libprotobuf-c-dev protobuf-c-compiler
     protobuf-compiler libprotobuf-dev # libprotobuf-dev has descriptor.proto and any.proto
 )
@@ -17,7 +17,7 @@ test_packages=(
     check libopenblas-dev           # unit tests, the benchmarks' baseline
     clang libclang-rt-dev           # libFuzzer and its sanitizers
     clang-format clang-tidy cppcheck shellcheck
-    python3 python3-venv            # integration tests
+    python3 python3-venv prometheus # integration tests; of prometheus, promtool
 )
 
 say() { echo "dependencies: $*"; }

@@ -121,6 +121,14 @@ void call_unhold(struct call *call)
     }
 }
 
+// How the client sees the end.
+static enum status status_of(const struct call *call)
+{
+    if (!call->closed_cancelled)
+        return call->finish_status;
+    return call->deadline_ns <= now_ns() ? STATUS_DEADLINE_EXCEEDED : STATUS_CANCELLED;
+}
+
 // On the rpc thread.
 static void drop_reference(struct call *call)
 {
@@ -134,6 +142,7 @@ static void drop_reference(struct call *call)
     for (size_t i = 0; i < call->trailers_n; i++)
         grpc_slice_unref(call->trailers[i].value);
     call->trailers_n = 0;
+    metrics_count_call(call->thread->rpc->options.metrics, call->metrics_call, status_of(call));
     rpc_call_ended(call);
 }
 
@@ -314,6 +323,7 @@ void call_arrived(struct call *call, bool full)
         return;
     }
     if (full) {
+        METRICS_ADD(call->thread->rpc->options.metrics, refused_calls, 1);
         refuse(call, STATUS_RESOURCE_EXHAUSTED, "too many calls are open (calls_max)");
         return;
     }

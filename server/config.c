@@ -188,6 +188,13 @@ static const struct key config_keys[] = {
     {U32(ring_spin_us, 0, 10000, "50", "microseconds",
          "that it looks for more before it sleeps, while requests come that fast; 0: none")},
 
+    {SECTION("for those who look on"),
+     STRING(http_listen, 0, 511, "\"\"",
+            "\"HOST:PORT\" or \"unix:/PATH\" of /metrics, /livez and /readyz, by plain HTTP; \"\": "
+            "none")},
+    {U32(http_connections_max, 1, 65536, "64", "connections",
+         "to it open at once, each for one request; past these, new ones are closed")},
+
     {SECTION("the engine"),
      CHOICE(engine, engines, "\"auto\"",
             "what computes; auto: the best that this build and machine have")},
@@ -737,6 +744,25 @@ static enum status check_shared(const struct config *config, struct error *err)
     return check_listen(key, address, err);
 }
 
+static enum status check_http(const struct config *config, struct error *err)
+{
+    static const char key[] = "http_listen";
+    const char *address = config->http_listen;
+    if (address[0] == '\0')
+        return STATUS_OK;
+    enum status status = check_listen(key, address, err);
+    if (status != STATUS_OK || is_port_0(address))
+        return status;
+    for (size_t i = 0; i < config->listen_n; i++)
+        if (strcmp(config->listen[i], address) == 0)
+            return error_field(err, STATUS_INVALID_ARGUMENT, key,
+                               "the same as listen[%zu]: \"%.200s\"", i, address);
+    if (strcmp(config->shared_memory_listen, address) == 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, key,
+                           "the same as shared_memory_listen: \"%.200s\"", address);
+    return STATUS_OK;
+}
+
 static void fill_buckets(struct config *config)
 {
     uint32_t bucket = 1;
@@ -785,6 +811,8 @@ static enum status check_together(const struct config *config, struct error *err
     enum status status = check_listens(config, err);
     if (status == STATUS_OK)
         status = check_shared(config, err);
+    if (status == STATUS_OK)
+        status = check_http(config, err);
     if (status)
         return status;
     if (config->request_tokens_max > config->batch_tokens_max)

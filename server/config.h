@@ -64,6 +64,10 @@ struct config {
     uint32_t ring_entries_max;              // of one ring; default 1024
     uint32_t ring_spin_us; // that the ring thread waits before it sleeps; default 50
 
+    // for those who look on
+    char *http_listen; // "HOST:PORT" or "unix:/PATH": /metrics and probes; "" (default): none
+    uint32_t http_connections_max; // default 64
+
     // the engine
     char *engine;             // "auto" (default), "cpu", "cuda", "null"
     char *kernel;             // "auto" (default) or a kernel's name

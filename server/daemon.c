@@ -15,6 +15,7 @@
 
 #include "batch.h"
 #include "control.h"
+#include "http.h"
 #include "listener.h"
 #include "rope.h"
 #include "rpc.h"
@@ -31,6 +32,7 @@ enum {
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
     MESSAGE_OVERHEAD_BYTES = 64 << 10, // of a request beyond its tensors
     TRANSPORT_REQUESTS = 64,
+    HTTP_TIMEOUT_MS = 10000, // of a connection, from start to end
     REDUCED_DIM_MAX = 16384, // four times V4's: the engine's scratch is sized by it
 };
 
@@ -92,6 +94,32 @@ static void resolve_batch_bytes(struct config *config, const struct weights_tota
                      (uint64_t)sysconf(_SC_PAGESIZE));
 }
 
+NODISCARD static enum status bind_http(struct daemon *daemon, struct error *err)
+{
+    const struct config *config = daemon->config;
+    if (config->http_listen[0] == '\0')
+        return STATUS_OK;
+    const char *address = config->http_listen;
+    const struct listener_options listen = {
+        .key = "http_listen",
+        .addresses = &address,
+        .addresses_n = 1,
+        .unix_socket_mode = config->unix_socket_mode,
+        .connections_max = config->http_connections_max,
+    };
+    struct service_context *context = &daemon->context;
+    enum status status = listener_create(&daemon->loop, &listen, &context->http_listener, err);
+    if (status != STATUS_OK)
+        return status;
+    const struct http_options http = {
+        .loop = &daemon->loop,
+        .context = context,
+        .connections_max = config->http_connections_max,
+        .timeout_ms = HTTP_TIMEOUT_MS,
+    };
+    return http_create(&http, &context->http, err);
+}
+
 NODISCARD static enum status bind_addresses(struct daemon *daemon, struct error *err)
 {
     const struct config *config = daemon->config;
@@ -103,6 +131,8 @@ NODISCARD static enum status bind_addresses(struct daemon *daemon, struct error 
         .connections_max = config->connections_max,
     };
     enum status status = listener_create(&daemon->loop, &listen, &daemon->context.listener, err);
+    if (status == STATUS_OK)
+        status = bind_http(daemon, err);
     if (status != STATUS_OK || config->shared_memory_listen[0] == '\0')
         return status;
     const struct sharing_options sharing = {
@@ -366,6 +396,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .reply_timeout_ms = config->reply_timeout_ms,
         .methods = methods,
         .context = context,
+        .metrics = context->metrics,
         .on_drained = on_calls_drained,
         .drained_context = daemon,
     };
@@ -377,6 +408,8 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         status = start_sharing(daemon, err);
     if (status == STATUS_OK)
         status = listener_start(context->listener, add_rpc_connection, daemon->rpc, err);
+    if (status == STATUS_OK && context->http)
+        status = listener_start(context->http_listener, http_take, context->http, err);
     return status;
 }
 
@@ -523,6 +556,12 @@ static void stop(struct daemon *daemon)
     }
     if (context->listener)
         listener_drop_connections(context->listener);
+    if (context->http_listener)
+        listener_stop(context->http_listener); // so late: it tells of the drain
+    if (context->http)
+        http_stop(context->http);
+    if (context->http_listener)
+        listener_drop_connections(context->http_listener);
     if (context->rings)
         rings_wait_idle(context->rings, daemon->config->drain_grace_ms);
     if (context->sharing)
@@ -532,6 +571,10 @@ static void stop(struct daemon *daemon)
     destroy_loop(daemon);
     if (context->listener)
         listener_destroy(context->listener);
+    if (context->http)
+        http_destroy(context->http);
+    if (context->http_listener)
+        listener_destroy(context->http_listener);
     if (context->sharing)
         sharing_destroy(context->sharing);
     if (context->regions)
@@ -547,6 +590,7 @@ static void stop(struct daemon *daemon)
         weights_destroy(context->weights);
     if (context->engine)
         context->engine_ops->close(context->engine);
+    metrics_destroy(context->metrics);
     free(daemon);
 }
 
@@ -555,7 +599,9 @@ static void stop(struct daemon *daemon)
 NODISCARD static enum status start(struct daemon *daemon, struct error *err)
 {
     struct service_context *context = &daemon->context;
-    enum status status = control_create(&daemon->loop, &context->control, err);
+    enum status status = metrics_create(&context->metrics, err);
+    if (status == STATUS_OK)
+        status = control_create(&daemon->loop, &context->control, err);
     if (status == STATUS_OK)
         status = bind_addresses(daemon, err);
     if (status == STATUS_OK)
@@ -581,7 +627,11 @@ static void announce(const struct daemon *daemon)
 {
     char addresses[ADDRESSES_BYTES];
     listener_addresses(daemon->context.listener, addresses, sizeof addresses);
+    char http_address[ADDRESSES_BYTES] = "";
+    if (daemon->context.http_listener)
+        listener_addresses(daemon->context.http_listener, http_address, sizeof http_address);
     LOG(INFO, "ready", LOG_STR("version", EINSUMD_VERSION), LOG_STR("listen", addresses),
+        LOG_STR("http_listen", http_address),
         LOG_U64("weights", weights_totals(daemon->context.weights).weights),
         LOG_U64("ms", (now_ns() - daemon->context.started_ns) / 1000000u));
 }

@@ -95,6 +95,7 @@ NODISCARD static enum status submit(struct projection *projection, grpc_byte_buf
                                     struct error *err)
 {
     bool waits;
+    projection->record.asked_ns = now_ns();
     call_hold(projection->call);
     enum status status = batcher_reserve_or_wait(call_context(projection->call)->batcher,
                                                  &projection->job, &waits, err);
@@ -104,8 +105,10 @@ NODISCARD static enum status submit(struct projection *projection, grpc_byte_buf
             projection->message = grpc_byte_buffer_copy(message);
         return STATUS_OK;
     }
-    if (status == STATUS_OK)
+    if (status == STATUS_OK) {
+        projection->record.room_ns = projection->record.asked_ns;
         status = fill_and_commit(projection, message, err);
+    }
     if (status != STATUS_OK)
         call_unhold(projection->call);
     return status;
@@ -116,6 +119,7 @@ bool projection_continue(struct projection *projection)
     struct job *job = &projection->job;
     grpc_byte_buffer *message = projection->message;
     projection->message = NULL;
+    projection->record.room_ns = now_ns();
     struct error err;
     enum status status;
     if (atomic_load_explicit(&job->cancelled, memory_order_relaxed)) {
@@ -144,7 +148,7 @@ NODISCARD static enum status place(struct projection *projection,
                                    const struct wire_request *request, struct error *err)
 {
     struct service_context *context = call_context(projection->call);
-    atomic_fetch_add_explicit(&context->counters.shared, 1, memory_order_relaxed);
+    METRICS_ADD(context->metrics, shared, 1);
     if (!context->regions)
         return error_field(err, STATUS_FAILED_PRECONDITION, "shared",
                            "this server shares no memory (shared_memory_listen)");
@@ -168,7 +172,7 @@ enum status projection_start(struct projection *projection, const struct wire_re
     projection->activations = attention ? request->attention : request->activations;
     projection->activation_scales = request->activation_scales;
     projection->positions = request->positions;
-    projection->job.received_ns = now_ns();
+    projection->job.received_ns = projection->record.received_ns;
     projection->job.deadline_ns = deadline_ns(projection);
     projection->job.connection = call_connection(projection->call);
     enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,

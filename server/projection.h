@@ -8,9 +8,11 @@
 
 #include "call.h"
 #include "placement.h"
+#include "record.h"
 
 struct projection {
-    struct job job; // its on_done is the owner's to set
+    struct job job;       // its on_done is the owner's to set
+    struct record record; // begun by the owner, and answered and ended by it
     struct call *call;
     bool streamed; // answers as EinsumStreamResponse; on the heap, and freed by projection_release
     bool digest_only;

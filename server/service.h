@@ -5,28 +5,18 @@
 
 #include "call.h"
 #include "engine.h"
+#include "metrics.h"
 #include "placement.h"
 
 struct batcher;
 struct config;
 struct control;
 struct health;
+struct http;
 struct listener;
 struct rings;
 struct sharing;
 struct weights;
-
-// Requests by how they ended. Relaxed: each is a number to look at, none guards anything.
-struct service_counters {
-    _Atomic uint64_t received;
-    _Atomic uint64_t shared;    // of those, with tensors in shared memory
-    _Atomic uint64_t answered;  // with an output or a digest
-    _Atomic uint64_t refused;   // RESOURCE_EXHAUSTED, UNAVAILABLE
-    _Atomic uint64_t invalid;   // the caller's mistakes
-    _Atomic uint64_t expired;   // DEADLINE_EXCEEDED
-    _Atomic uint64_t cancelled; // by the caller
-    _Atomic uint64_t failed;    // ours
-};
 
 struct service_context {
     const struct config *config; // every "automatic" resolved
@@ -37,19 +27,22 @@ struct service_context {
     struct control *control; // runs what may block: loads, self-tests
     struct health *health;
     struct listener *listener;
+    struct listener *http_listener; // NULL, as the next: no HTTP
+    struct http *http;
     struct regions *regions; // NULL, as the next two: no memory is shared
     struct rings *rings;
     struct sharing *sharing;
     uint64_t message_bytes_max; // received
     uint64_t started_ns;
-    struct service_counters counters;
+    struct metrics *metrics;
     struct copy_counters copies;
     _Atomic uint64_t copied_bytes; // of outputs copied out of batches and not yet sent
     _Atomic bool draining;
+    uint64_t scrapes, scrape_ns; // of scrape.c
 };
 
-// Counts one request by the status that it ended with.
-void service_count(struct service_context *context, enum status status);
+// NULL while requests are served; else why not: "draining", "device lost".
+const char *service_not_ready(const struct service_context *context);
 
 // Each ends with a method whose path is NULL.
 extern const struct method service_einsum_methods[];

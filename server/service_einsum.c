@@ -13,17 +13,24 @@ static void on_unary_job(struct job *job)
     call_wake(CONTAINER_OF(job, struct projection, job)->call);
 }
 
-static void fail_unary(struct call *call, const struct error *err)
+static void fail_unary(struct projection *projection, const struct error *err)
 {
-    service_count(call_context(call), err->status);
+    struct call *call = projection->call;
+    record_answer(&projection->record, call_context(call), NULL, err->status);
+    projection->record.answered_ns = now_ns();
     call_finish(call, NULL, err);
+}
+
+static enum metrics_method method_of(enum wire_kind kind)
+{
+    return kind == WIRE_OUTPUT_PROJECT ? METRICS_OUTPUT_PROJECT : METRICS_EINSUM;
 }
 
 static void on_unary_message(struct call *call, grpc_byte_buffer *message, enum wire_kind kind)
 {
     struct service_context *context = call_context(call);
-    atomic_fetch_add_explicit(&context->counters.received, 1, memory_order_relaxed);
     struct projection *projection = call_inline_state(call, sizeof *projection);
+    record_begin(&projection->record, context, method_of(kind), METRICS_UNARY);
     projection->call = call;
     projection->job.on_done = projection->job.on_room = on_unary_job;
     struct projection_bytes bytes = projection_bytes(message);
@@ -32,9 +39,10 @@ static void on_unary_message(struct call *call, grpc_byte_buffer *message, enum 
     bool running;
     if (wire_read_request(bytes.slices, bytes.slices_n, kind, &request, &err) != STATUS_OK ||
         projection_start(projection, &request, message, &running, &err) != STATUS_OK) {
-        fail_unary(call, &err);
+        fail_unary(projection, &err);
     } else if (!running) {
-        service_count(context, STATUS_OK);
+        record_answer(&projection->record, context, NULL, STATUS_OK);
+        projection->record.answered_ns = now_ns();
         call_finish(call, projection_respond_empty(projection), NULL);
     }
 }
@@ -55,11 +63,15 @@ static void on_unary_wake(struct call *call)
     struct projection *projection = call_state(call);
     if (projection_has_room(projection) && projection_continue(projection))
         return;
+    struct record *record = &projection->record;
     const struct error *err = &projection->job.error;
-    service_count(call_context(call), err->status);
+    record_answer(record, call_context(call), &projection->job, err->status);
     if (err->status == STATUS_OK) {
-        call_finish(call, projection_respond(projection), NULL);
+        grpc_byte_buffer *message = projection_respond(projection);
+        record->answered_ns = now_ns();
+        call_finish(call, message, NULL);
     } else {
+        record->answered_ns = now_ns();
         call_finish(call, NULL, err);
         projection_release(projection);
     }
@@ -70,6 +82,14 @@ static void on_unary_cancel(struct call *call)
     struct projection *projection = call_state(call);
     if (projection)
         atomic_store_explicit(&projection->job.cancelled, true, memory_order_relaxed);
+}
+
+static void on_unary_end(struct call *call)
+{
+    struct projection *projection = call_state(call);
+    if (!call_cancelled(call))
+        projection->record.left_ns = now_ns();
+    record_end(&projection->record, call_context(call));
 }
 
 // ---- EinsumStream
@@ -83,6 +103,7 @@ struct item {
 
 struct outgoing {
     grpc_byte_buffer *message;
+    struct record record;
     struct outgoing *next;
 };
 
@@ -92,6 +113,7 @@ struct stream {
     _Atomic(struct item *) done; // stack, filled by the scheduler
     struct item *running;
     struct outgoing *first, **last; // waiting to be sent
+    struct record sent;             // of what is being sent
     uint32_t in_flight;             // running, waiting to be sent, or being sent
     bool reading, sending, half_closed, draining;
     bool broken; // nothing more will be answered
@@ -106,6 +128,7 @@ static void on_stream_start(struct call *call)
         call_finish(call, NULL, &err);
         return;
     }
+    METRICS_ADD(call_context(call)->metrics, streams_opened, 1);
     stream->call = call;
     stream->last = &stream->first;
     stream->reading = true; // the first message is asked for by itself
@@ -128,6 +151,7 @@ static void drop_outgoing(struct stream *stream)
     struct outgoing *outgoing;
     while ((outgoing = take_outgoing(stream)) != NULL) {
         grpc_byte_buffer_destroy(outgoing->message);
+        record_end(&outgoing->record, call_context(stream->call));
         free(outgoing);
         stream->in_flight--;
     }
@@ -146,19 +170,24 @@ static void send_next(struct stream *stream)
 {
     while (!stream->sending && stream->first) {
         struct outgoing *outgoing = take_outgoing(stream);
+        stream->sent = outgoing->record;
         stream->sending = call_send(stream->call, outgoing->message);
-        if (!stream->sending)
-            stream->in_flight--; // the call is over, and so is the message
+        if (!stream->sending) { // the call is over, and so is the message
+            record_end(&stream->sent, call_context(stream->call));
+            stream->in_flight--;
+        }
         free(outgoing);
     }
 }
 
 // `message` counts as in flight already.
-static void answer(struct stream *stream, grpc_byte_buffer *message)
+static void answer(struct stream *stream, grpc_byte_buffer *message, struct record *record)
 {
+    record->answered_ns = now_ns();
     struct outgoing *outgoing = stream->broken ? NULL : malloc(sizeof *outgoing);
     if (!outgoing) {
         grpc_byte_buffer_destroy(message);
+        record_end(record, call_context(stream->call));
         stream->in_flight--;
         if (!stream->broken) { // an answer is lost: the caller must hear of it
             struct error err;
@@ -168,7 +197,7 @@ static void answer(struct stream *stream, grpc_byte_buffer *message)
         }
         return;
     }
-    *outgoing = (struct outgoing){.message = message};
+    *outgoing = (struct outgoing){.message = message, .record = *record};
     *stream->last = outgoing;
     stream->last = &outgoing->next;
     send_next(stream);
@@ -238,14 +267,15 @@ static void collect(struct item *item)
         return;
     struct error err = projection->job.error;
     unlink_running(item);
-    service_count(call_context(stream->call), err.status);
+    record_answer(&projection->record, call_context(stream->call), &projection->job, err.status);
+    struct record record = projection->record; // the item may be gone before its reply
     if (err.status == STATUS_OK) {
-        answer(stream, projection_respond(projection));
+        answer(stream, projection_respond(projection), &record);
         return;
     }
     uint64_t request_id = projection->request_id;
     projection_release(projection);
-    answer(stream, projection_respond_error(request_id, &err));
+    answer(stream, projection_respond_error(request_id, &err), &record);
 }
 
 static void on_stream_wake(struct call *call)
@@ -267,23 +297,26 @@ static void on_stream_wake(struct call *call)
     go_on(stream);
 }
 
-static void refuse_request(struct stream *stream, uint64_t request_id, const struct error *err)
+static void refuse_request(struct stream *stream, uint64_t request_id, struct record *record,
+                           const struct error *err)
 {
-    service_count(call_context(stream->call), err->status);
-    answer(stream, projection_respond_error(request_id, err));
+    record_answer(record, call_context(stream->call), NULL, err->status);
+    answer(stream, projection_respond_error(request_id, err), record);
 }
 
+// `record`: begun.
 static void start_item(struct stream *stream, const struct wire_request *request,
-                       grpc_byte_buffer *message)
+                       struct record *record, grpc_byte_buffer *message)
 {
     struct error err;
     struct item *item = calloc(1, sizeof *item);
     if (!item) {
         error_set(&err, STATUS_RESOURCE_EXHAUSTED, "no memory for a request");
-        refuse_request(stream, request->request_id, &err);
+        refuse_request(stream, request->request_id, record, &err);
         return;
     }
     item->stream = stream;
+    item->projection.record = *record;
     item->projection.call = stream->call;
     item->projection.streamed = true;
     item->projection.job.on_done = on_stream_job;
@@ -294,11 +327,12 @@ static void start_item(struct stream *stream, const struct wire_request *request
     if (status == STATUS_OK && running)
         return;
     unlink_running(item);
+    *record = item->projection.record;
     if (status == STATUS_OK) {
-        service_count(call_context(stream->call), STATUS_OK);
-        answer(stream, projection_respond_empty(&item->projection));
+        record_answer(record, call_context(stream->call), NULL, STATUS_OK);
+        answer(stream, projection_respond_empty(&item->projection), record);
     } else {
-        refuse_request(stream, request->request_id, &err);
+        refuse_request(stream, request->request_id, record, &err);
     }
     free(item);
 }
@@ -313,23 +347,27 @@ static void on_stream_message(struct call *call, grpc_byte_buffer *message)
         return;
     }
     struct service_context *context = call_context(call);
-    atomic_fetch_add_explicit(&context->counters.received, 1, memory_order_relaxed);
+    struct record record;
+    record_begin(&record, context, METRICS_EINSUM, METRICS_STREAM); // of which kind, it will say
     struct projection_bytes bytes = projection_bytes(message);
     struct wire_request request;
     struct error err;
     if (wire_read_stream_request(bytes.slices, bytes.slices_n, &request, &err) != STATUS_OK) {
         // Without its request_id no response can be matched to it, so the stream ends.
-        service_count(context, err.status);
+        record_answer(&record, context, NULL, err.status);
+        record_end(&record, context);
         call_finish(call, NULL, &err);
         break_stream(stream);
         return;
     }
     stream->in_flight++;
+    record.method = method_of(request.kind);
     if (stream->draining) {
+        METRICS_ADD(context->metrics, refused_draining, 1);
         error_set(&err, STATUS_UNAVAILABLE, "draining");
-        refuse_request(stream, request.request_id, &err);
+        refuse_request(stream, request.request_id, &record, &err);
     } else {
-        start_item(stream, &request, message);
+        start_item(stream, &request, &record, message);
     }
     go_on(stream);
 }
@@ -339,6 +377,8 @@ static void on_stream_sent(struct call *call)
     struct stream *stream = call_state(call);
     stream->sending = false;
     stream->in_flight--;
+    stream->sent.left_ns = now_ns();
+    record_end(&stream->sent, call_context(call));
     send_next(stream);
     go_on(stream);
 }
@@ -363,6 +403,8 @@ static void on_stream_end(struct call *call)
 {
     struct stream *stream = call_state(call);
     ASSERT(!stream || (!stream->running && !stream->first));
+    if (stream)
+        METRICS_ADD(call_context(call)->metrics, streams_ended, 1);
     free(stream);
 }
 
@@ -373,6 +415,7 @@ const struct method service_einsum_methods[] = {
         .on_message = on_einsum_message,
         .on_wake = on_unary_wake,
         .on_cancel = on_unary_cancel,
+        .on_end = on_unary_end,
     },
     {
         .path = "/einsum.v1.Einsum/OutputProject",
@@ -380,6 +423,7 @@ const struct method service_einsum_methods[] = {
         .on_message = on_output_project_message,
         .on_wake = on_unary_wake,
         .on_cancel = on_unary_cancel,
+        .on_end = on_unary_end,
     },
     {
         .path = "/einsum.v1.Einsum/EinsumStream",

@@ -66,6 +66,8 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.queue_requests_max, 1024);
     ck_assert_uint_eq(config.deadline_ms_max, 60000);
     ck_assert_uint_eq(config.reply_timeout_ms, 10000);
+    ck_assert_str_eq(config.http_listen, "");
+    ck_assert_uint_eq(config.http_connections_max, 64);
     ck_assert_uint_eq(config.weights_roots_n, 0);
     ck_assert_uint_eq(config.weights_n, 0);
     ck_assert_uint_eq(config.ropes_n, 0);
@@ -99,6 +101,7 @@ static const char everything[] =
     " \"shared_connection_regions_max\": 16, \"shared_regions_max\": 29,"
     " \"shared_region_bytes_max\": 8192, \"shared_bytes_max\": 16384,"
     " \"ring_entries_max\": 128, \"ring_spin_us\": 30,"
+    " \"http_listen\": \"127.0.0.1:2\", \"http_connections_max\": 31,"
     " \"engine\": \"null\", \"kernel\": \"avx2\","
     " \"compute_threads\": 6, \"lanes\": 7, \"phase_sample\": 27,"
     " \"request_tokens_max\": 8, \"batch_tokens_max\": 24,"
@@ -129,6 +132,12 @@ static void ck_shared(const struct config *config)
     ck_assert_uint_eq(config->ring_spin_us, 30);
 }
 
+static void ck_looking_on(const struct config *config)
+{
+    ck_assert_str_eq(config->http_listen, "127.0.0.1:2");
+    ck_assert_uint_eq(config->http_connections_max, 31);
+}
+
 static void ck_everything(const struct config *config)
 {
     ck_assert_uint_eq(config->listen_n, 3);
@@ -143,6 +152,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->calls_max, 25);
     ck_assert_uint_eq(config->transport_bytes_max, 26);
     ck_shared(config);
+    ck_looking_on(config);
     ck_assert_str_eq(config->engine, "null");
     ck_assert_str_eq(config->kernel, "avx2");
     ck_assert_uint_eq(config->compute_threads, 6);
@@ -438,6 +448,10 @@ static const struct {
     {"{\"listen\": [\"unix:/a\"], \"shared_memory_listen\": \"unix:/a\"}", "shared_memory_listen",
      "the same as listen[0]"},
     {"{\"listen\": [\"unix:/a:0\", \"unix:/a:0\"]}", "listen[1]", "the same as listen[0]"},
+    {"{\"http_listen\": \"localhost\"}", "http_listen", "expected \"HOST:PORT\""},
+    {"{\"listen\": [\"a:1\"], \"http_listen\": \"a:1\"}", "http_listen", "the same as listen[0]"},
+    {"{\"shared_memory_listen\": \"unix:/a\", \"http_listen\": \"unix:/a\"}", "http_listen",
+     "the same as shared_memory_listen"},
 };
 
 START_TEST(what_is_wrong_is_named)
