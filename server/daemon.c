@@ -15,6 +15,7 @@
 
 #include "batch.h"
 #include "control.h"
+#include "gpus.h"
 #include "http.h"
 #include "listener.h"
 #include "rope.h"
@@ -408,6 +409,11 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         status = start_sharing(daemon, err);
     if (status == STATUS_OK)
         status = listener_start(context->listener, add_rpc_connection, daemon->rpc, err);
+    if (status == STATUS_OK && context->http) {
+        struct engine_info engine;
+        context->engine_ops->describe(context->engine, &engine);
+        context->gpus = gpus_open(engine.pci_bus_id);
+    }
     if (status == STATUS_OK && context->http)
         status = listener_start(context->http_listener, http_take, context->http, err);
     return status;
@@ -573,6 +579,7 @@ static void stop(struct daemon *daemon)
         listener_destroy(context->listener);
     if (context->http)
         http_destroy(context->http);
+    gpus_close(context->gpus);
     if (context->http_listener)
         listener_destroy(context->http_listener);
     if (context->sharing)

@@ -71,15 +71,15 @@ NODISCARD static enum MHD_Result answer_metrics(struct http *http,
 {
     const char *accept =
         MHD_lookup_connection_value(connection, MHD_HEADER_KIND, MHD_HTTP_HEADER_ACCEPT);
-    enum scrape_format format = accept && strstr(accept, "application/openmetrics-text")
-                                    ? SCRAPE_OPENMETRICS
-                                    : SCRAPE_PROMETHEUS;
+    enum page_format format = accept && strstr(accept, "application/openmetrics-text")
+                                  ? PAGE_OPENMETRICS
+                                  : PAGE_PROMETHEUS;
     char *text;
     size_t bytes;
     struct error err;
     if (scrape_write(http->options.context, format, &text, &bytes, &err) != STATUS_OK)
         return respond_text(connection, MHD_HTTP_INTERNAL_SERVER_ERROR, err.text);
-    return respond(connection, MHD_HTTP_OK, scrape_content_types[format], text, bytes,
+    return respond(connection, MHD_HTTP_OK, page_content_types[format], text, bytes,
                    MHD_RESPMEM_MUST_FREE);
 }
 
@@ -113,10 +113,10 @@ NODISCARD static enum MHD_Result answer_build(struct http *http, struct MHD_Conn
                    MHD_RESPMEM_MUST_FREE);
 }
 
-static const struct page {
+static const struct route {
     const char *path;
     enum MHD_Result (*answer)(struct http *http, struct MHD_Connection *connection);
-} pages[] = {
+} routes[] = {
     {"/metrics", answer_metrics},
     {"/livez", answer_live},
     {"/readyz", answer_ready},
@@ -132,9 +132,9 @@ static enum MHD_Result answer(void *argument, struct MHD_Connection *connection,
     (void)version, (void)body, (void)body_bytes, (void)state;
     if (strcmp(method, MHD_HTTP_METHOD_GET) != 0 && strcmp(method, MHD_HTTP_METHOD_HEAD) != 0)
         return respond_text(connection, MHD_HTTP_METHOD_NOT_ALLOWED, "only GET and HEAD\n");
-    for (size_t i = 0; i < ARRAY_LEN(pages); i++)
-        if (strcmp(path, pages[i].path) == 0)
-            return pages[i].answer(argument, connection);
+    for (size_t i = 0; i < ARRAY_LEN(routes); i++)
+        if (strcmp(path, routes[i].path) == 0)
+            return routes[i].answer(argument, connection);
     return respond_text(connection, MHD_HTTP_NOT_FOUND,
                         "there are /metrics, /livez, /readyz and /buildinfo\n");
 }

@@ -1,11 +1,7 @@
-// Writes the page family by family: HELP, TYPE, then the samples, as both formats ask for. Where
-// the formats differ (the names of counters, the end mark) is in family(); all else is the same.
-//
 // Names follow Prometheus: the prefix, base units, _total for what only grows.
 #include "scrape.h"
 
 #include <dirent.h>
-#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,59 +10,23 @@
 
 #include "batch.h"
 #include "config.h"
+#include "gpus.h"
 #include "listener.h"
 #include "log.h"
 #include "service.h"
 #include "sharing.h"
 #include "weights.h"
 
-const char *const scrape_content_types[] = {
-    [SCRAPE_PROMETHEUS] = "text/plain; version=0.0.4; charset=utf-8",
-    [SCRAPE_OPENMETRICS] = "application/openmetrics-text; version=1.0.0; charset=utf-8",
-};
-
-struct page {
-    FILE *out;
-    enum scrape_format format;
+// What is read once for the whole page.
+struct scrape {
+    struct page page;
     struct service_context *context;
-    const char *name; // of the family at hand
     struct metrics_values values;
     struct batcher_stats batches;
     struct engine_info engine;
+    const struct gpu_sample *gpus;
+    uint32_t gpus_n;
 };
-
-enum type { COUNTER, GAUGE, HISTOGRAM };
-
-// ---- the two formats
-
-// `name` is that of the samples, a counter's with its _total.
-static void family(struct page *page, const char *name, enum type type, const char *help)
-{
-    static const char *const types[] = {"counter", "gauge", "histogram"};
-    size_t length = strlen(name);
-    if (type == COUNTER && page->format == SCRAPE_OPENMETRICS)
-        length -= strlen("_total");
-    fprintf(page->out, "# HELP %.*s %s\n# TYPE %.*s %s\n", (int)length, name, help, (int)length,
-            name, types[type]);
-    page->name = name;
-}
-
-// `labels`: `a="b",c="d"`, or "".
-static void sample_u64(struct page *page, const char *labels, uint64_t value)
-{
-    if (labels[0])
-        fprintf(page->out, "%s{%s} %" PRIu64 "\n", page->name, labels, value);
-    else
-        fprintf(page->out, "%s %" PRIu64 "\n", page->name, value);
-}
-
-static void sample_f64(struct page *page, const char *labels, double value)
-{
-    if (labels[0])
-        fprintf(page->out, "%s{%s} %.17g\n", page->name, labels, value);
-    else
-        fprintf(page->out, "%s %.17g\n", page->name, value);
-}
 
 static double seconds(uint64_t ns)
 {
@@ -75,51 +35,20 @@ static double seconds(uint64_t ns)
 
 static void counter(struct page *page, const char *name, uint64_t value, const char *help)
 {
-    family(page, name, COUNTER, help);
-    sample_u64(page, "", value);
+    page_family(page, name, PAGE_COUNTER, help);
+    page_u64(page, "", value);
 }
 
 static void gauge(struct page *page, const char *name, uint64_t value, const char *help)
 {
-    family(page, name, GAUGE, help);
-    sample_u64(page, "", value);
+    page_family(page, name, PAGE_GAUGE, help);
+    page_u64(page, "", value);
 }
 
 static void counter_seconds(struct page *page, const char *name, uint64_t ns, const char *help)
 {
-    family(page, name, COUNTER, help);
-    sample_f64(page, "", seconds(ns));
-}
-
-enum { LABELS_BYTES = 512 };
-
-// One label of any text, escaped.
-static void label(char labels[LABELS_BYTES], const char *key, const char *value)
-{
-    size_t used = strlen(labels);
-    int n = snprintf(labels + used, LABELS_BYTES - used, "%s%s=\"", used ? "," : "", key);
-    used += n > 0 ? (size_t)n : 0;
-    for (; *value && used + 4 < LABELS_BYTES; value++) {
-        if (*value == '\\' || *value == '"' || *value == '\n')
-            labels[used++] = '\\';
-        labels[used++] = *value == '\n' ? 'n' : *value;
-    }
-    ASSERT(used + 2 < LABELS_BYTES + 2);
-    labels[used++] = '"';
-    labels[used] = '\0';
-}
-
-static void bucket(struct page *page, const char *labels, const char *bound, uint64_t value)
-{
-    fprintf(page->out, "%s_bucket{%s%sle=\"%s\"} %" PRIu64 "\n", page->name, labels,
-            labels[0] ? "," : "", bound, value);
-}
-
-static void sum_and_count(struct page *page, const char *labels, double sum, uint64_t n)
-{
-    const char *open = labels[0] ? "{" : "", *close = labels[0] ? "}" : "";
-    fprintf(page->out, "%s_sum%s%s%s %.17g\n", page->name, open, labels, close, sum);
-    fprintf(page->out, "%s_count%s%s%s %" PRIu64 "\n", page->name, open, labels, close, n);
+    page_family(page, name, PAGE_COUNTER, help);
+    page_f64(page, "", seconds(ns));
 }
 
 static void sample_times(struct page *page, const char *labels,
@@ -127,48 +56,41 @@ static void sample_times(struct page *page, const char *labels,
 {
     uint64_t n = 0;
     for (size_t i = 0; i < METRICS_TIME_BOUNDS; i++) {
-        char bound[32];
-        snprintf(bound, sizeof bound, "%g", seconds(metrics_time_bounds_ns[i]));
-        if (strspn(bound, "0123456789") == strlen(bound)) // OpenMetrics: floats look like floats
-            strcat(bound, ".0");
         n += histogram->buckets[i];
-        bucket(page, labels, bound, n);
+        page_bucket(page, labels, seconds(metrics_time_bounds_ns[i]), n);
     }
-    n += histogram->buckets[METRICS_TIME_BOUNDS];
-    bucket(page, labels, "+Inf", n);
-    sum_and_count(page, labels, seconds(histogram->sum_ns), n);
+    page_histogram_end(page, labels, seconds(histogram->sum_ns),
+                       n + histogram->buckets[METRICS_TIME_BOUNDS]);
 }
 
 static void mix(struct page *page, const char *name, const struct batcher_mix *mix,
                 const char *help)
 {
-    family(page, name, HISTOGRAM, help);
+    page_family(page, name, PAGE_HISTOGRAM, help);
     uint64_t n = 0;
     for (unsigned i = 0; i < BATCH_MIX_BOUNDS; i++) {
-        char bound[32];
-        snprintf(bound, sizeof bound, "%u.0", 1u << i);
         n += mix->buckets[i];
-        bucket(page, "", bound, n);
+        page_bucket(page, "", 1u << i, n);
     }
-    n += mix->buckets[BATCH_MIX_BOUNDS];
-    bucket(page, "", "+Inf", n);
-    sum_and_count(page, "", (double)mix->sum, n);
+    page_histogram_end(page, "", (double)mix->sum, n + mix->buckets[BATCH_MIX_BOUNDS]);
 }
 
 // ---- the families
 
-static void write_daemon(struct page *page)
+static void write_daemon(struct scrape *scrape)
 {
-    struct service_context *context = page->context;
-    char labels[LABELS_BYTES] = "";
-    label(labels, "version", EINSUMD_VERSION);
-    label(labels, "engine", context->engine_ops->name);
-    label(labels, "device", page->engine.device);
-    label(labels, "kernel", page->engine.kernel);
-    family(page, "einsumd_build_info", GAUGE, "1; its labels say what runs here, and on what.");
-    sample_u64(page, labels, 1);
-    family(page, "einsumd_uptime_seconds", GAUGE, "Since the start.");
-    sample_f64(page, "", seconds(now_ns() - context->started_ns));
+    struct page *page = &scrape->page;
+    struct service_context *context = scrape->context;
+    char labels[PAGE_LABELS_BYTES] = "";
+    page_label(labels, "version", EINSUMD_VERSION);
+    page_label(labels, "engine", context->engine_ops->name);
+    page_label(labels, "device", scrape->engine.device);
+    page_label(labels, "kernel", scrape->engine.kernel);
+    page_family(page, "einsumd_build_info", PAGE_GAUGE,
+                "1; its labels say what runs here, and on what.");
+    page_u64(page, labels, 1);
+    page_family(page, "einsumd_uptime_seconds", PAGE_GAUGE, "Since the start.");
+    page_f64(page, "", seconds(now_ns() - context->started_ns));
     gauge(page, "einsumd_ready", service_not_ready(context) == NULL,
           "1 while /readyz says so; 0 while draining, or without the device.");
     gauge(page, "einsumd_device_lost", batcher_device_lost(context->batcher),
@@ -192,19 +114,20 @@ static void sample_codes(struct page *page, const char *labels,
     for (unsigned status = 0; status < METRICS_STATUSES; status++) {
         if (status != STATUS_OK && statuses[status] == 0)
             continue;
-        char with_code[LABELS_BYTES + 64];
+        char with_code[PAGE_LABELS_BYTES + 64];
         snprintf(with_code, sizeof with_code, "%s,code=\"%s\"", labels,
                  status_name((enum status)status));
-        sample_u64(page, with_code, statuses[status]);
+        page_u64(page, with_code, statuses[status]);
     }
 }
 
-static void write_requests(struct page *page)
+static void write_requests(struct scrape *scrape)
 {
-    const struct metrics_values *values = &page->values;
-    char labels[LABELS_BYTES];
-    family(page, "einsumd_requests_total", COUNTER,
-           "Projections that ended, by method, way in and gRPC code.");
+    struct page *page = &scrape->page;
+    const struct metrics_values *values = &scrape->values;
+    char labels[PAGE_LABELS_BYTES];
+    page_family(page, "einsumd_requests_total", PAGE_COUNTER,
+                "Projections that ended, by method, way in and gRPC code.");
     for (size_t method = 0; method < METRICS_METHODS; method++) {
         for (size_t transport = 0; transport < METRICS_TRANSPORTS; transport++) {
             snprintf(labels, sizeof labels, "method=\"%s\",transport=\"%s\"",
@@ -216,46 +139,49 @@ static void write_requests(struct page *page)
             "Projections that arrived, however they end.");
     counter(page, "einsumd_requests_shared_total", values->shared,
             "Of these, those with tensors in shared memory.");
-    family(page, "einsumd_request_duration_seconds", HISTOGRAM,
-           "From a projection's arrival, whole, to when its reply has left.");
+    page_family(page, "einsumd_request_duration_seconds", PAGE_HISTOGRAM,
+                "From a projection's arrival, whole, to when its reply has left.");
     for (size_t method = 0; method < METRICS_METHODS; method++) {
         snprintf(labels, sizeof labels, "method=\"%s\"", metrics_method_names[method]);
         sample_times(page, labels, &values->durations[method]);
     }
-    family(page, "einsumd_request_phase_seconds", HISTOGRAM,
-           "The same by phase: receive (check), queue (for room, then for a lane), copy_in, kernel "
-           "(in the engine), copy_out (wake-up and copy), send. They add up to the whole.");
+    page_family(
+        page, "einsumd_request_phase_seconds", PAGE_HISTOGRAM,
+        "The same by phase: receive (check), queue (for room, then for a lane), copy_in, kernel "
+        "(in the engine), copy_out (wake-up and copy), send. They add up to the whole.");
     for (size_t phase = 0; phase < METRICS_PHASES; phase++) {
         snprintf(labels, sizeof labels, "phase=\"%s\"", metrics_phase_names[phase]);
         sample_times(page, labels, &values->phases[phase]);
     }
-    const struct copy_counters *copies = &page->context->copies;
-    family(
-        page, "einsumd_copied_bytes_total", COUNTER,
+    const struct copy_counters *copies = &scrape->context->copies;
+    page_family(
+        page, "einsumd_copied_bytes_total", PAGE_COUNTER,
         "Bytes of tensors that the host copied: in, to where the engine reads; out, from there.");
-    sample_u64(page, "direction=\"in\"", atomic_load(&copies->in_bytes));
-    sample_u64(page, "direction=\"out\"", atomic_load(&copies->out_bytes));
+    page_u64(page, "direction=\"in\"", atomic_load(&copies->in_bytes));
+    page_u64(page, "direction=\"out\"", atomic_load(&copies->out_bytes));
 }
 
-static void write_calls(struct page *page)
+static void write_calls(struct scrape *scrape)
 {
-    family(page, "einsumd_grpc_calls_total", COUNTER,
-           "gRPC calls of any kind that ended, by method and code; a stream is one call.");
-    const struct metrics *metrics = page->context->metrics;
+    struct page *page = &scrape->page;
+    page_family(page, "einsumd_grpc_calls_total", PAGE_COUNTER,
+                "gRPC calls of any kind that ended, by method and code; a stream is one call.");
+    const struct metrics *metrics = scrape->context->metrics;
     for (uint32_t call = 0; call < metrics_calls_n(metrics); call++) {
-        const uint64_t *statuses = page->values.calls[call];
-        char labels[LABELS_BYTES] = "";
-        label(labels, "method", metrics_call_name(metrics, call));
+        const uint64_t *statuses = scrape->values.calls[call];
+        char labels[PAGE_LABELS_BYTES] = "";
+        page_label(labels, "method", metrics_call_name(metrics, call));
         if (call > 0 || any(statuses, METRICS_STATUSES)) // nobody need call unknown methods
             sample_codes(page, labels, statuses);
     }
-    gauge(page, "einsumd_streams", page->values.streams_opened - page->values.streams_ended,
+    gauge(page, "einsumd_streams", scrape->values.streams_opened - scrape->values.streams_ended,
           "EinsumStream calls that are open.");
 }
 
-static void write_connections(struct page *page)
+static void write_connections(struct scrape *scrape)
 {
-    const struct service_context *context = page->context;
+    struct page *page = &scrape->page;
+    const struct service_context *context = scrape->context;
     struct listener_stats listener = listener_stats(context->listener);
     gauge(page, "einsumd_connections", listener.connections, "Connections to `listen`, open.");
     gauge(page, "einsumd_connections_limit", context->config->connections_max,
@@ -275,23 +201,25 @@ static void write_connections(struct page *page)
     gauge(page, "einsumd_shared_regions", regions.regions, "Regions of shared memory, mapped.");
     gauge(page, "einsumd_shared_rings", rings.rings, "Rings in shared memory.");
 
-    const struct batcher_stats *batches = &page->batches;
-    family(page, "einsumd_rejected_total", COUNTER,
-           "What was turned away past a limit, or while draining: requests, calls, connections.");
-    sample_u64(page, "reason=\"queue_requests\"", batches->refused[FULL_REQUESTS]);
-    sample_u64(page, "reason=\"queue_bytes\"", batches->refused[FULL_BYTES]);
-    sample_u64(page, "reason=\"batch_buffers\"", batches->refused[FULL_BUFFERS]);
-    sample_u64(page, "reason=\"gave_way\"", batches->refused[FULL_GAVE_WAY]);
-    sample_u64(page, "reason=\"calls\"", page->values.refused_calls);
-    sample_u64(page, "reason=\"draining\"", page->values.refused_draining);
-    sample_u64(page, "reason=\"connections\"", listener.refused);
-    sample_u64(page, "reason=\"shared_connections\"", sharing.connections_refused);
+    const struct batcher_stats *batches = &scrape->batches;
+    page_family(
+        page, "einsumd_rejected_total", PAGE_COUNTER,
+        "What was turned away past a limit, or while draining: requests, calls, connections.");
+    page_u64(page, "reason=\"queue_requests\"", batches->refused[FULL_REQUESTS]);
+    page_u64(page, "reason=\"queue_bytes\"", batches->refused[FULL_BYTES]);
+    page_u64(page, "reason=\"batch_buffers\"", batches->refused[FULL_BUFFERS]);
+    page_u64(page, "reason=\"gave_way\"", batches->refused[FULL_GAVE_WAY]);
+    page_u64(page, "reason=\"calls\"", scrape->values.refused_calls);
+    page_u64(page, "reason=\"draining\"", scrape->values.refused_draining);
+    page_u64(page, "reason=\"connections\"", listener.refused);
+    page_u64(page, "reason=\"shared_connections\"", sharing.connections_refused);
 }
 
-static void write_queue(struct page *page)
+static void write_queue(struct scrape *scrape)
 {
-    const struct batcher_stats *batches = &page->batches;
-    const struct config *config = page->context->config;
+    struct page *page = &scrape->page;
+    const struct batcher_stats *batches = &scrape->batches;
+    const struct config *config = scrape->context->config;
     gauge(page, "einsumd_queue_requests", batches->queued,
           "Requests decoded and not yet launched.");
     gauge(page, "einsumd_queue_tokens", batches->queued_tokens, "Their tokens.");
@@ -305,16 +233,17 @@ static void write_queue(struct page *page)
           "Requests that have room or wait for it, up to when their reply has left.");
 }
 
-static void write_batches(struct page *page)
+static void write_batches(struct scrape *scrape)
 {
-    const struct batcher_stats *batches = &page->batches;
-    const struct config *config = page->context->config;
-    char labels[LABELS_BYTES];
-    family(page, "einsumd_batches_total", COUNTER,
-           "Batches launched, by the tokens that they were padded to.");
+    struct page *page = &scrape->page;
+    const struct batcher_stats *batches = &scrape->batches;
+    const struct config *config = scrape->context->config;
+    char labels[PAGE_LABELS_BYTES];
+    page_family(page, "einsumd_batches_total", PAGE_COUNTER,
+                "Batches launched, by the tokens that they were padded to.");
     for (size_t i = 0; i < config->buckets_n; i++) {
         snprintf(labels, sizeof labels, "bucket=\"%u\"", config->buckets[i]);
-        sample_u64(page, labels, batches->bucket_batches[i]);
+        page_u64(page, labels, batches->bucket_batches[i]);
     }
     counter(page, "einsumd_batch_tokens_total", batches->tokens, "Tokens of batches launched.");
     counter(page, "einsumd_batch_padding_tokens_total", batches->padding_tokens,
@@ -322,45 +251,125 @@ static void write_batches(struct page *page)
     mix(page, "einsumd_batch_requests", &batches->batch_requests, "Requests of a batch.");
     mix(page, "einsumd_batch_weights", &batches->batch_weights,
         "Different weights of a batch: each is read once.");
-    family(page, "einsumd_batch_duration_seconds", HISTOGRAM,
-           "From a batch's launch to its end, batches that failed excepted.");
+    page_family(page, "einsumd_batch_duration_seconds", PAGE_HISTOGRAM,
+                "From a batch's launch to its end, batches that failed excepted.");
     sample_times(page, "", &batches->run);
-    family(page, "einsumd_batch_phase_seconds", HISTOGRAM,
-           "The same by phase, as the engine times it: one batch in phase_sample.");
+    page_family(page, "einsumd_batch_phase_seconds", PAGE_HISTOGRAM,
+                "The same by phase, as the engine times it: one batch in phase_sample.");
     sample_times(page, "phase=\"copy_in\"", &batches->copy_in);
     sample_times(page, "phase=\"kernel\"", &batches->kernel);
     sample_times(page, "phase=\"copy_out\"", &batches->copy_out);
     counter_seconds(page, "einsumd_device_busy_seconds_total", batches->busy_ns,
                     "Time with at least one batch running.");
-    counter(page, "einsumd_graph_replays_total", page->engine.graph_replays,
+    counter(page, "einsumd_graph_replays_total", scrape->engine.graph_replays,
             "On a GPU: batches launched as captured graphs.");
-    counter(page, "einsumd_eager_launches_total", page->engine.eager_launches,
+    counter(page, "einsumd_eager_launches_total", scrape->engine.eager_launches,
             "On a GPU: kernels launched outside of graphs, as loading does.");
 }
 
-static void write_memory(struct page *page)
+static void write_memory(struct scrape *scrape)
 {
-    struct service_context *context = page->context;
+    struct page *page = &scrape->page;
+    struct service_context *context = scrape->context;
     struct weights_totals weights = weights_totals(context->weights);
     gauge(page, "einsumd_weights", weights.weights, "Weights resident.");
-    family(
-        page, "einsumd_memory_bytes", GAUGE,
+    page_family(
+        page, "einsumd_memory_bytes", PAGE_GAUGE,
         "Memory held, no byte twice. On the device: weights, lanes, graphs, scratch; on the host, "
         "pinned: batches; on the host: copies (outputs not yet sent), regions (shared).");
-    sample_u64(page, "kind=\"weights\"", weights.resident_bytes);
-    sample_u64(page, "kind=\"lanes\"", page->engine.lanes_bytes);
-    sample_u64(page, "kind=\"graphs\"", page->engine.graphs_bytes);
-    sample_u64(page, "kind=\"scratch\"", page->engine.scratch_bytes);
-    sample_u64(page, "kind=\"batches\"", page->batches.buffer_bytes);
-    sample_u64(page, "kind=\"copies\"", atomic_load(&context->copied_bytes));
+    page_u64(page, "kind=\"weights\"", weights.resident_bytes);
+    page_u64(page, "kind=\"lanes\"", scrape->engine.lanes_bytes);
+    page_u64(page, "kind=\"graphs\"", scrape->engine.graphs_bytes);
+    page_u64(page, "kind=\"scratch\"", scrape->engine.scratch_bytes);
+    page_u64(page, "kind=\"batches\"", scrape->batches.buffer_bytes);
+    page_u64(page, "kind=\"copies\"", atomic_load(&context->copied_bytes));
     uint64_t regions = context->regions ? regions_stats(context->regions).bytes : 0;
-    sample_u64(page, "kind=\"regions\"", regions);
-    family(page, "einsumd_graphs", GAUGE, "On a GPU: captured graphs, by bucket.");
+    page_u64(page, "kind=\"regions\"", regions);
+    page_family(page, "einsumd_graphs", PAGE_GAUGE, "On a GPU: captured graphs, by bucket.");
     for (size_t i = 0; i < context->config->buckets_n; i++) {
-        char labels[LABELS_BYTES];
+        char labels[PAGE_LABELS_BYTES];
         snprintf(labels, sizeof labels, "bucket=\"%u\"", context->config->buckets[i]);
-        sample_u64(page, labels, page->engine.bucket_graphs_n[i]);
+        page_u64(page, labels, scrape->engine.bucket_graphs_n[i]);
     }
+}
+
+// ---- the GPU, as its driver sees it
+
+// A figure of a family, and what tells it from the family's others.
+struct gpu_part {
+    enum gpu_figure figure;
+    const char *label; // NULL: none
+};
+
+static void write_gpu_family(struct scrape *scrape, const char *name, enum page_type type,
+                             double unit, const struct gpu_part *parts, size_t parts_n,
+                             const char *help)
+{
+    struct page *page = &scrape->page;
+    bool begun = false;
+    for (uint32_t gpu = 0; gpu < scrape->gpus_n; gpu++) {
+        for (size_t i = 0; i < parts_n; i++) {
+            const struct gpu_sample *sample = &scrape->gpus[gpu];
+            if (!sample->known[parts[i].figure])
+                continue;
+            if (!begun)
+                page_family(page, name, type, help);
+            begun = true;
+            char labels[PAGE_LABELS_BYTES] = "";
+            page_label(labels, "uuid", sample->uuid);
+            if (parts[i].label)
+                page_label(labels, "of", parts[i].label);
+            page_f64(page, labels, (double)sample->figures[parts[i].figure] * unit);
+        }
+    }
+}
+
+static void write_gpu_throttling(struct scrape *scrape)
+{
+    struct page *page = &scrape->page;
+    bool begun = false;
+    for (uint32_t gpu = 0; gpu < scrape->gpus_n; gpu++) {
+        const struct gpu_sample *sample = &scrape->gpus[gpu];
+        for (size_t i = 0; sample->known[GPU_THROTTLE_REASONS] && i < GPU_THROTTLE_REASONS_N; i++) {
+            if (!begun)
+                page_family(page, "einsumd_gpu_throttled", PAGE_GAUGE,
+                            "1 while the reason holds the clocks down.");
+            begun = true;
+            char labels[PAGE_LABELS_BYTES] = "";
+            page_label(labels, "uuid", sample->uuid);
+            page_label(labels, "reason", gpu_throttle_reasons[i].name);
+            page_u64(page, labels,
+                     (sample->figures[GPU_THROTTLE_REASONS] & gpu_throttle_reasons[i].bit) != 0);
+        }
+    }
+}
+
+// Nothing where there is no NVML.
+static void write_gpus(struct scrape *scrape)
+{
+    static const struct gpu_part power[] = {{GPU_POWER_MW, "usage"}, {GPU_POWER_LIMIT_MW, "limit"}};
+    static const struct gpu_part energy[] = {{GPU_ENERGY_MJ, NULL}};
+    static const struct gpu_part temperature[] = {{GPU_TEMPERATURE_C, NULL}};
+    static const struct gpu_part utilization[] = {{GPU_UTILIZATION_PERCENT, "compute"},
+                                                  {GPU_MEMORY_UTILIZATION_PERCENT, "memory"}};
+    static const struct gpu_part memory[] = {{GPU_MEMORY_USED_BYTES, "used"},
+                                             {GPU_MEMORY_TOTAL_BYTES, "total"}};
+    static const struct gpu_part clocks[] = {{GPU_CLOCK_SM_MHZ, "sm"},
+                                             {GPU_CLOCK_MEMORY_MHZ, "memory"}};
+#define PARTS(parts) (parts), ARRAY_LEN(parts)
+    write_gpu_family(scrape, "einsumd_gpu_power_watts", PAGE_GAUGE, 1e-3, PARTS(power),
+                     "What the GPU draws, and may draw.");
+    write_gpu_family(scrape, "einsumd_gpu_energy_joules_total", PAGE_COUNTER, 1e-3, PARTS(energy),
+                     "What it has drawn since its driver was loaded.");
+    write_gpu_family(scrape, "einsumd_gpu_temperature_celsius", PAGE_GAUGE, 1, PARTS(temperature),
+                     "Of the chip.");
+    write_gpu_family(scrape, "einsumd_gpu_utilization_ratio", PAGE_GAUGE, 1e-2, PARTS(utilization),
+                     "Share of time in which a kernel ran, or memory was read or written.");
+    write_gpu_family(scrape, "einsumd_gpu_memory_bytes", PAGE_GAUGE, 1, PARTS(memory),
+                     "Device memory: what all processes use, and what there is.");
+    write_gpu_family(scrape, "einsumd_gpu_clock_hertz", PAGE_GAUGE, 1e6, PARTS(clocks),
+                     "Clocks of the multiprocessors and of the memory.");
+    write_gpu_throttling(scrape);
 }
 
 // ---- the process: names that every exporter has
@@ -389,18 +398,20 @@ static uint64_t resident_bytes(void)
     return resident * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-static void write_process(struct page *page)
+static void write_process(struct scrape *scrape)
 {
+    struct page *page = &scrape->page;
     struct timespec wall;
     clock_gettime(CLOCK_REALTIME, &wall);
-    family(page, "process_start_time_seconds", GAUGE, "When it was started, since the epoch.");
-    sample_f64(page, "",
-               (double)wall.tv_sec + (double)wall.tv_nsec / 1e9 -
-                   seconds(now_ns() - page->context->started_ns));
+    page_family(page, "process_start_time_seconds", PAGE_GAUGE,
+                "When it was started, since the epoch.");
+    page_f64(page, "",
+             (double)wall.tv_sec + (double)wall.tv_nsec / 1e9 -
+                 seconds(now_ns() - scrape->context->started_ns));
     struct timespec cpu;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu);
-    family(page, "process_cpu_seconds_total", COUNTER, "CPU time of all threads.");
-    sample_f64(page, "", (double)cpu.tv_sec + (double)cpu.tv_nsec / 1e9);
+    page_family(page, "process_cpu_seconds_total", PAGE_COUNTER, "CPU time of all threads.");
+    page_f64(page, "", (double)cpu.tv_sec + (double)cpu.tv_nsec / 1e9);
     gauge(page, "process_resident_memory_bytes", resident_bytes(), "Host memory in use.");
     gauge(page, "process_open_fds", open_fds(), "File descriptors, open.");
     struct rlimit limit = {0};
@@ -408,46 +419,39 @@ static void write_process(struct page *page)
     gauge(page, "process_max_fds", limit.rlim_cur, "File descriptors, at most.");
 }
 
-enum status scrape_write(struct service_context *context, enum scrape_format format, char **text,
+enum status scrape_write(struct service_context *context, enum page_format format, char **text,
                          size_t *bytes, struct error *err)
 {
     uint64_t started_ns = now_ns();
-    struct page *page = calloc(1, sizeof *page);
-    if (!page)
+    struct scrape *scrape = calloc(1, sizeof *scrape);
+    if (!scrape)
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the page");
-    *text = NULL;
-    page->out = open_memstream(text, bytes);
-    if (!page->out) {
-        free(page);
-        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the page");
+    struct page *page = &scrape->page;
+    enum status status = page_open(page, format, err);
+    if (status != STATUS_OK) {
+        free(scrape);
+        return status;
     }
-    page->format = format;
-    page->context = context;
-    metrics_read(context->metrics, &page->values);
-    batcher_stats(context->batcher, &page->batches);
-    context->engine_ops->describe(context->engine, &page->engine);
-    write_daemon(page);
-    write_requests(page);
-    write_calls(page);
-    write_connections(page);
-    write_queue(page);
-    write_batches(page);
-    write_memory(page);
-    write_process(page);
-    // The page cannot hold its own end; what it says is of those before it.
+    scrape->context = context;
+    metrics_read(context->metrics, &scrape->values);
+    batcher_stats(context->batcher, &scrape->batches);
+    context->engine_ops->describe(context->engine, &scrape->engine);
+    scrape->gpus_n = gpus_sample(context->gpus, &scrape->gpus);
+    write_daemon(scrape);
+    write_requests(scrape);
+    write_calls(scrape);
+    write_connections(scrape);
+    write_queue(scrape);
+    write_batches(scrape);
+    write_memory(scrape);
+    write_gpus(scrape);
+    write_process(scrape);
     counter(page, "einsumd_scrapes_total", context->scrapes, "Pages like this one, before it.");
     counter_seconds(page, "einsumd_scrape_seconds_total", context->scrape_ns,
                     "Time that writing them took.");
-    if (format == SCRAPE_OPENMETRICS)
-        fputs("# EOF\n", page->out);
-    bool whole = !ferror(page->out);
-    whole = fclose(page->out) == 0 && whole;
-    free(page);
-    if (!whole) {
-        free(*text);
-        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the page");
-    }
+    status = page_close(page, text, bytes, err);
+    free(scrape);
     context->scrapes++;
     context->scrape_ns += now_ns() - started_ns;
-    return STATUS_OK;
+    return status;
 }

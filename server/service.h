@@ -10,6 +10,7 @@
 
 struct batcher;
 struct config;
+struct gpus;
 struct control;
 struct health;
 struct http;
@@ -29,6 +30,7 @@ struct service_context {
     struct listener *listener;
     struct listener *http_listener; // NULL, as the next: no HTTP
     struct http *http;
+    struct gpus *gpus;       // looked at by the main thread; may be NULL
     struct regions *regions; // NULL, as the next two: no memory is shared
     struct rings *rings;
     struct sharing *sharing;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -14,7 +15,7 @@ from grpc import StatusCode
 
 from client import EINSUM
 from conftest import Site, serving, small_weights
-from daemon import REPOSITORY, count, seconds, wait_until
+from daemon import BUILD_DIR, REPOSITORY, Daemon, count, seconds, wait_until
 from scrape import OPENMETRICS, Page, ask, check_with_promtool, read_page, scrape
 
 PHASES = ["receive", "queue", "copy_in", "kernel", "copy_out", "send"]
@@ -270,6 +271,70 @@ def test_bucket_counters_have_no_gaps(site: Site) -> None:
         assert page.has("einsumd_rejected_total", reason=reason)
 
 
+# --- the GPU --------------------------------------------------------------------------------------
+
+
+def with_gpus(directory: Path, **environment: str) -> Daemon:
+    """A daemon that takes the tests' stand-in for the driver's library."""
+    return Daemon(
+        directory,
+        extra_environment={"LD_LIBRARY_PATH": str(BUILD_DIR / "tests/fake_nvml"), **environment},
+        http_listen="127.0.0.1:0",
+    )
+
+
+def test_gpu_figures(tmp_path: Path) -> None:
+    with with_gpus(tmp_path) as daemon:
+        page = scrape(daemon)
+        check_with_promtool(page.text)
+        expected = {
+            ("power_watts", "usage"): 312.5, ("power_watts", "limit"): 600,
+            ("energy_joules_total", ""): 123456.789,
+            ("utilization_ratio", "compute"): 0.75, ("utilization_ratio", "memory"): 0.3,
+            ("memory_bytes", "used"): 5 << 30, ("memory_bytes", "total"): 32 << 30,
+            ("clock_hertz", "sm"): 2407e6, ("clock_hertz", "memory"): 14001e6,
+        }  # fmt: skip
+        for (name, of), value in expected.items():
+            labels = {"uuid": "GPU-0"} | ({"of": of} if of else {})
+            assert page.value(f"einsumd_gpu_{name}", **labels) == pytest.approx(value), name
+        throttled = {
+            dict(labels)["reason"]: value
+            for (name, labels), value in page.samples.items()
+            if name == "einsumd_gpu_throttled"
+        }
+        assert {reason for reason, value in throttled.items() if value} == {
+            "power_cap", "sw_thermal",
+        }  # fmt: skip
+        assert len(throttled) == 9
+        # What a card does not tell is not there, rather than 0.
+        assert page.value("einsumd_gpu_power_watts", uuid="GPU-1", of="usage") == 45
+        assert not page.has("einsumd_gpu_power_watts", uuid="GPU-1", of="limit")
+        assert not page.has("einsumd_gpu_energy_joules_total", uuid="GPU-1")
+
+
+def test_gpu_is_not_asked_too_often(tmp_path: Path) -> None:
+    """The stand-in's temperature grows by one each time that it is asked."""
+
+    def temperature() -> float:
+        return scrape(daemon).value("einsumd_gpu_temperature_celsius", uuid="GPU-0")
+
+    with with_gpus(tmp_path) as daemon:
+        before, started = temperature(), time.monotonic()
+        for _ in range(20):
+            after = temperature()
+        assert after - before <= (time.monotonic() - started) / 0.5 + 1
+        time.sleep(0.6)
+        assert temperature() > after
+
+
+def test_without_gpu(tmp_path: Path, site: Site) -> None:
+    """No library, or one that does not work: the page has all but the GPU's figures."""
+    with with_gpus(tmp_path, FAKE_NVML_BROKEN="1") as daemon:
+        page = scrape(daemon)
+        assert "einsumd_gpu_" not in page.text
+        assert page.value("einsumd_ready") == 1
+
+
 # --- the document ---------------------------------------------------------------------------------
 
 
@@ -302,9 +367,9 @@ def as_table(rows: dict[str, tuple[str, frozenset[str], str]]) -> str:
     )
 
 
-def test_every_series_is_documented(site: Site, rng: np.random.Generator) -> None:
-    einsum_all(site, rng, 1)
-    there, told = described(scrape(site.daemon)), documented()
+def test_every_series_is_documented(tmp_path: Path) -> None:
+    with with_gpus(tmp_path) as daemon:
+        there, told = described(scrape(daemon)), documented()
     differing = {name: row for name, row in there.items() if told.get(name) != row}
     assert not differing, f"{DOCUMENT.name} should say:\n{as_table(differing)}"
     assert told.keys() == there.keys(), "documented, but not on the page"
