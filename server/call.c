@@ -56,6 +56,20 @@ uint32_t call_connection(struct call *call)
     return call->connection;
 }
 
+bool call_metadata(const struct call *call, const char *key, const char **value, size_t *bytes)
+{
+    size_t found_n = 0;
+    for (size_t i = 0; i < call->initial_metadata.count; i++) {
+        const grpc_metadata *metadata = &call->initial_metadata.metadata[i];
+        if (grpc_slice_str_cmp(metadata->key, key) != 0)
+            continue;
+        found_n++;
+        *value = (const char *)GRPC_SLICE_START_PTR(metadata->value);
+        *bytes = GRPC_SLICE_LENGTH(metadata->value);
+    }
+    return found_n == 1;
+}
+
 // ---- references and waking
 
 static bool try_hold(struct call *call)
@@ -252,6 +266,12 @@ static void describe_error(struct call *call, const struct error *err)
         snprintf(text, sizeof text, "%u", err->retry_after_ms);
         add_trailer(call, "grpc-retry-pushback-ms", grpc_slice_from_copied_string(text));
     }
+}
+
+void call_add_trailer(struct call *call, const char *key, const char *text)
+{
+    if (!call->finish_asked && !call->over && !call_cancelled(call))
+        add_trailer(call, key, grpc_slice_from_copied_string(text));
 }
 
 void call_finish(struct call *call, grpc_byte_buffer *message, const struct error *err)

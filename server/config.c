@@ -78,6 +78,12 @@ static const char *const log_levels[] = {
     [LOG_LEVEL_DEBUG] = "debug", [LOG_LEVEL_INFO] = "info",    [LOG_LEVEL_WARN] = "warn",
     [LOG_LEVEL_ERROR] = "error", [LOG_LEVEL_ERROR + 1] = NULL,
 };
+static const char *const request_logs[] = {
+    [CONFIG_REQUEST_LOG_OFF] = "off",
+    [CONFIG_REQUEST_LOG_ERRORS] = "errors",
+    [CONFIG_REQUEST_LOG_ALL] = "all",
+    [CONFIG_REQUEST_LOG_ALL + 1] = NULL,
+};
 static const char *const log_formats[] = {
     [LOG_FORMAT_PLAIN] = "plain",
     [LOG_FORMAT_JSON] = "json",
@@ -194,6 +200,15 @@ static const struct key config_keys[] = {
             "none")},
     {U32(http_connections_max, 1, 65536, "64", "connections",
          "to it open at once, each for one request; past these, new ones are closed")},
+    {ENUM(request_log, request_logs, "\"off\"",
+          "which requests have a line of their own in the log, in log_format, whatever log_level")},
+    {U32(request_log_sample, 1, 1 << 30, "1", "requests",
+         "that went well, of which one is logged; those that did not all are")},
+    {STRING(trace_endpoint, 0, 511, "\"\"",
+            "\"http://HOST:PORT/v1/traces\" of a collector that takes OTLP over HTTP; \"\": no "
+            "tracing")},
+    {U32(trace_sample, 0, 1 << 30, "0", "requests",
+         "that came without a sampled traceparent, of which one is traced; 0: none is")},
 
     {SECTION("the engine"),
      CHOICE(engine, engines, "\"auto\"",
@@ -272,6 +287,7 @@ static size_t value_bytes(const struct key *key)
 }
 _Static_assert(sizeof(enum log_level) == sizeof(unsigned), "enums are stored as unsigned");
 _Static_assert(sizeof(enum log_format) == sizeof(unsigned), "enums are stored as unsigned");
+_Static_assert(sizeof(enum config_request_log) == sizeof(unsigned), "enums are stored as unsigned");
 
 static void *value_at(const struct key *key, void *base, size_t index)
 {
@@ -763,6 +779,17 @@ static enum status check_http(const struct config *config, struct error *err)
     return STATUS_OK;
 }
 
+static enum status check_trace(const struct config *config, struct error *err)
+{
+    const char *endpoint = config->trace_endpoint;
+    if (endpoint[0] && strncmp(endpoint, "http://", 7) != 0 &&
+        strncmp(endpoint, "https://", 8) != 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "trace_endpoint",
+                           "expected \"http://HOST:PORT/PATH\" or \"https://...\", got \"%.200s\"",
+                           endpoint);
+    return STATUS_OK;
+}
+
 static void fill_buckets(struct config *config)
 {
     uint32_t bucket = 1;
@@ -813,6 +840,8 @@ static enum status check_together(const struct config *config, struct error *err
         status = check_shared(config, err);
     if (status == STATUS_OK)
         status = check_http(config, err);
+    if (status == STATUS_OK)
+        status = check_trace(config, err);
     if (status)
         return status;
     if (config->request_tokens_max > config->batch_tokens_max)

@@ -22,6 +22,7 @@
 #include "rpc.h"
 #include "service.h"
 #include "sharing.h"
+#include "trace.h"
 #include "verify.h"
 #include "weights.h"
 #include "wire.h"
@@ -374,6 +375,19 @@ NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *
     return status;
 }
 
+NODISCARD static enum status start_tracing(struct daemon *daemon, struct error *err)
+{
+    const struct config *config = daemon->config;
+    if (config->trace_endpoint[0] == '\0')
+        return STATUS_OK;
+    const struct tracer_options options = {
+        .endpoint = config->trace_endpoint,
+        .sample = config->trace_sample,
+        .engine = daemon->context.engine_ops->name,
+    };
+    return tracer_create(&options, &daemon->context.tracer, err);
+}
+
 NODISCARD static enum status start_serving(struct daemon *daemon, struct error *err)
 {
     static const struct method *const methods[] = {
@@ -580,6 +594,7 @@ static void stop(struct daemon *daemon)
     if (context->http)
         http_destroy(context->http);
     gpus_close(context->gpus);
+    tracer_destroy(context->tracer); // no request is left that it would miss
     if (context->http_listener)
         listener_destroy(context->http_listener);
     if (context->sharing)
@@ -625,6 +640,8 @@ NODISCARD static enum status start(struct daemon *daemon, struct error *err)
         status = reflection_init(err);
     if (status == STATUS_OK)
         status = health_create(&context->health, err);
+    if (status == STATUS_OK)
+        status = start_tracing(daemon, err);
     if (status == STATUS_OK)
         status = start_serving(daemon, err);
     return status;

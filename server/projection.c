@@ -166,7 +166,7 @@ enum status projection_start(struct projection *projection, const struct wire_re
 {
     struct service_context *context = call_context(projection->call);
     *running = false;
-    projection->request_id = request->request_id;
+    projection->request_id = projection->record.request_id = request->request_id;
     projection->digest_only = request->digest_only;
     bool attention = request->kind == WIRE_OUTPUT_PROJECT;
     projection->activations = attention ? request->attention : request->activations;

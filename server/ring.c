@@ -213,7 +213,7 @@ static void complete(struct request *request, const struct error *err)
     struct job *job = &request->job;
     struct service_context *context = request->ring->rings->context;
     struct einsum_ring_completion completion = describe(request, err);
-    record_answer(&request->record, context, job, err->status);
+    record_answer(&request->record, context, job, err);
     request->record.answered_ns = now_ns();
     record_end(&request->record, context);
     placement_drop(&request->placement);
@@ -405,6 +405,7 @@ static void take_entry(struct ring *ring, uint32_t index)
                  submission.op == EINSUM_RING_OUTPUT_PROJECT ? METRICS_OUTPUT_PROJECT
                                                              : METRICS_EINSUM,
                  METRICS_RING);
+    request->record.request_id = submission.id;
     struct error err;
     bool running;
     enum status status = start(request, &submission, &running, &err);

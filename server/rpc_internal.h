@@ -77,7 +77,7 @@ struct call {
     grpc_byte_buffer *received;
     grpc_byte_buffer *sending;
     grpc_byte_buffer *last_message; // of call_finish
-    grpc_metadata trailers[2];
+    grpc_metadata trailers[3];
     grpc_slice status_text;
     int closed_cancelled;
     struct tag tags[TAG_WAKE]; // by kind

@@ -15,6 +15,7 @@
 #include "log.h"
 #include "service.h"
 #include "sharing.h"
+#include "trace.h"
 #include "weights.h"
 
 // What is read once for the whole page.
@@ -76,6 +77,19 @@ static void mix(struct page *page, const char *name, const struct batcher_mix *m
 }
 
 // ---- the families
+
+static void write_tracing(struct scrape *scrape)
+{
+    struct page *page = &scrape->page;
+    struct tracer_stats stats = tracer_stats(scrape->context->tracer);
+    counter(page, "einsumd_traces_exported_total", stats.exported,
+            "Requests whose spans a collector took.");
+    page_family(page, "einsumd_traces_dropped_total", PAGE_COUNTER,
+                "Requests whose spans were lost: the queue was full, or the collector did not take "
+                "them.");
+    page_u64(page, "reason=\"queue\"", stats.dropped_queue);
+    page_u64(page, "reason=\"export\"", stats.dropped_export);
+}
 
 static void write_daemon(struct scrape *scrape)
 {
@@ -445,6 +459,7 @@ enum status scrape_write(struct service_context *context, enum page_format forma
     write_batches(scrape);
     write_memory(scrape);
     write_gpus(scrape);
+    write_tracing(scrape);
     write_process(scrape);
     counter(page, "einsumd_scrapes_total", context->scrapes, "Pages like this one, before it.");
     counter_seconds(page, "einsumd_scrape_seconds_total", context->scrape_ns,

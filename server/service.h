@@ -12,11 +12,13 @@ struct batcher;
 struct config;
 struct gpus;
 struct control;
+struct record;
 struct health;
 struct http;
 struct listener;
 struct rings;
 struct sharing;
+struct tracer;
 struct weights;
 
 struct service_context {
@@ -37,11 +39,18 @@ struct service_context {
     uint64_t message_bytes_max; // received
     uint64_t started_ns;
     struct metrics *metrics;
+    struct tracer *tracer;              // NULL: off
+    _Atomic uint64_t requests_answered; // well, as far as the request log counts them
     struct copy_counters copies;
     _Atomic uint64_t copied_bytes; // of outputs copied out of batches and not yet sent
     _Atomic bool draining;
     uint64_t scrapes, scrape_ns; // of scrape.c
 };
+
+// Reads what a call's metadata ask of its request: traceparent, einsumd-timing.
+void service_read_metadata(struct call *call, struct record *record);
+// The trailer, if it was asked for. Before call_finish.
+void service_add_timing(struct call *call, const struct record *record);
 
 // NULL while requests are served; else why not: "draining", "device lost".
 const char *service_not_ready(const struct service_context *context);

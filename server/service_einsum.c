@@ -13,12 +13,20 @@ static void on_unary_job(struct job *job)
     call_wake(CONTAINER_OF(job, struct projection, job)->call);
 }
 
+// `err` NULL: it went well.
+static void finish_unary(struct projection *projection, grpc_byte_buffer *message,
+                         const struct error *err)
+{
+    projection->record.answered_ns = now_ns();
+    service_add_timing(projection->call, &projection->record);
+    call_finish(projection->call, message, err);
+}
+
 static void fail_unary(struct projection *projection, const struct error *err)
 {
     struct call *call = projection->call;
-    record_answer(&projection->record, call_context(call), NULL, err->status);
-    projection->record.answered_ns = now_ns();
-    call_finish(call, NULL, err);
+    record_answer(&projection->record, call_context(call), NULL, err);
+    finish_unary(projection, NULL, err);
 }
 
 static enum metrics_method method_of(enum wire_kind kind)
@@ -31,6 +39,7 @@ static void on_unary_message(struct call *call, grpc_byte_buffer *message, enum 
     struct service_context *context = call_context(call);
     struct projection *projection = call_inline_state(call, sizeof *projection);
     record_begin(&projection->record, context, method_of(kind), METRICS_UNARY);
+    service_read_metadata(call, &projection->record);
     projection->call = call;
     projection->job.on_done = projection->job.on_room = on_unary_job;
     struct projection_bytes bytes = projection_bytes(message);
@@ -41,9 +50,8 @@ static void on_unary_message(struct call *call, grpc_byte_buffer *message, enum 
         projection_start(projection, &request, message, &running, &err) != STATUS_OK) {
         fail_unary(projection, &err);
     } else if (!running) {
-        record_answer(&projection->record, context, NULL, STATUS_OK);
-        projection->record.answered_ns = now_ns();
-        call_finish(call, projection_respond_empty(projection), NULL);
+        record_answer(&projection->record, context, NULL, NULL);
+        finish_unary(projection, projection_respond_empty(projection), NULL);
     }
 }
 
@@ -63,16 +71,12 @@ static void on_unary_wake(struct call *call)
     struct projection *projection = call_state(call);
     if (projection_has_room(projection) && projection_continue(projection))
         return;
-    struct record *record = &projection->record;
     const struct error *err = &projection->job.error;
-    record_answer(record, call_context(call), &projection->job, err->status);
+    record_answer(&projection->record, call_context(call), &projection->job, err);
     if (err->status == STATUS_OK) {
-        grpc_byte_buffer *message = projection_respond(projection);
-        record->answered_ns = now_ns();
-        call_finish(call, message, NULL);
+        finish_unary(projection, projection_respond(projection), NULL);
     } else {
-        record->answered_ns = now_ns();
-        call_finish(call, NULL, err);
+        finish_unary(projection, NULL, err);
         projection_release(projection);
     }
 }
@@ -113,6 +117,7 @@ struct stream {
     _Atomic(struct item *) done; // stack, filled by the scheduler
     struct item *running;
     struct outgoing *first, **last; // waiting to be sent
+    struct trace_context trace;     // of all requests
     struct record sent;             // of what is being sent
     uint32_t in_flight;             // running, waiting to be sent, or being sent
     bool reading, sending, half_closed, draining;
@@ -132,6 +137,9 @@ static void on_stream_start(struct call *call)
     stream->call = call;
     stream->last = &stream->first;
     stream->reading = true; // the first message is asked for by itself
+    struct record asked = {0};
+    service_read_metadata(call, &asked);
+    stream->trace = asked.trace;
     call_set_state(call, stream);
 }
 
@@ -267,7 +275,7 @@ static void collect(struct item *item)
         return;
     struct error err = projection->job.error;
     unlink_running(item);
-    record_answer(&projection->record, call_context(stream->call), &projection->job, err.status);
+    record_answer(&projection->record, call_context(stream->call), &projection->job, &err);
     struct record record = projection->record; // the item may be gone before its reply
     if (err.status == STATUS_OK) {
         answer(stream, projection_respond(projection), &record);
@@ -300,7 +308,7 @@ static void on_stream_wake(struct call *call)
 static void refuse_request(struct stream *stream, uint64_t request_id, struct record *record,
                            const struct error *err)
 {
-    record_answer(record, call_context(stream->call), NULL, err->status);
+    record_answer(record, call_context(stream->call), NULL, err);
     answer(stream, projection_respond_error(request_id, err), record);
 }
 
@@ -329,7 +337,7 @@ static void start_item(struct stream *stream, const struct wire_request *request
     unlink_running(item);
     *record = item->projection.record;
     if (status == STATUS_OK) {
-        record_answer(record, call_context(stream->call), NULL, STATUS_OK);
+        record_answer(record, call_context(stream->call), NULL, NULL);
         answer(stream, projection_respond_empty(&item->projection), record);
     } else {
         refuse_request(stream, request->request_id, record, &err);
@@ -349,12 +357,13 @@ static void on_stream_message(struct call *call, grpc_byte_buffer *message)
     struct service_context *context = call_context(call);
     struct record record;
     record_begin(&record, context, METRICS_EINSUM, METRICS_STREAM); // of which kind, it will say
+    record.trace = stream->trace;
     struct projection_bytes bytes = projection_bytes(message);
     struct wire_request request;
     struct error err;
     if (wire_read_stream_request(bytes.slices, bytes.slices_n, &request, &err) != STATUS_OK) {
         // Without its request_id no response can be matched to it, so the stream ends.
-        record_answer(&record, context, NULL, err.status);
+        record_answer(&record, context, NULL, &err);
         record_end(&record, context);
         call_finish(call, NULL, &err);
         break_stream(stream);
@@ -362,6 +371,7 @@ static void on_stream_message(struct call *call, grpc_byte_buffer *message)
     }
     stream->in_flight++;
     record.method = method_of(request.kind);
+    record.request_id = request.request_id;
     if (stream->draining) {
         METRICS_ADD(context->metrics, refused_draining, 1);
         error_set(&err, STATUS_UNAVAILABLE, "draining");
@@ -403,8 +413,11 @@ static void on_stream_end(struct call *call)
 {
     struct stream *stream = call_state(call);
     ASSERT(!stream || (!stream->running && !stream->first));
-    if (stream)
-        METRICS_ADD(call_context(call)->metrics, streams_ended, 1);
+    if (!stream)
+        return;
+    if (stream->sending) // the call's end was on its way, and nobody told of the last message
+        record_end(&stream->sent, call_context(call));
+    METRICS_ADD(call_context(call)->metrics, streams_ended, 1);
     free(stream);
 }
 

@@ -132,7 +132,7 @@ class Daemon:
     def wait_ready(self) -> None:
         ready = self.wait_event("ready")
         self.listening = ready["listen"].split(",")
-        self.http_address = ready["http_listen"]  # "": none
+        self.http_address = ready.get("http_listen", "")  # "": none
 
     @property
     def address(self) -> str:
