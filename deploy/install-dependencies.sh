@@ -18,7 +18,8 @@ test_packages=(
     check libopenblas-dev           # unit tests, the benchmarks' baseline
     clang libclang-rt-dev           # libFuzzer and its sanitizers
     clang-format clang-tidy cppcheck shellcheck
-    python3 python3-venv prometheus # integration tests; of prometheus, promtool
+    python3 python3-venv prometheus # integration tests; of prometheus, promtool as well
+    gnuplot-nox                     # einsumctl bench --plot
 )
 
 say() { echo "dependencies: $*"; }

@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from prepare import EINSUMCTL, Daemon, ctl
+from prepare import BUILD_DIR, EINSUMCTL, Daemon, ctl
 from result import Result
 
 ROUNDS = int(os.environ.get("EINSUMD_BENCH_ROUNDS", 9))
@@ -122,8 +122,11 @@ def main() -> int:
             result.note(
                 f"{case}: alone over baseline, calls/CPU s", ratio(case, "alone", "baseline", 1)
             )
-    # Of one core's second: what a scrape takes cannot cost more calls than that.
+    # A scrape a second takes this share of one core, and cannot cost more calls than that.
     result.at_most("one scrape, us", scrape_us, 10_000)
+    record = subprocess.run([BUILD_DIR / "tests/bench/record"], capture_output=True, text=True)
+    print(record.stdout.strip())
+    result.at_most("following one request, ns", float(record.stdout.split()[2]), 400)
     return result.print()
 
 
