@@ -3,6 +3,7 @@
 #include "bench.h"
 #include "ctl.h"
 #include "ctl_attention.h"
+#include "ctl_plot.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -30,6 +31,7 @@ enum {
     OPT_TRANSPORT,
     OPT_SPIN,
     OPT_PRIORITY,
+    OPT_PLOT,
 };
 
 static const struct ctl_option options[] = {
@@ -58,6 +60,8 @@ static const struct ctl_option options[] = {
     [OPT_SPIN] = {"spin", "US",
                   "of a ring: microseconds to look for an answer before sleeping; default 50"},
     [OPT_PRIORITY] = {"priority", "P", "low, normal (default) or high"},
+    [OPT_PLOT] = {"plot", "FILE.png",
+                  "draw latency by percentile and calls a second over time, by gnuplot"},
     {0},
 };
 
@@ -68,6 +72,8 @@ struct bench_command {
     struct einsum_client_weights weights;
     struct ctl_progress progress;
     struct einsum_client_info before, after; // what the server says around the run
+    const char *plot;                        // file; NULL: none
+    struct ctl_plot_points points;           // of it
 };
 
 // ---- options ------------------------------------------------------------------------------------
@@ -368,10 +374,38 @@ static json_t *result_json(const struct bench_command *command, const struct ben
 
 static bool on_tick(void *context, double share_done, uint64_t calls)
 {
+    struct bench_command *command = context;
     char note[64];
     snprintf(note, sizeof note, "%llu calls", (unsigned long long)calls);
-    ctl_progress_draw(context, (uint64_t)(share_done * 1000), 1000, note);
+    ctl_progress_draw(&command->progress, (uint64_t)(share_done * 1000), 1000, note);
+    if (calls > 0 || command->points.n > 0) // not of the warm-up
+        ctl_plot_add(&command->points, now_ns(), calls);
     return !ctl_interrupted();
+}
+
+static bool draw(struct bench_command *command, const struct bench_result *result)
+{
+    struct ctl_plot_points *points = &command->points;
+    if (points->n < 3) { // over too soon to have been looked at: as if its rate had been even
+        points->n = 3;
+        for (uint32_t i = 0; i < 3; i++)
+            points->points[i] = (struct ctl_plot_point){.at_ns = i * result->elapsed_ns / 2,
+                                                        .calls = i * result->calls / 2};
+    }
+    const struct bench_options *bench = &command->bench;
+    char title[256];
+    int n = snprintf(title, sizeof title, "einsumctl bench: %s%s, ",
+                     einsum_client_transport_name(einsum_client_transport(bench->client)),
+                     bench->streams ? ", streamed" : "");
+    if (bench->rate > 0)
+        n += snprintf(title + n, sizeof title - (size_t)n, "%.6g a second meant", bench->rate);
+    else
+        n += snprintf(title + n, sizeof title - (size_t)n, "%u in flight", bench->concurrency);
+    snprintf(title + n, sizeof title - (size_t)n,
+             ", %u%s tokens, %zu weights, engine %.32s: %.0f calls a second", bench->tokens[0],
+             bench->tokens_n > 1 ? " ..." : "", bench->weights_n, command->after.engine,
+             per_s(result->calls, result));
+    return ctl_plot(command->plot, title, &result->latency, &command->points);
 }
 
 static enum ctl_exit measure(struct bench_command *command)
@@ -385,7 +419,7 @@ static enum ctl_exit measure(struct bench_command *command)
     ctl_progress_init(&command->progress, command->ctl, "measuring");
     command->bench.client = client;
     command->bench.on_tick = on_tick;
-    command->bench.context = &command->progress;
+    command->bench.context = command;
     ctl_catch_signals();
     enum einsum_client_status status = bench_run(&command->bench, &result, &error);
     ctl_progress_end(&command->progress);
@@ -400,13 +434,17 @@ static enum ctl_exit measure(struct bench_command *command)
         print_result(&command->bench, &result);
         print_server(command);
     }
-    return failures(&result) || result.interrupted || result.calls == 0 ? CTL_FAILED : CTL_OK;
+    bool drawn = !command->plot || draw(command, &result);
+    return failures(&result) || result.interrupted || result.calls == 0 || !drawn ? CTL_FAILED
+                                                                                  : CTL_OK;
 }
 
 static enum ctl_exit run_bench(struct ctl *ctl, const struct ctl_args *args)
 {
     struct bench_command command = {.ctl = ctl, .bench.seed = 1};
-    if (!read_options(args, &command) || !ctl_connect(ctl, &command.client))
+    command.plot = ctl_value(args, OPT_PLOT);
+    if (!read_options(args, &command) || (command.plot && !ctl_plot_possible(command.plot)) ||
+        !ctl_connect(ctl, &command.client))
         return CTL_USAGE;
     enum ctl_exit code = choose_weights(args, &command);
     if (code == CTL_OK)
@@ -427,7 +465,8 @@ const struct ctl_command ctl_command_bench = {
         "meanwhile, warm-up and other callers included: where batches spent their time, and how\n"
         "they were launched. Exits 1 if a call failed.\n\n"
         "  einsumctl bench --concurrency 32 --stream --tokens 1\n"
-        "  einsumctl bench --rate 2000 --tokens 1,8,64 --mixed --duration 30 --json",
+        "  einsumctl bench --rate 2000 --tokens 1,8,64 --mixed --duration 30 --json\n"
+        "  einsumctl bench --tokens 8 --plot latency.png",
     .options = options,
     .run = run_bench,
 };

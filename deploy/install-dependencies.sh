@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 build_packages=(
     gcc libc6-dev cmake ninja-build pkg-config
     libgrpc-dev libuv1-dev libjansson-dev zlib1g-dev libsystemd-dev
+    libmicrohttpd-dev libcurl4-openssl-dev
     libprotobuf-c-dev protobuf-c-compiler
     protobuf-compiler libprotobuf-dev # libprotobuf-dev has descriptor.proto and any.proto
 )
@@ -21,7 +22,8 @@ test_packages=(
     check libopenblas-dev           # unit tests, the benchmarks' baseline
     clang libclang-rt-dev           # libFuzzer and its sanitizers
     clang-format clang-tidy cppcheck shellcheck
-    python3 python3-venv            # integration tests
+    python3 python3-venv prometheus # integration tests; of prometheus, promtool as well
+    gnuplot-nox                     # einsumctl bench --plot
     libb64-0d                       # perf_analyzer
     python3-dev g++                 # client/python, what torch compiles; C++ callers
     mandoc man-db bash-completion systemd # what is installed

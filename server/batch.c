@@ -402,10 +402,9 @@ static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, s
         batch_close_locked(batcher, batch);
 }
 
-enum full { FULL_NOT, FULL_REQUESTS, FULL_BYTES, FULL_BUFFERS };
-
 // Whether a job for which there is no room now may wait for some.
-static enum full full_locked(const struct batcher *batcher, bool may_wait, const struct room *room)
+static enum batcher_full full_locked(const struct batcher *batcher, bool may_wait,
+                                     const struct room *room)
 {
     const struct batcher_options *options = &batcher->options;
     if (batcher->stats.queued >= options->queue_requests_max)
@@ -417,7 +416,7 @@ static enum full full_locked(const struct batcher *batcher, bool may_wait, const
     return fits ? FULL_NOT : FULL_BYTES;
 }
 
-static enum status refuse(const struct batcher_options *options, enum full full,
+static enum status refuse(const struct batcher_options *options, enum batcher_full full,
                           uint32_t retry_after_ms, struct error *err)
 {
     if (full == FULL_REQUESTS)
@@ -450,6 +449,7 @@ static void wait_locked(struct batcher *batcher, struct job *job, const struct r
     if (!job->next_waiting)
         batcher->waiting_last = job;
     batcher->waiting_bytes += room->waiting_bytes;
+    batcher->waiting_tokens += room->tokens;
 }
 
 // Takes jobs out of those that wait, from `at` on; `kept_last` is the one before. `for_bytes`: but not
@@ -469,7 +469,9 @@ static struct job *take_out_locked(struct batcher *batcher, struct job **at, str
         job->next_waiting = NULL;
         *out_end = job;
         out_end = &job->next_waiting;
+        batcher->waiting_tokens -= job->operand.tokens;
         batcher->stats.queued--;
+        batcher->stats.refused[FULL_GAVE_WAY]++;
     }
     batcher->waiting_last = kept_last;
     return out;
@@ -531,7 +533,7 @@ static struct batch *find_room_locked(struct batcher *batcher, const struct job 
 
 struct place {
     struct batch *batch;    // NULL: the job waits, or is refused
-    enum full full;         // why it is refused
+    enum batcher_full full; // why it is refused
     struct job *pushed_out; // for it
     uint32_t retry_after_ms;
 };
@@ -554,6 +556,7 @@ static struct place find_place_locked(struct batcher *batcher, struct job *job,
     if (place.full || place.pushed_out)
         place.retry_after_ms = retry_advice_ms_locked(batcher);
     if (place.full) {
+        batcher->stats.refused[place.full]++;
         *share_end = share_end_before;
         return place;
     }
@@ -623,6 +626,7 @@ static struct job *give_room_locked(struct batcher *batcher)
             break;
         batcher->waiting = job->next_waiting;
         batcher->waiting_bytes -= room.waiting_bytes;
+        batcher->waiting_tokens -= room.tokens;
         batch_reserve_locked(batcher, batch, job, &room);
         job_advance(job, JOB_WAITING, JOB_DECODING);
         job->next_waiting = NULL;
@@ -654,7 +658,7 @@ struct job *batcher_take_waiting(struct batcher *batcher)
     pthread_mutex_lock(&batcher->lock);
     struct job *taken = batcher->waiting;
     batcher->waiting = NULL;
-    batcher->waiting_bytes = 0;
+    batcher->waiting_bytes = batcher->waiting_tokens = 0;
     for (struct job *job = taken; job; job = job->next_waiting) {
         batcher->stats.queued--;
         batcher->stats.failed++;
@@ -771,6 +775,13 @@ void batcher_stats(struct batcher *batcher, struct batcher_stats *stats)
     *stats = batcher->stats;
     if (batcher->lanes_free < batcher->options.lanes && now > batcher->busy_since_ns)
         stats->busy_ns += now - batcher->busy_since_ns;
+    stats->queued_tokens = batcher->waiting_tokens;
+    stats->queued_bytes = batcher->waiting_bytes;
+    for (const struct batch *batch = batcher->queue; batch; batch = batch->next) {
+        stats->queued_tokens += batch->tokens;
+        stats->queued_bytes += batch->input_used;
+    }
+    stats->buffers_free = atomic_load_explicit(&batcher->free_n, memory_order_relaxed);
     pthread_mutex_unlock(&batcher->lock);
 }
 

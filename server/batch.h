@@ -27,6 +27,7 @@
 #pragma once
 
 #include "job.h"
+#include "metrics.h"
 
 struct batcher;
 
@@ -96,6 +97,23 @@ bool batcher_scarce(struct batcher *batcher);
 // True once the engine has reported the device lost. Every later reserve fails.
 bool batcher_device_lost(struct batcher *batcher);
 
+// Why jobs were refused.
+enum batcher_full {
+    FULL_NOT,
+    FULL_REQUESTS,
+    FULL_BYTES,
+    FULL_BUFFERS,
+    FULL_GAVE_WAY,
+    FULL_REASONS
+};
+
+// How many requests, or weights, a batch has: the upper ends of the buckets are 1, 2, 4, ...
+enum { BATCH_MIX_BOUNDS = 11 };
+struct batcher_mix {
+    uint64_t buckets[BATCH_MIX_BOUNDS + 1]; // what is over the last bound, too
+    uint64_t sum;
+};
+
 struct batcher_stats {
     uint64_t batches, tokens, padding_tokens, requests; // launched
     uint64_t expired, cancelled;                        // jobs dropped before launch
@@ -103,10 +121,16 @@ struct batcher_stats {
     uint64_t busy_ns;                                   // with at least one batch running
     uint64_t queue_ns; // of all batches launched, from the first commit to the launch
     // Of those batches that the engine timed phase by phase.
-    uint64_t phase_batches, copy_in_ns, kernel_ns, copy_out_ns;
-    uint64_t bucket_batches[ENGINE_BUCKETS_MAX]; // launched, by bucket
-    uint32_t jobs;                               // reserved and not yet released
-    uint32_t queued;                             // of those, not yet launched
-    uint64_t buffer_bytes;                       // all buffers
+    uint64_t phase_batches;
+    struct metrics_histogram copy_in, kernel, copy_out;
+    struct metrics_histogram run;                     // of all batches, launch to end
+    struct batcher_mix batch_requests, batch_weights; // launched: of each batch
+    uint64_t refused[FULL_REASONS];                   // jobs
+    uint64_t bucket_batches[ENGINE_BUCKETS_MAX];      // launched, by bucket
+    uint32_t jobs;                                    // reserved and not yet released
+    uint32_t queued;                                  // of those, not yet launched
+    uint64_t queued_tokens, queued_bytes; // theirs, of input that has room or waits for it
+    uint32_t buffers_free;
+    uint64_t buffer_bytes; // all buffers
 };
 void batcher_stats(struct batcher *batcher, struct batcher_stats *stats);

@@ -39,6 +39,7 @@ struct batch {
     uint64_t share_start_last;  // of all its jobs
 
     uint64_t launched_ns;
+    uint32_t weights_n;              // in the launch
     struct engine_segment *segments; // of the jobs left at launch, in order of weight
     struct engine_batch launch;      // what the engine got
     struct engine_result result;     // what it gave back
@@ -63,7 +64,7 @@ struct batcher {
     struct batch *open;                          // the last in `queue`, or NULL
     uint32_t queue_batches;                      // length of `queue`
     struct job *waiting, *waiting_last;          // for room, by standing
-    uint64_t waiting_bytes;                      // that they will need of input
+    uint64_t waiting_bytes, waiting_tokens;      // that they will need of input; theirs
     uint64_t share_now;                          // where the last job that was launched started
     uint64_t share_ends[CONNECTIONS_TOLD_APART]; // of each connection's last job
     uint32_t lanes_free;

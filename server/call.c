@@ -55,6 +55,20 @@ uint32_t call_connection(struct call *call)
     return call->connection;
 }
 
+bool call_metadata(const struct call *call, const char *key, const char **value, size_t *bytes)
+{
+    size_t found_n = 0;
+    for (size_t i = 0; i < call->initial_metadata.count; i++) {
+        const grpc_metadata *metadata = &call->initial_metadata.metadata[i];
+        if (grpc_slice_str_cmp(metadata->key, key) != 0)
+            continue;
+        found_n++;
+        *value = (const char *)GRPC_SLICE_START_PTR(metadata->value);
+        *bytes = GRPC_SLICE_LENGTH(metadata->value);
+    }
+    return found_n == 1;
+}
+
 // ---- references and waking
 
 static bool try_hold(struct call *call)
@@ -120,6 +134,14 @@ void call_unhold(struct call *call)
     }
 }
 
+// How the client sees the end.
+static enum status status_of(const struct call *call)
+{
+    if (!call->closed_cancelled)
+        return call->finish_status;
+    return call->deadline_ns <= now_ns() ? STATUS_DEADLINE_EXCEEDED : STATUS_CANCELLED;
+}
+
 // On the rpc thread.
 static void drop_reference(struct call *call)
 {
@@ -133,6 +155,7 @@ static void drop_reference(struct call *call)
     for (size_t i = 0; i < call->trailers_n; i++)
         grpc_slice_unref(call->trailers[i].value);
     call->trailers_n = 0;
+    metrics_count_call(call->thread->rpc->options.metrics, call->metrics_call, status_of(call));
     rpc_call_ended(call);
 }
 
@@ -244,6 +267,12 @@ static void describe_error(struct call *call, const struct error *err)
     }
 }
 
+void call_add_trailer(struct call *call, const char *key, const char *text)
+{
+    if (!call->finish_asked && !call->over && !call_cancelled(call))
+        add_trailer(call, key, grpc_slice_from_copied_string(text));
+}
+
 void call_finish(struct call *call, grpc_byte_buffer *message, const struct error *err)
 {
     if (call->finish_asked || call->over || call_cancelled(call)) {
@@ -313,6 +342,7 @@ void call_arrived(struct call *call, bool full)
         return;
     }
     if (full) {
+        METRICS_ADD(call->thread->rpc->options.metrics, refused_calls, 1);
         refuse(call, STATUS_RESOURCE_EXHAUSTED, "too many calls are open (calls_max)");
         return;
     }

@@ -76,6 +76,11 @@ void call_wake(struct call *call);
 void call_hold(struct call *call);
 void call_unhold(struct call *call);
 
+// What came with the call under this key; false: nothing, or more than once. Valid while the call is.
+bool call_metadata(const struct call *call, const char *key, const char **value, size_t *bytes);
+// Goes to the client with the call's end, which has not been asked for yet. `key` is static; one a call.
+void call_add_trailer(struct call *call, const char *key, const char *text);
+
 bool call_cancelled(const struct call *call); // any thread that holds it
 uint64_t
 call_deadline_ns(const struct call *call); // on now_ns()'s clock, capped by deadline_ms_max

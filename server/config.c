@@ -78,6 +78,12 @@ static const char *const log_levels[] = {
     [LOG_LEVEL_DEBUG] = "debug", [LOG_LEVEL_INFO] = "info",    [LOG_LEVEL_WARN] = "warn",
     [LOG_LEVEL_ERROR] = "error", [LOG_LEVEL_ERROR + 1] = NULL,
 };
+static const char *const request_logs[] = {
+    [CONFIG_REQUEST_LOG_OFF] = "off",
+    [CONFIG_REQUEST_LOG_ERRORS] = "errors",
+    [CONFIG_REQUEST_LOG_ALL] = "all",
+    [CONFIG_REQUEST_LOG_ALL + 1] = NULL,
+};
 static const char *const log_formats[] = {
     [LOG_FORMAT_PLAIN] = "plain",
     [LOG_FORMAT_JSON] = "json",
@@ -190,6 +196,22 @@ static const struct key config_keys[] = {
     {U32(ring_spin_us, 0, 10000, "50", "microseconds",
          "that it looks for more before it sleeps, while requests come that fast; 0: none")},
 
+    {SECTION("for those who look on"),
+     STRING(http_listen, 0, 511, "\"\"",
+            "\"HOST:PORT\" or \"unix:/PATH\" of /metrics, /livez and /readyz, by plain HTTP; \"\": "
+            "none")},
+    {U32(http_connections_max, 1, 65536, "64", "connections",
+         "to it open at once, each for one request; past these, new ones are closed")},
+    {ENUM(request_log, request_logs, "\"off\"",
+          "which requests have a line of their own in the log, in log_format, whatever log_level")},
+    {U32(request_log_sample, 1, 1 << 30, "1", "requests",
+         "that went well, of which one is logged; those that did not all are")},
+    {STRING(trace_endpoint, 0, 511, "\"\"",
+            "\"http://HOST:PORT/v1/traces\" of a collector that takes OTLP over HTTP; \"\": no "
+            "tracing")},
+    {U32(trace_sample, 0, 1 << 30, "0", "requests",
+         "that came without a sampled traceparent, of which one is traced; 0: none is")},
+
     {SECTION("the engine"),
      CHOICE(engine, engines, "\"auto\"",
             "what computes; auto: the best that this build and machine have")},
@@ -271,6 +293,7 @@ static size_t value_bytes(const struct key *key)
 }
 _Static_assert(sizeof(enum log_level) == sizeof(unsigned), "enums are stored as unsigned");
 _Static_assert(sizeof(enum log_format) == sizeof(unsigned), "enums are stored as unsigned");
+_Static_assert(sizeof(enum config_request_log) == sizeof(unsigned), "enums are stored as unsigned");
 
 static void *value_at(const struct key *key, void *base, size_t index)
 {
@@ -743,6 +766,36 @@ static enum status check_shared(const struct config *config, struct error *err)
     return check_listen(key, address, err);
 }
 
+static enum status check_http(const struct config *config, struct error *err)
+{
+    static const char key[] = "http_listen";
+    const char *address = config->http_listen;
+    if (address[0] == '\0')
+        return STATUS_OK;
+    enum status status = check_listen(key, address, err);
+    if (status != STATUS_OK || is_port_0(address))
+        return status;
+    for (size_t i = 0; i < config->listen_n; i++)
+        if (strcmp(config->listen[i], address) == 0)
+            return error_field(err, STATUS_INVALID_ARGUMENT, key,
+                               "the same as listen[%zu]: \"%.200s\"", i, address);
+    if (strcmp(config->shared_memory_listen, address) == 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, key,
+                           "the same as shared_memory_listen: \"%.200s\"", address);
+    return STATUS_OK;
+}
+
+static enum status check_trace(const struct config *config, struct error *err)
+{
+    const char *endpoint = config->trace_endpoint;
+    if (endpoint[0] && strncmp(endpoint, "http://", 7) != 0 &&
+        strncmp(endpoint, "https://", 8) != 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "trace_endpoint",
+                           "expected \"http://HOST:PORT/PATH\" or \"https://...\", got \"%.200s\"",
+                           endpoint);
+    return STATUS_OK;
+}
+
 static void fill_buckets(struct config *config)
 {
     uint32_t bucket = 1;
@@ -791,6 +844,10 @@ static enum status check_together(const struct config *config, struct error *err
     enum status status = check_listens(config, err);
     if (status == STATUS_OK)
         status = check_shared(config, err);
+    if (status == STATUS_OK)
+        status = check_http(config, err);
+    if (status == STATUS_OK)
+        status = check_trace(config, err);
     if (status)
         return status;
     status = check_buckets(config, err);

@@ -12,6 +12,12 @@
 #include "log.h"
 #include "status.h"
 
+enum config_request_log {
+    CONFIG_REQUEST_LOG_OFF,
+    CONFIG_REQUEST_LOG_ERRORS,
+    CONFIG_REQUEST_LOG_ALL
+};
+
 enum {
     CONFIG_LISTEN_MAX = 16,
     CONFIG_ROOTS_MAX = 16,
@@ -64,6 +70,15 @@ struct config {
     bool shared_memory_cuda;                // whether CUDA memory is taken; default false
     uint32_t ring_entries_max;              // of one ring; default 1024
     uint32_t ring_spin_us; // that the ring thread waits before it sleeps; default 50
+
+    // for those who look on
+    char *http_listen; // "HOST:PORT" or "unix:/PATH": /metrics and probes; "" (default): none
+    uint32_t http_connections_max; // default 64
+    enum config_request_log
+        request_log;             // a line for each request: "off" (default), "errors", "all"
+    uint32_t request_log_sample; // of those that went well one in so many; default 1: each
+    char *trace_endpoint;        // "http://HOST:PORT/v1/traces", of OTLP; "" (default): no tracing
+    uint32_t trace_sample; // of requests without traceparent one in so many; 0 (default): none
 
     // the engine
     char *engine;             // "auto" (default), "cpu", "cuda", "null"

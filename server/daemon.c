@@ -15,6 +15,8 @@
 
 #include "batch.h"
 #include "control.h"
+#include "gpus.h"
+#include "http.h"
 #include "listener.h"
 #include "projection.h"
 #include "rope.h"
@@ -22,6 +24,7 @@
 #include "service.h"
 #include "sharing.h"
 #include "supervisor.h"
+#include "trace.h"
 #include "verify.h"
 #include "weights.h"
 #include "wire.h"
@@ -35,6 +38,7 @@ enum {
     MESSAGE_OVERHEAD_BYTES = 64 << 10, // of a request beyond its tensors
     TRANSPORT_REQUESTS = 64,
     CUT_REQUESTS = 4,
+    HTTP_TIMEOUT_MS = 10000, // of a connection, from start to end
     REDUCED_DIM_MAX = 16384, // four times V4's: the engine's scratch is sized by it
 };
 
@@ -123,6 +127,32 @@ static void resolve_message_bytes(struct config *config, struct service_context 
             TRANSPORT_REQUESTS * (config->batch_input_bytes + MESSAGE_OVERHEAD_BYTES);
 }
 
+NODISCARD static enum status bind_http(struct daemon *daemon, struct error *err)
+{
+    const struct config *config = daemon->config;
+    if (config->http_listen[0] == '\0')
+        return STATUS_OK;
+    const char *address = config->http_listen;
+    const struct listener_options listen = {
+        .key = "http_listen",
+        .addresses = &address,
+        .addresses_n = 1,
+        .unix_socket_mode = config->unix_socket_mode,
+        .connections_max = config->http_connections_max,
+    };
+    struct service_context *context = &daemon->context;
+    enum status status = listener_create(&daemon->loop, &listen, &context->http_listener, err);
+    if (status != STATUS_OK)
+        return status;
+    const struct http_options http = {
+        .loop = &daemon->loop,
+        .context = context,
+        .connections_max = config->http_connections_max,
+        .timeout_ms = HTTP_TIMEOUT_MS,
+    };
+    return http_create(&http, &context->http, err);
+}
+
 NODISCARD static enum status bind_addresses(struct daemon *daemon, struct error *err)
 {
     const struct config *config = daemon->config;
@@ -134,6 +164,8 @@ NODISCARD static enum status bind_addresses(struct daemon *daemon, struct error 
         .connections_max = config->connections_max,
     };
     enum status status = listener_create(&daemon->loop, &listen, &daemon->context.listener, err);
+    if (status == STATUS_OK)
+        status = bind_http(daemon, err);
     if (status != STATUS_OK || config->shared_memory_listen[0] == '\0')
         return status;
     const struct sharing_options sharing = {
@@ -385,6 +417,19 @@ NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *
     return status;
 }
 
+NODISCARD static enum status start_tracing(struct daemon *daemon, struct error *err)
+{
+    const struct config *config = daemon->config;
+    if (config->trace_endpoint[0] == '\0')
+        return STATUS_OK;
+    const struct tracer_options options = {
+        .endpoint = config->trace_endpoint,
+        .sample = config->trace_sample,
+        .engine = daemon->context.engine_ops->name,
+    };
+    return tracer_create(&options, &daemon->context.tracer, err);
+}
+
 NODISCARD static enum status start_serving(struct daemon *daemon, struct error *err)
 {
     static const struct method *const methods[] = {
@@ -404,6 +449,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .reply_timeout_ms = config->reply_timeout_ms,
         .methods = methods,
         .context = context,
+        .metrics = context->metrics,
         .on_drained = on_calls_drained,
         .on_connection_idle = on_connection_idle,
         .drained_context = daemon,
@@ -416,6 +462,13 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         status = start_sharing(daemon, err);
     if (status == STATUS_OK)
         status = listener_start(context->listener, add_rpc_connection, daemon->rpc, err);
+    if (status == STATUS_OK && context->http) {
+        struct engine_info engine;
+        context->engine_ops->describe(context->engine, &engine);
+        context->gpus = gpus_open(engine.pci_bus_id);
+    }
+    if (status == STATUS_OK && context->http)
+        status = listener_start(context->http_listener, http_take, context->http, err);
     return status;
 }
 
@@ -593,6 +646,12 @@ static void stop(struct daemon *daemon)
     }
     if (context->listener)
         listener_drop_connections(context->listener);
+    if (context->http_listener)
+        listener_stop(context->http_listener); // so late: it tells of the drain
+    if (context->http)
+        http_stop(context->http);
+    if (context->http_listener)
+        listener_drop_connections(context->http_listener);
     if (context->rings)
         rings_wait_idle(context->rings, daemon->config->drain_grace_ms);
     if (context->sharing)
@@ -602,6 +661,12 @@ static void stop(struct daemon *daemon)
     destroy_loop(daemon);
     if (context->listener)
         listener_destroy(context->listener);
+    if (context->http)
+        http_destroy(context->http);
+    gpus_close(context->gpus);
+    tracer_destroy(context->tracer); // no request is left that it would miss
+    if (context->http_listener)
+        listener_destroy(context->http_listener);
     if (context->sharing)
         sharing_destroy(context->sharing);
     if (context->regions)
@@ -617,6 +682,7 @@ static void stop(struct daemon *daemon)
         weights_destroy(context->weights);
     if (context->engine)
         context->engine_ops->close(context->engine);
+    metrics_destroy(context->metrics);
     free(daemon);
 }
 
@@ -625,7 +691,9 @@ static void stop(struct daemon *daemon)
 NODISCARD static enum status start(struct daemon *daemon, struct error *err)
 {
     struct service_context *context = &daemon->context;
-    enum status status = control_create(&daemon->loop, &context->control, err);
+    enum status status = metrics_create(&context->metrics, err);
+    if (status == STATUS_OK)
+        status = control_create(&daemon->loop, &context->control, err);
     if (status == STATUS_OK)
         status = bind_addresses(daemon, err);
     if (status == STATUS_OK)
@@ -643,6 +711,8 @@ NODISCARD static enum status start(struct daemon *daemon, struct error *err)
     if (status == STATUS_OK)
         status = health_create(&context->health, err);
     if (status == STATUS_OK)
+        status = start_tracing(daemon, err);
+    if (status == STATUS_OK)
         status = start_serving(daemon, err);
     return status;
 }
@@ -651,7 +721,11 @@ static void announce(const struct daemon *daemon)
 {
     char addresses[ADDRESSES_BYTES];
     listener_addresses(daemon->context.listener, addresses, sizeof addresses);
+    char http_address[ADDRESSES_BYTES] = "";
+    if (daemon->context.http_listener)
+        listener_addresses(daemon->context.http_listener, http_address, sizeof http_address);
     LOG(INFO, "ready", LOG_STR("version", EINSUMD_VERSION), LOG_STR("listen", addresses),
+        LOG_STR("http_listen", http_address),
         LOG_U64("weights", weights_totals(daemon->context.weights).weights),
         LOG_U64("ms", (now_ns() - daemon->context.started_ns) / 1000000u));
     supervisor_ready(addresses);

@@ -85,6 +85,7 @@ struct engine_info {
     uint32_t kernels_n;
     const char *kernels[ENGINE_KERNELS_MAX]; // that a segment may ask for; static
     uint32_t threads;
+    char pci_bus_id[24]; // of a GPU, as NVML knows it: "00000000:3b:00.0"; "" on others
     // Held on the device besides weights and batches; nothing is counted twice.
     uint64_t lanes_bytes;                             // tables and workspaces of the lanes
     uint64_t graphs_bytes;                            // of all captured graphs

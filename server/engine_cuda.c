@@ -282,6 +282,9 @@ static enum status cuda_open(const struct engine_options *options, struct engine
              device_info.name, device_info.major, device_info.minor,
              device_info.multiProcessorCount, (double)device_info.totalGlobalMem / (1 << 30));
     describe_choice(&device_info, options->kernel, &choice, engine->info.kernel);
+    snprintf(engine->info.pci_bus_id, sizeof engine->info.pci_bus_id, "%08x:%02x:%02x.0",
+             (unsigned)device_info.pciDomainID, (unsigned)device_info.pciBusID,
+             (unsigned)device_info.pciDeviceID);
     status = open_device(engine, options, choice.arm == CUDA_ARM_HOPPER, err);
     if (status != STATUS_OK) {
         close_all(engine);

@@ -124,6 +124,7 @@ NODISCARD static enum status submit(struct projection *projection, grpc_byte_buf
                                     struct error *err)
 {
     bool waits;
+    projection->record.asked_ns = now_ns();
     call_hold(projection->call);
     enum status status = batcher_reserve_or_wait(call_context(projection->call)->batcher,
                                                  &projection->job, &waits, err);
@@ -131,8 +132,10 @@ NODISCARD static enum status submit(struct projection *projection, grpc_byte_buf
         keep(projection, message);
         return STATUS_OK;
     }
-    if (status == STATUS_OK)
+    if (status == STATUS_OK) {
+        projection->record.room_ns = projection->record.asked_ns;
         status = fill_and_commit(projection, message, err);
+    }
     if (status != STATUS_OK)
         call_unhold(projection->call);
     return status;
@@ -196,6 +199,7 @@ NODISCARD static enum status submit_cut(struct projection *projection, grpc_byte
     if (status == STATUS_OK) {
         call_hold(projection->call);
         keep(projection, message);
+        projection->record.asked_ns = projection->record.room_ns = now_ns(); // unless it waits
         status = cut_begin(&options, at, &projection->cut, err);
         if (status != STATUS_OK)
             call_unhold(projection->call);
@@ -220,6 +224,7 @@ NODISCARD static bool use_room(struct projection *projection)
     struct job *job = &projection->job;
     grpc_byte_buffer *message = projection->message;
     projection->message = NULL;
+    projection->record.room_ns = now_ns();
     struct error err;
     enum status status;
     if (atomic_load_explicit(&job->cancelled, memory_order_relaxed)) {
@@ -260,7 +265,7 @@ NODISCARD static enum status place(struct projection *projection,
                                    const struct wire_request *request, struct error *err)
 {
     struct service_context *context = call_context(projection->call);
-    atomic_fetch_add_explicit(&context->counters.shared, 1, memory_order_relaxed);
+    METRICS_ADD(context->metrics, shared, 1);
     if (!context->regions)
         return error_field(err, STATUS_FAILED_PRECONDITION, "shared",
                            "this server shares no memory (shared_memory_listen)");
@@ -295,13 +300,13 @@ enum status projection_start(struct projection *projection, const struct wire_re
                              grpc_byte_buffer *message, bool *running, struct error *err)
 {
     *running = false;
-    projection->request_id = request->request_id;
+    projection->request_id = projection->record.request_id = request->request_id;
     projection->digest_only = request->digest_only;
     bool attention = request->kind == WIRE_OUTPUT_PROJECT;
     projection->activations = attention ? request->attention : request->activations;
     projection->activation_scales = request->activation_scales;
     projection->positions = request->positions;
-    projection->job.received_ns = now_ns();
+    projection->job.received_ns = projection->record.received_ns;
     projection->job.deadline_ns = deadline_ns(projection, request->timeout_us);
     projection->job.connection = call_connection(projection->call);
     enum status status = check(projection, request, err);
@@ -330,13 +335,6 @@ enum status projection_start(struct projection *projection, const struct wire_re
         projection->job.weight = NULL;
     }
     return status;
-}
-
-void projection_count(const struct projection *projection)
-{
-    const struct job *job = &projection->job;
-    service_count(call_context(projection->call), job->error.status);
-    job_count(job, job->error.status);
 }
 
 // ---- a job becomes a response

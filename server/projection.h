@@ -11,13 +11,15 @@
 #include "call.h"
 #include "cut.h"
 #include "placement.h"
+#include "record.h"
 
 enum { PROJECTION_HEAD_BYTES_MAX = 1536 };
 
 struct projection {
-    struct job job;     // its on_done and on_room are the owner's to set
-    struct cut *cut;    // NULL: the job is one
-    uint64_t cut_bytes; // that it counts for in service_context.cut_bytes
+    struct job job;       // its on_done and on_room are the owner's to set
+    struct record record; // begun by the owner, and answered and ended by it
+    struct cut *cut;      // NULL: the job is one
+    uint64_t cut_bytes;   // that it counts for in service_context.cut_bytes
     struct call *call;
     struct weight *weight; // found already, a reference that projection_start takes; NULL: by name
     // Writes all of the response but the output's bytes; NULL: as an EinsumResponse.
@@ -51,10 +53,6 @@ NODISCARD enum status projection_start(struct projection *projection,
 // After on_room or on_done, on the rpc thread: goes on as far as may be. False: it is over, and job.error
 // says how. After a failure nothing is left but to release it.
 NODISCARD bool projection_go_on(struct projection *projection);
-
-// Of a job that is DONE or given up: counts how the request ended, in the daemon's counters and the
-// weight's. Before it is answered or released.
-void projection_count(const struct projection *projection);
 
 // The response of a job that is DONE and went well. Takes the projection: it is released when the
 // message has been sent, or destroyed unsent.

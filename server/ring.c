@@ -32,6 +32,7 @@
 #include "cut.h"
 #include "futex.h"
 #include "placement.h"
+#include "record.h"
 #include "request.h"
 #include "service.h"
 
@@ -46,6 +47,7 @@ _Static_assert((int)WIRE_REGION_BYTES == (int)REGION_NAME_BYTES, "the same names
 struct request {
     struct job job;
     struct cut *cut; // NULL: the job is one
+    struct record record;
     struct placement placement;
     struct ring *ring; // a reference
     uint64_t id;
@@ -214,15 +216,16 @@ static void complete(struct request *request, const struct error *err)
     struct job *job = &request->job;
     struct service_context *context = request->ring->rings->context;
     struct einsum_ring_completion completion = describe(request, err);
+    record_answer(&request->record, context, job, err);
+    request->record.answered_ns = now_ns();
+    record_end(&request->record, context);
     placement_drop(&request->placement);
     if (atomic_load_explicit(&job->state, memory_order_relaxed) != JOB_IDLE)
         batcher_release(context->batcher, job);
     if (request->cut)
         cut_destroy(request->cut);
-    job_count(job, err->status);
     if (job->weight)
         weight_unref(job->weight);
-    service_count(context, err->status);
     post(request, &completion);
 }
 
@@ -309,8 +312,10 @@ check(struct request *request, const struct einsum_ring_submission *submission, 
     struct ring *ring = request->ring;
     struct service_context *context = ring->rings->context;
     struct wire_request *wire = &ring->rings->wire;
-    if (atomic_load_explicit(&ring->rings->draining, memory_order_relaxed))
+    if (atomic_load_explicit(&ring->rings->draining, memory_order_relaxed)) {
+        METRICS_ADD(context->metrics, refused_draining, 1);
         return error_set(err, STATUS_UNAVAILABLE, "draining");
+    }
     enum status status = check_numbers(ring, submission, err);
     if (status != STATUS_OK)
         return status;
@@ -369,6 +374,7 @@ NODISCARD static enum status start_job(struct request *request, struct error *er
     if (at.tokens > 0 && at.tokens < job->operand.tokens)
         return start_cut(request, at, err);
     bool waits;
+    request->record.asked_ns = request->record.room_ns = now_ns(); // unless it waits
     enum status status = batcher_reserve_or_wait(context->batcher, job, &waits, err);
     return status == STATUS_OK && !waits ? fill_and_commit(request, err) : status;
 }
@@ -384,7 +390,7 @@ NODISCARD static enum status start(struct request *request,
     enum status status = check(request, submission, err);
     if (status != STATUS_OK || job->operand.tokens == 0)
         return status;
-    job->received_ns = now_ns();
+    job->received_ns = request->record.received_ns;
     uint64_t most_ns = context->config->deadline_ms_max * 1000000ull;
     uint64_t timeout_ns = submission->timeout_ns;
     job->deadline_ns =
@@ -426,10 +432,14 @@ static void take_entry(struct ring *ring, uint32_t index)
     __asm__ volatile("" : "+m"(submission));
 
     struct service_context *context = ring->rings->context;
-    atomic_fetch_add_explicit(&context->counters.received, 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&context->counters.shared, 1, memory_order_relaxed);
+    METRICS_ADD(context->metrics, shared, 1);
     atomic_fetch_add_explicit(&ring->rings->requests, 1, memory_order_relaxed);
     struct request *request = take_request(ring, submission.id);
+    record_begin(&request->record, context,
+                 submission.op == EINSUM_RING_OUTPUT_PROJECT ? METRICS_OUTPUT_PROJECT
+                                                             : METRICS_EINSUM,
+                 METRICS_RING);
+    request->record.request_id = submission.id;
     struct error err;
     bool running;
     enum status status = start(request, &submission, &running, &err);
@@ -513,6 +523,7 @@ static void go_on(struct request *request)
         batcher_abandon(context->batcher, job);
         status = error_set(&err, STATUS_CANCELLED, "cancelled before launch");
     } else {
+        request->record.room_ns = now_ns();
         status = fill_and_commit(request, &err);
     }
     if (status != STATUS_OK)

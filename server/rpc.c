@@ -170,6 +170,16 @@ static const struct method *find_method(const struct rpc *rpc, grpc_slice path)
     return NULL;
 }
 
+static uint32_t metrics_call_of(const struct rpc *rpc, const struct method *of)
+{
+    size_t i = 0;
+    for (const struct method *const *table = rpc->options.methods; *table; table++)
+        for (const struct method *method = *table; method->path; method++, i++)
+            if (method == of)
+                return rpc->metrics_calls[i];
+    return 0;
+}
+
 static void on_arrived(struct rpc_thread *thread, struct call *call, bool success)
 {
     struct rpc *rpc = thread->rpc;
@@ -188,6 +198,7 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
         grpc_slice_unref(call->details.method);
         grpc_slice_unref(call->details.host);
     }
+    call->metrics_call = metrics_call_of(rpc, call->method);
     bool full = thread->live_n > thread->live_max;
     call_arrived(call, full);
 }
@@ -345,8 +356,11 @@ static grpc_server *create_server(const struct rpc_options *options)
 
 static void register_methods(struct rpc *rpc)
 {
+    size_t i = 0;
     for (const struct method *const *table = rpc->options.methods; *table; table++) {
-        for (const struct method *method = *table; method->path; method++) {
+        for (const struct method *method = *table; method->path; method++, i++) {
+            ASSERT(i < RPC_METHODS_MAX);
+            rpc->metrics_calls[i] = metrics_add_call(rpc->options.metrics, method->path);
             if (!method->message_with_call)
                 continue;
             ASSERT(rpc->registered_n < RPC_REGISTERED_MAX);

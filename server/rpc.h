@@ -6,6 +6,7 @@
 #pragma once
 
 #include "call.h"
+#include "metrics.h"
 
 struct rpc;
 
@@ -18,6 +19,7 @@ struct rpc_options {
     uint32_t reply_timeout_ms;
     const struct method *const *methods; // tables that end with a NULL path; NULL-terminated
     struct service_context *context;
+    struct metrics *metrics;
     // Called on an rpc thread once the server has shut down and no call is left.
     void (*on_drained)(void *drained_context);
     // Called on an rpc thread, after rpc_watch_idle, when the last call has ended of the connection

@@ -7,7 +7,10 @@
 #include "message.h"
 #include "rpc.h"
 
-enum { RPC_REGISTERED_MAX = 4 }; // methods with message_with_call
+enum {
+    RPC_REGISTERED_MAX = 4, // methods with message_with_call
+    RPC_METHODS_MAX = METRICS_CALLS_MAX,
+};
 
 enum tag_kind {
     TAG_ARRIVED,
@@ -53,6 +56,7 @@ struct call {
     struct rpc_thread *thread;
     const struct method *method; // NULL: unknown, or the generic slot before it is known
     const struct method *armed;  // the registered one that this slot waits for; NULL: any other
+    uint32_t metrics_call;       // what its method is to metrics.h
     grpc_call *grpc; // NULL once the call is over: only then does gRPC let go of what it was lent
     uint64_t deadline_ns;
     uint32_t connection; // see call_connection; 0: not asked for yet
@@ -73,7 +77,7 @@ struct call {
     grpc_byte_buffer *received;
     grpc_byte_buffer *sending;
     grpc_byte_buffer *last_message; // of call_finish
-    grpc_metadata trailers[2];
+    grpc_metadata trailers[3];
     grpc_slice status_text;
     int closed_cancelled;
     struct tag tags[TAG_WAKE]; // by kind
@@ -95,6 +99,7 @@ struct rpc {
     void *registered[RPC_REGISTERED_MAX]; // gRPC's handle by index of a message_with_call method
     const struct method *registered_methods[RPC_REGISTERED_MAX];
     size_t registered_n;
+    uint32_t metrics_calls[RPC_METHODS_MAX]; // of each method, counted through all tables
     grpc_server_credentials *credentials;
     _Atomic bool draining;
     _Atomic bool watch_idle;

@@ -136,6 +136,7 @@ static void batch_prepare(struct batcher *batcher, struct batch *batch, uint32_t
 {
     jobs_sort_by_weight(batch->jobs, n);
     uint32_t tokens = 0;
+    batch->weights_n = 0;
     for (uint32_t i = 0; i < n; i++) {
         const struct job *job = batch->jobs[i];
         batch->segments[i] = (struct engine_segment){
@@ -147,8 +148,10 @@ static void batch_prepare(struct batcher *batcher, struct batch *batch, uint32_t
                 job->staged_output_bytes ? (void *)(uintptr_t)job->staged_output : NULL,
         };
         tokens += job->operand.tokens;
-        if (i == 0 || batch->jobs[i - 1]->weight != job->weight)
+        if (i == 0 || batch->jobs[i - 1]->weight != job->weight) {
+            batch->weights_n++;
             atomic_fetch_add_explicit(&job->weight->counters.batches, 1, memory_order_relaxed);
+        }
     }
     uint32_t bucket = bucket_for(&batcher->options, tokens);
     for (uint32_t i = 0; i < n; i++) {
@@ -185,6 +188,15 @@ static void batch_submit(struct batcher *batcher, struct batch *batch)
     batcher->options.ops->submit(batcher->options.engine, lane, &batch->launch);
 }
 
+static void mix_add(struct batcher_mix *mix, uint32_t n)
+{
+    uint32_t bucket = 0;
+    while (bucket < BATCH_MIX_BOUNDS && n > 1u << bucket)
+        bucket++;
+    mix->buckets[bucket]++;
+    mix->sum += n;
+}
+
 // Counts a batch that was dequeued: `keep` jobs of it run, the others are about to be answered.
 static void account_launch_locked(struct batcher *batcher, struct batch *batch, uint32_t keep)
 {
@@ -210,6 +222,8 @@ static void account_launch_locked(struct batcher *batcher, struct batch *batch, 
     stats->padding_tokens += batcher->options.buckets[batch->launch.bucket] - batch->launch.tokens;
     stats->queue_ns += batch->launched_ns - batch->first_commit_ns;
     stats->bucket_batches[batch->launch.bucket]++;
+    mix_add(&stats->batch_requests, keep);
+    mix_add(&stats->batch_weights, batch->weights_n);
 }
 
 // Takes a batch of the queue that may leave now.
@@ -254,10 +268,12 @@ static bool launch_next(struct batcher *batcher)
 
 static void account_phases_locked(struct batcher_stats *stats, const struct engine_result *result)
 {
-    stats->phase_batches += result->kernel_ns > 0;
-    stats->copy_in_ns += result->copy_in_ns;
-    stats->kernel_ns += result->kernel_ns;
-    stats->copy_out_ns += result->copy_out_ns;
+    if (result->kernel_ns == 0)
+        return;
+    stats->phase_batches++;
+    metrics_observe_locked(&stats->copy_in, result->copy_in_ns);
+    metrics_observe_locked(&stats->kernel, result->kernel_ns);
+    metrics_observe_locked(&stats->copy_out, result->copy_out_ns);
 }
 
 static void account_done_locked(struct batcher *batcher, struct batch *batch, uint64_t now)
@@ -271,6 +287,7 @@ static void account_done_locked(struct batcher *batcher, struct batch *batch, ui
         account_phases_locked(&batcher->stats, &batch->result);
         uint64_t run_ns = now - batch->launched_ns, average_ns = batcher->run_ns_average;
         batcher->run_ns_average = average_ns ? (7 * average_ns + run_ns) / 8 : run_ns;
+        metrics_observe_locked(&batcher->stats.run, run_ns);
     }
     if (batch->result.status == STATUS_UNAVAILABLE)
         atomic_store_explicit(&batcher->device_lost, true, memory_order_release);

@@ -1,50 +1,32 @@
 #include "service.h"
 
 #include "batch.h"
+#include "record.h"
 
-void service_count(struct service_context *context, enum status status)
+const char *service_not_ready(const struct service_context *context)
 {
-    struct service_counters *counters = &context->counters;
-    _Atomic uint64_t *counter;
-    switch (status) {
-    case STATUS_OK:
-        counter = &counters->answered;
-        break;
-    case STATUS_RESOURCE_EXHAUSTED:
-    case STATUS_UNAVAILABLE:
-        counter = &counters->refused;
-        break;
-    case STATUS_INVALID_ARGUMENT:
-    case STATUS_NOT_FOUND:
-    case STATUS_UNIMPLEMENTED:
-    case STATUS_ALREADY_EXISTS:
-    case STATUS_PERMISSION_DENIED:
-    case STATUS_FAILED_PRECONDITION:
-    case STATUS_OUT_OF_RANGE:
-    case STATUS_UNAUTHENTICATED:
-        counter = &counters->invalid;
-        break;
-    case STATUS_DEADLINE_EXCEEDED:
-        counter = &counters->expired;
-        break;
-    case STATUS_CANCELLED:
-    case STATUS_ABORTED:
-        counter = &counters->cancelled;
-        break;
-    case STATUS_UNKNOWN:
-    case STATUS_INTERNAL:
-    case STATUS_DATA_LOSS:
-    default:
-        counter = &counters->failed;
-        break;
-    }
-    atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
+    if (batcher_device_lost(context->batcher))
+        return "device lost";
+    return atomic_load_explicit(&context->draining, memory_order_relaxed) ? "draining" : NULL;
 }
 
-bool service_ready(const struct service_context *context)
+void service_read_metadata(struct call *call, struct record *record)
 {
-    return !atomic_load_explicit(&context->draining, memory_order_relaxed) &&
-           !batcher_device_lost(context->batcher);
+    const char *value;
+    size_t bytes;
+    if (call_context(call)->tracer && call_metadata(call, "traceparent", &value, &bytes))
+        trace_parse(value, bytes, &record->trace);
+    record->timing =
+        call_metadata(call, "einsumd-timing", &value, &bytes) && bytes == 1 && value[0] == '1';
+}
+
+void service_add_timing(struct call *call, const struct record *record)
+{
+    if (!record->timing)
+        return;
+    char text[RECORD_TIMING_BYTES];
+    record_timing(record, text);
+    call_add_trailer(call, "einsumd-timing", text);
 }
 
 // ---- slow work

@@ -7,27 +7,20 @@
 #include "control.h"
 #include "engine.h"
 #include "message.h"
+#include "metrics.h"
 #include "placement.h"
 
 struct batcher;
 struct config;
+struct gpus;
+struct record;
 struct health;
+struct http;
 struct listener;
 struct rings;
 struct sharing;
+struct tracer;
 struct weights;
-
-// Requests by how they ended. Relaxed: each is a number to look at, none guards anything.
-struct service_counters {
-    _Atomic uint64_t received;
-    _Atomic uint64_t shared;    // of those, with tensors in shared memory
-    _Atomic uint64_t answered;  // with an output or a digest
-    _Atomic uint64_t refused;   // RESOURCE_EXHAUSTED, UNAVAILABLE
-    _Atomic uint64_t invalid;   // the caller's mistakes
-    _Atomic uint64_t expired;   // DEADLINE_EXCEEDED
-    _Atomic uint64_t cancelled; // by the caller
-    _Atomic uint64_t failed;    // ours
-};
 
 struct service_context {
     const struct config *config; // every "automatic" resolved
@@ -39,24 +32,32 @@ struct service_context {
     struct control *control; // runs what may block: loads, self-tests
     struct health *health;
     struct listener *listener;
+    struct listener *http_listener; // NULL, as the next: no HTTP
+    struct http *http;
+    struct gpus *gpus;       // looked at by the main thread; may be NULL
     struct regions *regions; // NULL, as the next two: no memory is shared
     struct rings *rings;
     struct sharing *sharing;
     uint64_t message_bytes_max; // received
     uint64_t reply_bytes_max;
     uint64_t started_ns;
-    struct service_counters counters;
+    struct metrics *metrics;
+    struct tracer *tracer;              // NULL: off
+    _Atomic uint64_t requests_answered; // well, as far as the request log counts them
     struct copy_counters copies;
     _Atomic uint64_t copied_bytes; // of outputs copied out of batches and not yet sent
     _Atomic uint64_t cut_bytes;    // of requests larger than a batch: messages and outputs
     _Atomic bool draining;
+    uint64_t scrapes, scrape_ns; // of scrape.c
 };
 
-// Counts one request by the status that it ended with.
-void service_count(struct service_context *context, enum status status);
+// Reads what a call's metadata ask of its request: traceparent, einsumd-timing.
+void service_read_metadata(struct call *call, struct record *record);
+// The trailer, if it was asked for. Before call_finish.
+void service_add_timing(struct call *call, const struct record *record);
 
-// Serving: neither draining nor without its device.
-bool service_ready(const struct service_context *context);
+// NULL while requests are served; else why not: "draining", "device lost".
+const char *service_not_ready(const struct service_context *context);
 
 // Slow work on behalf of a call, part of its state: done on a control thread, while the call is
 // held. Then it is woken.

@@ -8,16 +8,21 @@
 
 // ---- Einsum, OutputProject
 
+static enum metrics_method method_of(enum wire_kind kind)
+{
+    return kind == WIRE_OUTPUT_PROJECT ? METRICS_OUTPUT_PROJECT : METRICS_EINSUM;
+}
+
 static void on_unary_message(struct call *call, grpc_byte_buffer *message, enum wire_kind kind)
 {
-    struct projection *projection = unary_begin(call, sizeof *projection);
+    struct projection *projection = unary_begin(call, sizeof *projection, method_of(kind));
     struct projection_bytes bytes = projection_bytes(message);
     struct wire_request request;
     struct error err;
     if (wire_read_request(bytes.slices, bytes.slices_n, kind, &request, &err) == STATUS_OK)
         unary_start(projection, &request, message);
     else
-        unary_fail(call, &err);
+        unary_fail(projection, &err);
 }
 
 static void on_einsum_message(struct call *call, grpc_byte_buffer *message)
@@ -41,6 +46,7 @@ struct item {
 
 struct outgoing {
     grpc_byte_buffer *message;
+    struct record record;
     struct outgoing *next;
 };
 
@@ -50,6 +56,8 @@ struct stream {
     _Atomic(struct item *) done; // stack, filled by the scheduler
     struct item *running;
     struct outgoing *first, **last; // waiting to be sent
+    struct trace_context trace;     // of all requests
+    struct record sent;             // of what is being sent
     uint32_t in_flight;             // running, waiting to be sent, or being sent
     bool reading, sending, half_closed, draining;
     bool broken; // nothing more will be answered
@@ -64,9 +72,13 @@ static void on_stream_start(struct call *call)
         call_finish(call, NULL, &err);
         return;
     }
+    METRICS_ADD(call_context(call)->metrics, streams_opened, 1);
     stream->call = call;
     stream->last = &stream->first;
     stream->reading = true; // the first message is asked for by itself
+    struct record asked = {0};
+    service_read_metadata(call, &asked);
+    stream->trace = asked.trace;
     call_set_state(call, stream);
 }
 
@@ -86,6 +98,7 @@ static void drop_outgoing(struct stream *stream)
     struct outgoing *outgoing;
     while ((outgoing = take_outgoing(stream)) != NULL) {
         grpc_byte_buffer_destroy(outgoing->message);
+        record_end(&outgoing->record, call_context(stream->call));
         free(outgoing);
         stream->in_flight--;
     }
@@ -104,19 +117,24 @@ static void send_next(struct stream *stream)
 {
     while (!stream->sending && stream->first) {
         struct outgoing *outgoing = take_outgoing(stream);
+        stream->sent = outgoing->record;
         stream->sending = call_send(stream->call, outgoing->message);
-        if (!stream->sending)
-            stream->in_flight--; // the call is over, and so is the message
+        if (!stream->sending) { // the call is over, and so is the message
+            record_end(&stream->sent, call_context(stream->call));
+            stream->in_flight--;
+        }
         free(outgoing);
     }
 }
 
 // `message` counts as in flight already.
-static void answer(struct stream *stream, grpc_byte_buffer *message)
+static void answer(struct stream *stream, grpc_byte_buffer *message, struct record *record)
 {
+    record->answered_ns = now_ns();
     struct outgoing *outgoing = stream->broken ? NULL : malloc(sizeof *outgoing);
     if (!outgoing) {
         grpc_byte_buffer_destroy(message);
+        record_end(record, call_context(stream->call));
         stream->in_flight--;
         if (!stream->broken) { // an answer is lost: the caller must hear of it
             struct error err;
@@ -126,7 +144,7 @@ static void answer(struct stream *stream, grpc_byte_buffer *message)
         }
         return;
     }
-    *outgoing = (struct outgoing){.message = message};
+    *outgoing = (struct outgoing){.message = message, .record = *record};
     *stream->last = outgoing;
     stream->last = &outgoing->next;
     send_next(stream);
@@ -196,14 +214,15 @@ static void collect(struct item *item)
         return;
     struct error err = projection->job.error;
     unlink_running(item);
-    projection_count(projection);
+    record_answer(&projection->record, call_context(stream->call), &projection->job, &err);
+    struct record record = projection->record; // the item may be gone before its reply
     if (err.status == STATUS_OK) {
-        answer(stream, projection_respond(projection));
+        answer(stream, projection_respond(projection), &record);
         return;
     }
     uint64_t request_id = projection->request_id;
     projection_release(projection);
-    answer(stream, projection_respond_error(request_id, &err));
+    answer(stream, projection_respond_error(request_id, &err), &record);
 }
 
 static void on_stream_wake(struct call *call)
@@ -225,23 +244,26 @@ static void on_stream_wake(struct call *call)
     go_on(stream);
 }
 
-static void refuse_request(struct stream *stream, uint64_t request_id, const struct error *err)
+static void refuse_request(struct stream *stream, uint64_t request_id, struct record *record,
+                           const struct error *err)
 {
-    service_count(call_context(stream->call), err->status);
-    answer(stream, projection_respond_error(request_id, err));
+    record_answer(record, call_context(stream->call), NULL, err);
+    answer(stream, projection_respond_error(request_id, err), record);
 }
 
+// `record`: begun.
 static void start_item(struct stream *stream, const struct wire_request *request,
-                       grpc_byte_buffer *message)
+                       struct record *record, grpc_byte_buffer *message)
 {
     struct error err;
     struct item *item = calloc(1, sizeof *item);
     if (!item) {
         error_set(&err, STATUS_RESOURCE_EXHAUSTED, "no memory for a request");
-        refuse_request(stream, request->request_id, &err);
+        refuse_request(stream, request->request_id, record, &err);
         return;
     }
     item->stream = stream;
+    item->projection.record = *record;
     item->projection.call = stream->call;
     item->projection.streamed = true;
     item->projection.job.on_done = on_stream_job;
@@ -252,11 +274,12 @@ static void start_item(struct stream *stream, const struct wire_request *request
     if (status == STATUS_OK && running)
         return;
     unlink_running(item);
+    *record = item->projection.record;
     if (status == STATUS_OK) {
-        service_count(call_context(stream->call), STATUS_OK);
-        answer(stream, projection_respond_empty(&item->projection));
+        record_answer(record, call_context(stream->call), NULL, NULL);
+        answer(stream, projection_respond_empty(&item->projection), record);
     } else {
-        refuse_request(stream, request->request_id, &err);
+        refuse_request(stream, request->request_id, record, &err);
     }
     free(item);
 }
@@ -271,23 +294,29 @@ static void on_stream_message(struct call *call, grpc_byte_buffer *message)
         return;
     }
     struct service_context *context = call_context(call);
-    atomic_fetch_add_explicit(&context->counters.received, 1, memory_order_relaxed);
+    struct record record;
+    record_begin(&record, context, METRICS_EINSUM, METRICS_STREAM); // of which kind, it will say
+    record.trace = stream->trace;
     struct projection_bytes bytes = projection_bytes(message);
     struct wire_request request;
     struct error err;
     if (wire_read_stream_request(bytes.slices, bytes.slices_n, &request, &err) != STATUS_OK) {
         // Without its request_id no response can be matched to it, so the stream ends.
-        service_count(context, err.status);
+        record_answer(&record, context, NULL, &err);
+        record_end(&record, context);
         call_finish(call, NULL, &err);
         break_stream(stream);
         return;
     }
     stream->in_flight++;
+    record.method = method_of(request.kind);
+    record.request_id = request.request_id;
     if (stream->draining) {
+        METRICS_ADD(context->metrics, refused_draining, 1);
         error_set(&err, STATUS_UNAVAILABLE, "draining");
-        refuse_request(stream, request.request_id, &err);
+        refuse_request(stream, request.request_id, &record, &err);
     } else {
-        start_item(stream, &request, message);
+        start_item(stream, &request, &record, message);
     }
     go_on(stream);
 }
@@ -297,6 +326,8 @@ static void on_stream_sent(struct call *call)
     struct stream *stream = call_state(call);
     stream->sending = false;
     stream->in_flight--;
+    stream->sent.left_ns = now_ns();
+    record_end(&stream->sent, call_context(call));
     send_next(stream);
     go_on(stream);
 }
@@ -321,6 +352,11 @@ static void on_stream_end(struct call *call)
 {
     struct stream *stream = call_state(call);
     ASSERT(!stream || (!stream->running && !stream->first));
+    if (!stream)
+        return;
+    if (stream->sending) // the call's end was on its way, and nobody told of the last message
+        record_end(&stream->sent, call_context(call));
+    METRICS_ADD(call_context(call)->metrics, streams_ended, 1);
     free(stream);
 }
 
@@ -331,6 +367,7 @@ const struct method service_einsum_methods[] = {
         .on_message = on_einsum_message,
         .on_wake = unary_on_wake,
         .on_cancel = unary_on_cancel,
+        .on_end = unary_on_end,
     },
     {
         .path = "/einsum.v1.Einsum/OutputProject",
@@ -338,6 +375,7 @@ const struct method service_einsum_methods[] = {
         .on_message = on_output_project_message,
         .on_wake = unary_on_wake,
         .on_cancel = unary_on_cancel,
+        .on_end = unary_on_end,
     },
     {
         .path = "/einsum.v1.Einsum/EinsumStream",

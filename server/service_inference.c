@@ -62,7 +62,7 @@ static void start(struct inference *inference, struct projection_bytes bytes,
     struct error err;
     if (listed && convert(bytes, infer, request, &converted, &err) != STATUS_OK) {
         weight_unref(inference->projection.weight);
-        unary_fail(inference->projection.call, &err);
+        unary_fail(&inference->projection, &err);
         return;
     }
     unary_start(&inference->projection, request, listed ? converted : message);
@@ -72,7 +72,7 @@ static void start(struct inference *inference, struct projection_bytes bytes,
 
 static void on_model_infer(struct call *call, grpc_byte_buffer *message)
 {
-    struct inference *inference = unary_begin(call, sizeof *inference);
+    struct inference *inference = unary_begin(call, sizeof *inference, METRICS_MODEL_INFER);
     inference->projection.write_head = write_head;
     struct projection_bytes bytes = projection_bytes(message);
     struct wire_infer infer;
@@ -88,7 +88,7 @@ static void on_model_infer(struct call *call, grpc_byte_buffer *message)
         status = inference_translate(&infer, weight, &request, &listed, &err);
     if (status != STATUS_OK) {
         weight_unref(weight);
-        unary_fail(call, &err);
+        unary_fail(&inference->projection, &err);
         return;
     }
     strcpy(inference->id, infer.id);
@@ -104,6 +104,7 @@ const struct method service_inference_methods[] = {
         .on_message = on_model_infer,
         .on_wake = unary_on_wake,
         .on_cancel = unary_on_cancel,
+        .on_end = unary_on_end,
     },
     {0},
 };

@@ -22,16 +22,18 @@ static Einsum__V1__Counters read_counters(struct service_context *context,
                                           struct batcher_stats *batches,
                                           const struct engine_info *engine)
 {
-    struct service_counters *counters = &context->counters;
+    struct metrics_values values;
+    metrics_read(context->metrics, &values);
+    struct metrics_ends ends = metrics_ends(&values);
     struct listener_stats connections = listener_stats(context->listener);
     Einsum__V1__Counters message = EINSUM__V1__COUNTERS__INIT;
-    message.requests = atomic_load_explicit(&counters->received, memory_order_relaxed);
-    message.answered = atomic_load_explicit(&counters->answered, memory_order_relaxed);
-    message.refused = atomic_load_explicit(&counters->refused, memory_order_relaxed);
-    message.invalid = atomic_load_explicit(&counters->invalid, memory_order_relaxed);
-    message.expired = atomic_load_explicit(&counters->expired, memory_order_relaxed);
-    message.cancelled = atomic_load_explicit(&counters->cancelled, memory_order_relaxed);
-    message.failed = atomic_load_explicit(&counters->failed, memory_order_relaxed);
+    message.requests = values.received;
+    message.answered = ends.answered;
+    message.refused = ends.refused;
+    message.invalid = ends.invalid;
+    message.expired = ends.expired;
+    message.cancelled = ends.cancelled;
+    message.failed = ends.failed;
     message.batches = batches->batches;
     message.batch_tokens = batches->tokens;
     message.batch_padding_tokens = batches->padding_tokens;
@@ -41,9 +43,9 @@ static Einsum__V1__Counters read_counters(struct service_context *context,
     message.connections_refused = connections.refused;
     message.queue_ns = batches->queue_ns;
     message.phase_batches = batches->phase_batches;
-    message.copy_in_ns = batches->copy_in_ns;
-    message.kernel_ns = batches->kernel_ns;
-    message.copy_out_ns = batches->copy_out_ns;
+    message.copy_in_ns = batches->copy_in.sum_ns;
+    message.kernel_ns = batches->kernel.sum_ns;
+    message.copy_out_ns = batches->copy_out.sum_ns;
     message.graph_replays = engine->graph_replays;
     message.eager_launches = engine->eager_launches;
     message.bucket_batches = batches->bucket_batches;
@@ -51,7 +53,7 @@ static Einsum__V1__Counters read_counters(struct service_context *context,
     message.copied_in_bytes = atomic_load_explicit(&context->copies.in_bytes, memory_order_relaxed);
     message.copied_out_bytes =
         atomic_load_explicit(&context->copies.out_bytes, memory_order_relaxed);
-    message.shared_requests = atomic_load_explicit(&counters->shared, memory_order_relaxed);
+    message.shared_requests = values.shared;
     message.ring_requests = context->rings ? rings_stats(context->rings).requests : 0;
     return message;
 }
@@ -134,7 +136,7 @@ static const char *state_name(const struct service_context *context)
 {
     if (batcher_device_lost(context->batcher))
         return "device_lost";
-    return service_ready(context) ? "serving" : "draining";
+    return service_not_ready(context) ? "draining" : "serving";
 }
 
 static Einsum__V1__Library library(const char *name, const char *version)

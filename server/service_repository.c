@@ -26,7 +26,7 @@ static void finish_repository_index(struct call *call)
 {
     struct inference_models list = {0};
     weights_visit(call_context(call)->weights, inference_models_add, &list);
-    bool ready = service_ready(call_context(call));
+    bool ready = !service_not_ready(call_context(call));
     Inference__RepositoryIndexResponse__ModelIndex *models = calloc(list.n + 1, sizeof *models);
     Inference__RepositoryIndexResponse__ModelIndex **pointers =
         calloc(list.n + 1, sizeof *pointers);

@@ -118,6 +118,17 @@ uint64_t call_deadline_ns(const struct call *call)
     return UINT64_MAX;
 }
 
+bool call_metadata(const struct call *call, const char *key, const char **value, size_t *bytes)
+{
+    (void)call, (void)key, (void)value, (void)bytes;
+    return false;
+}
+
+void call_add_trailer(struct call *call, const char *key, const char *text)
+{
+    (void)call, (void)key, (void)text;
+}
+
 // ---- the rpc thread's side
 
 static inline const struct method *fake_method(const struct method *methods, const char *path)

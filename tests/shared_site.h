@@ -189,6 +189,7 @@ static void start_with(bool direct)
     site.config.request_tokens_max = TOKENS_MAX;
     site.context.config = &site.config;
     site.context.engine_ops = &ops;
+    ASSERT(metrics_create(&site.context.metrics, &err) == STATUS_OK);
     make_weights();
     make_batcher();
     const struct regions_options regions = {
@@ -282,6 +283,7 @@ __attribute__((unused)) static void stop(void)
     batcher_destroy(site.context.batcher);
     weights_destroy(site.context.weights);
     ops.close(site.context.engine);
+    metrics_destroy(site.context.metrics);
     config_deinit(&site.config);
     folder_remove(site.directory);
 }

@@ -832,9 +832,9 @@ START_TEST(batches_are_counted_by_bucket_and_phase)
     ck_assert_uint_eq(end.bucket_batches[2], 3);
     ck_assert_uint_eq(end.bucket_batches[3], 1);
     ck_assert_uint_eq(end.phase_batches, 3); // the first, third and fifth
-    ck_assert_uint_eq(end.copy_in_ns, 1 + 4 + 3);
-    ck_assert_uint_eq(end.kernel_ns, 10 * (1 + 4 + 3));
-    ck_assert_uint_eq(end.copy_out_ns, 100 * (1 + 4 + 3));
+    ck_assert_uint_eq(end.copy_in.sum_ns, 1 + 4 + 3);
+    ck_assert_uint_eq(end.kernel.sum_ns, 10 * (1 + 4 + 3));
+    ck_assert_uint_eq(end.copy_out.sum_ns, 100 * (1 + 4 + 3));
     // What failed has no phases.
     commit(0, 1);
     wait_submitted(6);
@@ -845,7 +845,7 @@ START_TEST(batches_are_counted_by_bucket_and_phase)
     fake_complete(&engine, 6, STATUS_INTERNAL);
     wait_release(0, STATUS_INTERNAL);
     ck_assert_uint_eq(stats().phase_batches, 3);
-    ck_assert_uint_eq(stats().kernel_ns, 80);
+    ck_assert_uint_eq(stats().kernel.sum_ns, 80);
 }
 END_TEST
 

@@ -67,6 +67,12 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.cut_bytes_max, 0);
     ck_assert_uint_eq(config.deadline_ms_max, 60000);
     ck_assert_uint_eq(config.reply_timeout_ms, 10000);
+    ck_assert_str_eq(config.http_listen, "");
+    ck_assert_uint_eq(config.http_connections_max, 64);
+    ck_assert_int_eq(config.request_log, CONFIG_REQUEST_LOG_OFF);
+    ck_assert_uint_eq(config.request_log_sample, 1);
+    ck_assert_str_eq(config.trace_endpoint, "");
+    ck_assert_uint_eq(config.trace_sample, 0);
     ck_assert_uint_eq(config.weights_roots_n, 0);
     ck_assert_uint_eq(config.weights_n, 0);
     ck_assert_uint_eq(config.ropes_n, 0);
@@ -100,6 +106,9 @@ static const char everything[] =
     " \"shared_connection_regions_max\": 16, \"shared_regions_max\": 29,"
     " \"shared_region_bytes_max\": 8192, \"shared_bytes_max\": 16384,"
     " \"shared_memory_cuda\": true, \"ring_entries_max\": 128, \"ring_spin_us\": 30,"
+    " \"http_listen\": \"127.0.0.1:2\", \"http_connections_max\": 31,"
+    " \"request_log\": \"errors\", \"request_log_sample\": 32,"
+    " \"trace_endpoint\": \"http://a:1/v1/traces\", \"trace_sample\": 33,"
     " \"engine\": \"null\", \"kernel\": \"avx2\","
     " \"compute_threads\": 6, \"lanes\": 7, \"phase_sample\": 27,"
     " \"request_tokens_max\": 8, \"batch_tokens_max\": 24,"
@@ -132,6 +141,16 @@ static void ck_shared(const struct config *config)
     ck_assert_uint_eq(config->ring_spin_us, 30);
 }
 
+static void ck_looking_on(const struct config *config)
+{
+    ck_assert_str_eq(config->http_listen, "127.0.0.1:2");
+    ck_assert_uint_eq(config->http_connections_max, 31);
+    ck_assert_int_eq(config->request_log, CONFIG_REQUEST_LOG_ERRORS);
+    ck_assert_uint_eq(config->request_log_sample, 32);
+    ck_assert_str_eq(config->trace_endpoint, "http://a:1/v1/traces");
+    ck_assert_uint_eq(config->trace_sample, 33);
+}
+
 static void ck_everything(const struct config *config)
 {
     ck_assert_uint_eq(config->listen_n, 3);
@@ -146,6 +165,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->calls_max, 25);
     ck_assert_uint_eq(config->transport_bytes_max, 26);
     ck_shared(config);
+    ck_looking_on(config);
     ck_assert_str_eq(config->engine, "null");
     ck_assert_str_eq(config->kernel, "avx2");
     ck_assert_uint_eq(config->compute_threads, 6);
@@ -442,6 +462,13 @@ static const struct {
     {"{\"listen\": [\"unix:/a\"], \"shared_memory_listen\": \"unix:/a\"}", "shared_memory_listen",
      "the same as listen[0]"},
     {"{\"listen\": [\"unix:/a:0\", \"unix:/a:0\"]}", "listen[1]", "the same as listen[0]"},
+    {"{\"request_log\": \"some\"}", "request_log", "one of \"off\", \"errors\", \"all\""},
+    {"{\"request_log_sample\": 0}", "request_log_sample", "got 0"},
+    {"{\"trace_endpoint\": \"collector:4318\"}", "trace_endpoint", "expected \"http://"},
+    {"{\"http_listen\": \"localhost\"}", "http_listen", "expected \"HOST:PORT\""},
+    {"{\"listen\": [\"a:1\"], \"http_listen\": \"a:1\"}", "http_listen", "the same as listen[0]"},
+    {"{\"shared_memory_listen\": \"unix:/a\", \"http_listen\": \"unix:/a\"}", "http_listen",
+     "the same as shared_memory_listen"},
 };
 
 START_TEST(what_is_wrong_is_named)

@@ -182,9 +182,11 @@ START_TEST(requests_go_round)
     // No byte of a tensor is copied, unless the engine cannot reach it.
     ck_assert_uint_eq(site.context.copies.in_bytes, _i == 0 ? 0 : in);
     ck_assert_uint_eq(site.context.copies.out_bytes, _i == 0 ? 0 : out);
-    ck_assert_uint_eq(site.context.counters.received, 1000);
-    ck_assert_uint_eq(site.context.counters.answered, 1000);
-    ck_assert_uint_eq(site.context.counters.shared, 1000);
+    struct metrics_values values;
+    metrics_read(site.context.metrics, &values);
+    ck_assert_uint_eq(values.received, 1000);
+    ck_assert_uint_eq(metrics_ends(&values).answered, 1000);
+    ck_assert_uint_eq(values.shared, 1000);
     ck_assert_uint_eq(rings_stats(site.context.rings).requests, 1000);
     ck_assert_uint_eq(rings_stats(site.context.rings).rings, 1);
     leave(&caller);
@@ -454,7 +456,9 @@ START_TEST(late_requests_are_told_so)
         late = late || this_one;
     }
     ck_assert(late);
-    ck_assert_uint_eq(site.context.counters.expired, 1);
+    struct metrics_values values;
+    metrics_read(site.context.metrics, &values);
+    ck_assert_uint_eq(metrics_ends(&values).expired, 1);
     leave(&caller);
 }
 END_TEST

@@ -622,9 +622,9 @@ static void print_row(const struct row *row)
            "copy out %.1f us\n",
            (unsigned long long)stats->batches, mean_us(stats->queue_ns, stats->batches),
            (unsigned long long)stats->phase_batches,
-           mean_us(stats->copy_in_ns, stats->phase_batches),
-           mean_us(stats->kernel_ns, stats->phase_batches),
-           mean_us(stats->copy_out_ns, stats->phase_batches));
+           mean_us(stats->copy_in.sum_ns, stats->phase_batches),
+           mean_us(stats->kernel.sum_ns, stats->phase_batches),
+           mean_us(stats->copy_out.sum_ns, stats->phase_batches));
     printf("         numbers %s, bar %s\n", row->numbers_ok ? "right" : "WRONG",
            ops->polled ? (row->bar_held ? "held" : "MISSED") : "for a GPU only");
     fflush(stdout);

@@ -132,7 +132,9 @@ class Daemon:
         return event
 
     def wait_ready(self) -> None:
-        self.listening = self.wait_event("ready")["listen"].split(",")
+        ready = self.wait_event("ready")
+        self.listening = ready["listen"].split(",")
+        self.http_address = ready.get("http_listen", "")  # "": none
 
     @property
     def address(self) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import struct
 import subprocess
 import zlib
 from pathlib import Path
@@ -345,6 +346,46 @@ def test_bench(ctl: Ctl, small: Site) -> None:
         assert word in text
     result = ctl.json("bench", "--requests", 50, "--duration", 60, "--warmup", 0)
     assert result["calls"] == 50
+
+
+def png_size(file: Path) -> tuple[int, int]:
+    raw = file.read_bytes()
+    assert raw.startswith(b"\x89PNG\r\n\x1a\n") and raw[-8:-4] == b"IEND"
+    return struct.unpack(">II", raw[16:24])
+
+
+def test_bench_plot(ctl: Ctl, tmp_path: Path) -> None:
+    """Drawn beside the usual result, over what was there, whatever the file is called."""
+    file = tmp_path / "it's \"my\" $(latency) `plot`.png"
+    file.write_text("old")
+    result = ctl.json("bench", "--duration", 1, "--warmup", 0, "--plot", file)
+    assert result["calls"] > 0
+    assert png_size(file) == (1200, 500)
+    assert file.stat().st_size > 5000  # an empty picture is smaller
+    short = tmp_path / "short.png"
+    ctl("bench", "--requests", 3, "--warmup", 0, "--plot", short)
+    assert png_size(short) == (1200, 500)
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, short.name}
+
+
+def test_bench_plot_refused(small: Site, tmp_path: Path) -> None:
+    """Found out before the run, not after."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    file = tmp_path / "a.png"
+    cases = [
+        (["--plot", file], {"PATH": str(empty)}, "gnuplot is not installed"),
+        (["--plot", tmp_path / "a.jpg"], {}, "ends in .png"),
+        (["--plot", tmp_path / "none" / "a.png"], {}, "No such file or directory"),
+    ]
+    for arguments, extra, text in cases:
+        result = subprocess.run(
+            [EINSUMCTL, "--endpoint", small.daemon.address, "bench", "--duration", "600",
+             *map(str, arguments)],
+            capture_output=True, text=True, timeout=seconds(30), env=environment(extra),
+        )  # fmt: skip
+        assert result.returncode == 2 and text in result.stderr, result.stderr
+        assert not result.stdout and not file.exists()
 
 
 def test_bench_says_what_the_server_did(ctl: Ctl, small: Site) -> None:
