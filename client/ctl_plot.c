@@ -69,37 +69,57 @@ static void put_quoted(FILE *gnuplot, const char *text)
     putc('\'', gnuplot);
 }
 
+// Ranges are ours to give: where all values are one, gnuplot finds none, and complains.
+
 // x is 1 / (1 - share): p90 is 10, p99 is 100, and so on.
 static void put_latency(FILE *gnuplot, const struct bench_histogram *latency)
 {
+    double least = (double)bench_histogram_at(latency, 0) / 1000,
+           most = (double)latency->max / 1000;
+    double last = latency->total > 2 ? (double)latency->total : 2;
+    fprintf(gnuplot, "set xrange [1:%.6g]\nset yrange [%.6g:%.6g]\n", last, least / 1.1 + 1e-3,
+            most * 1.1 + 2e-3);
     fputs(
         "set logscale x 10\nset logscale y 10\nset xlabel 'percentile'\nset ylabel 'latency, us'\n"
         "set xtics ('p50' 2, 'p90' 10, 'p99' 100, 'p99.9' 1000, 'p99.99' 10000, "
         "'p99.999' 100000)\n"
         "plot '-' using 1:2 with lines linewidth 2 notitle\n",
         gnuplot);
-    double last = latency->total > 1 ? (double)latency->total : 2;
-    for (double x = 1; x < last; x *= 1.05) {
-        double us = (double)bench_histogram_at(latency, 1 - 1 / x) / 1000;
-        if (us > 0)
-            fprintf(gnuplot, "%.6g %.6g\n", x, us);
+    double x = 1;
+    while (x < last) {
+        fprintf(gnuplot, "%.6g %.6g\n", x,
+                (double)bench_histogram_at(latency, 1 - 1 / x) / 1000 + 1e-3);
+        x *= 1.05;
     }
-    fprintf(gnuplot, "%.6g %.6g\ne\n", last, (double)latency->max / 1000);
+    fprintf(gnuplot, "%.6g %.6g\ne\n", last, most + 1e-3);
+}
+
+static double seconds_at(const struct ctl_plot_points *points, uint32_t i)
+{
+    return (double)(points->points[i].at_ns - points->points[0].at_ns) / 1e9;
+}
+
+// Of the calls between a point and the one before; counts begin anew after the warm-up.
+static double rate_at(const struct ctl_plot_points *points, uint32_t i)
+{
+    const struct ctl_plot_point *from = &points->points[i - 1], *to = &points->points[i];
+    double s = (double)(to->at_ns - from->at_ns) / 1e9;
+    return s > 0 && to->calls >= from->calls ? (double)(to->calls - from->calls) / s : 0;
 }
 
 static void put_rate(FILE *gnuplot, const struct ctl_plot_points *points)
 {
-    fputs("unset logscale\nset xtics auto\nset yrange [0:*]\nset xlabel 'seconds'\n"
-          "set ylabel 'calls a second'\nplot '-' using 1:2 with lines linewidth 2 notitle\n",
+    double most = 1;
+    for (uint32_t i = 1; i < points->n; i++)
+        if (rate_at(points, i) > most)
+            most = rate_at(points, i);
+    fprintf(gnuplot, "unset logscale\nset xrange [0:%.6g]\nset yrange [0:%.6g]\n",
+            seconds_at(points, points->n - 1) + 1e-3, most * 1.1);
+    fputs("set xtics auto\nset xlabel 'seconds'\nset ylabel 'calls a second'\n"
+          "plot '-' using 1:2 with lines linewidth 2 notitle\n",
           gnuplot);
-    for (uint32_t i = 1; i < points->n; i++) {
-        const struct ctl_plot_point *from = &points->points[i - 1], *to = &points->points[i];
-        double s = (double)(to->at_ns - from->at_ns) / 1e9;
-        if (s <= 0 || to->calls < from->calls)
-            continue;
-        fprintf(gnuplot, "%.6g %.6g\n", (double)(to->at_ns - points->points[0].at_ns) / 1e9,
-                (double)(to->calls - from->calls) / s);
-    }
+    for (uint32_t i = 1; i < points->n; i++)
+        fprintf(gnuplot, "%.6g %.6g\n", seconds_at(points, i), rate_at(points, i));
     fputs("e\n", gnuplot);
 }
 

@@ -127,7 +127,8 @@ static const struct route {
 // without reading one.
 static enum MHD_Result answer(void *argument, struct MHD_Connection *connection, const char *path,
                               const char *method, const char *version, const char *body,
-                              size_t *body_bytes, void **state)
+                              size_t *body_bytes, // NOLINT(readability-*): MHD's signature
+                              void **state)
 {
     (void)version, (void)body, (void)body_bytes, (void)state;
     if (strcmp(method, MHD_HTTP_METHOD_GET) != 0 && strcmp(method, MHD_HTTP_METHOD_HEAD) != 0)

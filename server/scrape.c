@@ -400,16 +400,17 @@ static uint64_t open_fds(void)
     return n - 1; // the directory's own
 }
 
+// The second number of statm, in pages.
 static uint64_t resident_bytes(void)
 {
+    char text[128];
     FILE *statm = fopen("/proc/self/statm", "re");
-    unsigned long long all = 0, resident = 0;
-    if (statm) {
-        if (fscanf(statm, "%llu %llu", &all, &resident) != 2)
-            resident = 0;
-        fclose(statm);
-    }
-    return resident * (uint64_t)sysconf(_SC_PAGESIZE);
+    if (!statm)
+        return 0;
+    bool read = fgets(text, sizeof text, statm) != NULL;
+    fclose(statm);
+    const char *resident = read ? strchr(text, ' ') : NULL;
+    return resident ? strtoull(resident, NULL, 10) * (uint64_t)sysconf(_SC_PAGESIZE) : 0;
 }
 
 static void write_process(struct scrape *scrape)
