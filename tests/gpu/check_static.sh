@@ -59,10 +59,12 @@ rows, ok = [], int((build / "smem").read_text()) <= LIMIT
 print(f"{'kernel':<16} {'registers':>9} {'stack':>6} {'spilled':>8} {'QMMA.SF':>8} {'QMMA':>6} "
       f"{'HMMA':>6} {'local':>6} {'all':>7}")
 for mangled, count in sorted(opcodes.items()):
-    found = re.search(r"(attention|decode|prefill)_kernel(?:I(?:Lb0E)?Li(\d+)E)?", mangled)
+    found = re.search(r"(attention|decode|prefill)_kernel(?:IL\w+?formE(\d)ELi(\d+)E)?", mangled)
     if not found:
         continue
-    short = found[1] + (f"<{found[2]}>" if found[2] else "")
+    short = found[1]
+    if found[2]:
+        short += f"<{['ue8m0', 'fp32', 'any'][int(found[2])]}, {found[3]}>"
     scaled = sum(n for op, n in count.items() if op.startswith("QMMA.SF"))
     plain = sum(n for op, n in count.items() if op.startswith("QMMA") and not op.startswith("QMMA.SF"))
     half = sum(n for op, n in count.items() if op.startswith("HMMA"))
@@ -75,7 +77,7 @@ for mangled, count in sorted(opcodes.items()):
           f"{half:>6} {local:>6} {sum(count.values()):>7}{'' if good else '   NOT GOOD'}")
     rows.append({"kernel": short, "registers": registers[mangled], "stack": stack, "spilled": spilled,
                  "qmma_sf": scaled, "local": local, "ok": good})
-ok = ok and len(rows) == 6
+ok = ok and len(rows) == 3 * 4 + 2  # decode: forms and sizes; prefill; attention
 print("RESULT", json.dumps({"bench": "gpu_static", "smem_limit": LIMIT, "rows": rows, "ok": ok}))
 sys.exit(0 if ok else 1)
 PYTHON
