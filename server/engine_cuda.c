@@ -162,6 +162,9 @@ static enum status check_device(int device, const char *kernel, struct cudaDevic
         return engine_cuda_failed(error, "reading the device's properties", err);
     *choice = cuda_dispatch(device_info->major, device_info->minor, &usual_weight,
                             EINSUM_SCALE_UE8M0, 1, kernel);
+    if (choice->arm == CUDA_ARM_NONE && kernel)
+        return error_set(err, STATUS_FAILED_PRECONDITION, "kernel \"%.64s\" on %s: %s", kernel,
+                         device_info->name, choice->reason);
     if (choice->arm == CUDA_ARM_NONE)
         return error_set(err, STATUS_FAILED_PRECONDITION, "%s cannot be used: %s",
                          device_info->name, choice->reason);

@@ -26,6 +26,12 @@ const char *const metrics_method_names[] = {
     [METRICS_OUTPUT_PROJECT] = "OutputProject",
     [METRICS_MODEL_INFER] = "ModelInfer",
 };
+
+const char *const metrics_method_paths[] = {
+    [METRICS_EINSUM] = "einsum.v1.Einsum/Einsum",
+    [METRICS_OUTPUT_PROJECT] = "einsum.v1.Einsum/OutputProject",
+    [METRICS_MODEL_INFER] = "inference.GRPCInferenceService/ModelInfer",
+};
 const char *const metrics_transport_names[] = {
     [METRICS_UNARY] = "unary",
     [METRICS_STREAM] = "stream",

@@ -35,6 +35,7 @@ enum metrics_phase {
 };
 
 extern const char *const metrics_method_names[METRICS_METHODS];
+extern const char *const metrics_method_paths[METRICS_METHODS]; // with the service before them
 extern const char *const metrics_transport_names[METRICS_TRANSPORTS];
 extern const char *const metrics_phase_names[METRICS_PHASES];
 

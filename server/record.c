@@ -183,7 +183,7 @@ static void submit_trace(const struct record *record, struct service_context *co
 {
     struct trace_request request = {
         .context = record->trace,
-        .method = metrics_method_names[record->method],
+        .method = metrics_method_paths[record->method],
         .transport = metrics_transport_names[record->transport],
         .status = record->status,
         .request_id = record->request_id,

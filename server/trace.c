@@ -233,9 +233,7 @@ static json_t *make_attributes(const struct trace_request *request)
 {
     json_t *attributes = json_array();
     add_text(attributes, "rpc.system.name", "grpc");
-    char method[TRACE_TEXT_BYTES];
-    snprintf(method, sizeof method, "einsum.v1.Einsum/%s", request->method);
-    add_text(attributes, "rpc.method", method);
+    add_text(attributes, "rpc.method", request->method);
     add_text(attributes, "rpc.response.status_code", status_name(request->status));
     if (request->status != STATUS_OK)
         add_text(attributes, "error.type", status_name(request->status));
@@ -254,11 +252,9 @@ static json_t *make_attributes(const struct trace_request *request)
 
 static void add_spans(json_t *spans, const struct trace_request *request, uint64_t wall_ns)
 {
-    char name[TRACE_TEXT_BYTES];
-    snprintf(name, sizeof name, "einsum.v1.Einsum/%s", request->method);
     const struct trace_context *context = &request->context;
     const struct span server = {
-        .name = name,
+        .name = request->method,
         .trace_id = context->trace_id,
         .span_id = request->span_id,
         .parent_id = context->parent_id,

@@ -35,7 +35,7 @@ struct trace_step {
 struct trace_request {
     struct trace_context context;
     uint8_t span_id[TRACE_SPAN_ID_BYTES];
-    const char *method, *transport; // static
+    const char *method, *transport; // static; the method with its service
     enum status status;
     char error[TRACE_TEXT_BYTES];
     char weight[TRACE_TEXT_BYTES];

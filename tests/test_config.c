@@ -151,6 +151,42 @@ static void ck_looking_on(const struct config *config)
     ck_assert_uint_eq(config->trace_sample, 33);
 }
 
+static void ck_weights_and_ropes(const struct config *config)
+{
+    ck_assert_uint_eq(config->weights_roots_n, 2);
+    ck_assert_str_eq(config->weights_roots[1], "/n");
+    ck_assert_uint_eq(config->weights_n, 2);
+    const struct config_weights *flash = &config->weights[0], *pro = &config->weights[1];
+    ck_assert_str_eq(flash->path, "flash");
+    ck_assert_uint_eq(flash->tensors_n, 0);
+    ck_assert_str_eq(flash->name_prefix, "");
+    ck_assert_uint_eq(flash->tensor_parallel_rank, 0);
+    ck_assert_uint_eq(flash->tensor_parallel_size, 1);
+    ck_assert_uint_eq(flash->output_dim, 1024);
+    ck_assert_str_eq(pro->path, "/n/pro");
+    ck_assert_uint_eq(pro->tensors_n, 2);
+    ck_assert_str_eq(pro->tensors[0], "a*");
+    ck_assert_str_eq(pro->tensors[1], "b*");
+    ck_assert_str_eq(pro->name_prefix, "pro.");
+    ck_assert_uint_eq(pro->tensor_parallel_rank, 18);
+    ck_assert_uint_eq(pro->tensor_parallel_size, 19);
+    ck_assert_uint_eq(pro->output_dim, 20);
+    ck_assert_uint_eq(config->ropes_n, 3);
+    const struct config_rope *plain = &config->ropes[0], *yarn = &config->ropes[1];
+    ck_assert_str_eq(plain->weights, "layers.0.*");
+    ck_assert_double_eq(plain->theta, 10000);
+    ck_assert_double_eq(plain->factor, 0);
+    ck_assert_str_eq(plain->cache, "");
+    ck_assert_double_eq(yarn->theta, 160000.5);
+    ck_assert_double_eq(yarn->factor, 16);
+    ck_assert_uint_eq(yarn->original_positions_max, 65536);
+    ck_assert_double_eq(yarn->beta_fast, 31.5);
+    ck_assert_double_eq(yarn->beta_slow, 1.5);
+    ck_assert_uint_eq(yarn->positions_max, 1048575);
+    ck_assert_str_eq(config->ropes[2].cache, "rope.safetensors");
+    ck_assert_str_eq(config->ropes[2].cache_tensor, "t");
+}
+
 static void ck_everything(const struct config *config)
 {
     ck_assert_uint_eq(config->listen_n, 3);
@@ -185,38 +221,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->deadline_ms_max, 16);
     ck_assert_uint_eq(config->reply_timeout_ms, 17);
     ck_assert_uint_eq(config->cut_bytes_max, 31);
-    ck_assert_uint_eq(config->weights_roots_n, 2);
-    ck_assert_str_eq(config->weights_roots[1], "/n");
-    ck_assert_uint_eq(config->weights_n, 2);
-    const struct config_weights *flash = &config->weights[0], *pro = &config->weights[1];
-    ck_assert_str_eq(flash->path, "flash");
-    ck_assert_uint_eq(flash->tensors_n, 0);
-    ck_assert_str_eq(flash->name_prefix, "");
-    ck_assert_uint_eq(flash->tensor_parallel_rank, 0);
-    ck_assert_uint_eq(flash->tensor_parallel_size, 1);
-    ck_assert_uint_eq(flash->output_dim, 1024);
-    ck_assert_str_eq(pro->path, "/n/pro");
-    ck_assert_uint_eq(pro->tensors_n, 2);
-    ck_assert_str_eq(pro->tensors[0], "a*");
-    ck_assert_str_eq(pro->tensors[1], "b*");
-    ck_assert_str_eq(pro->name_prefix, "pro.");
-    ck_assert_uint_eq(pro->tensor_parallel_rank, 18);
-    ck_assert_uint_eq(pro->tensor_parallel_size, 19);
-    ck_assert_uint_eq(pro->output_dim, 20);
-    ck_assert_uint_eq(config->ropes_n, 3);
-    const struct config_rope *plain = &config->ropes[0], *yarn = &config->ropes[1];
-    ck_assert_str_eq(plain->weights, "layers.0.*");
-    ck_assert_double_eq(plain->theta, 10000);
-    ck_assert_double_eq(plain->factor, 0);
-    ck_assert_str_eq(plain->cache, "");
-    ck_assert_double_eq(yarn->theta, 160000.5);
-    ck_assert_double_eq(yarn->factor, 16);
-    ck_assert_uint_eq(yarn->original_positions_max, 65536);
-    ck_assert_double_eq(yarn->beta_fast, 31.5);
-    ck_assert_double_eq(yarn->beta_slow, 1.5);
-    ck_assert_uint_eq(yarn->positions_max, 1048575);
-    ck_assert_str_eq(config->ropes[2].cache, "rope.safetensors");
-    ck_assert_str_eq(config->ropes[2].cache_tensor, "t");
+    ck_weights_and_ropes(config);
     ck_assert_uint_eq(config->load_threads, 21);
     ck_assert_uint_eq(config->drain_grace_ms, 22);
     ck_assert_uint_eq(config->lame_duck_ms, 23);

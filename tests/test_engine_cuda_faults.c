@@ -104,7 +104,9 @@ static const struct unusable {
     {{.driver = CUDART_VERSION, .devices = 1, .major = 13}, NULL, "above 12.1"},
     {{.driver = CUDART_VERSION, .devices = 1, .major = 9}, "sm120", "needs compute capability 12"},
     {{.driver = CUDART_VERSION, .devices = 1, .major = 12}, "portable", "not built for this"},
-    {{.driver = CUDART_VERSION, .devices = 1, .major = 9}, "avx2", "no kernel has this name"},
+    {{.driver = CUDART_VERSION, .devices = 1, .major = 9},
+     "avx2",
+     "kernel \"avx2\" on Imaginary 9000: no kernel has this name"},
 };
 
 START_TEST(a_device_that_cannot_be_used_is_refused_by_name)

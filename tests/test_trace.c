@@ -58,7 +58,7 @@ static void *submit_all(void *tracer)
 {
     for (int i = 0; i < SUBMITS; i++) {
         struct trace_request request = {.context.sampled = true,
-                                        .method = "Einsum",
+                                        .method = "einsum.v1.Einsum/Einsum",
                                         .transport = "unary",
                                         .error = "\xff not UTF-8",
                                         .status = STATUS_INTERNAL,
