@@ -794,9 +794,12 @@ def main() -> int:
         with site.stack:
             for name in arguments.cases or CASES:
                 started = time.monotonic()
+                before = len(result.rows)
                 CASES[name](site)
                 took = time.monotonic() - started
-                print(f"case {name}: {took:.0f} s", file=sys.stderr, flush=True)
+                print(f"case {name}: {took:.0f} s", file=sys.stderr)
+                for row in result.rows[before:]:  # a run that is cut short has shown them
+                    print(f"    {row.case}: {row.value:.3f}", file=sys.stderr, flush=True)
             draw(site)
     return result.print()
 
