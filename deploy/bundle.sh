@@ -3,15 +3,21 @@
 # the shared libraries that they use, but for the C library's own. It runs on another x86-64 Linux, of
 # glibc 2.36 or newer, with nothing but NVIDIA's driver installed:
 #
-#     deploy/bundle.sh [FOLDER]     by default build/bundle; needs nvcc
-#     FOLDER/einsumd --version      on the other machine
-#     FOLDER/tests/bench/transport.sh   likewise, if it has Python 3
+#     deploy/bundle.sh [--wheels X.Y] [FOLDER]   by default build/bundle; needs nvcc
+#     FOLDER/einsumd --version                   on the other machine
+#     FOLDER/tests/bench/transport.sh            likewise, if it has Python 3
+#     FOLDER/tests/gpu/integration.sh            likewise, if that is Python X.Y: its packages come along
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+python=
+if [ "${1:-}" = --wheels ] && [[ ${2:-} =~ ^3\.[0-9]+$ ]]; then
+    python=$2
+    shift 2
+fi
 case "${1:-}" in
 -*)
-    echo "usage: deploy/bundle.sh [FOLDER]" >&2
+    echo "usage: deploy/bundle.sh [--wheels X.Y] [FOLDER]" >&2
     exit 2
     ;;
 esac
@@ -40,10 +46,19 @@ WRAPPER
 done | sort -u | grep -vE '/(libc|libm|libpthread|libdl|librt|libresolv|ld-linux[^/]*)\.so' |
     while read -r library; do cp -L "$library" "$folder/lib/"; done
 
-# The benchmark of the whole daemon, where the scripts expect one another.
-mkdir -p "$folder/tests/bench" "$folder/tests/integration"
+# The benchmark of the whole daemon and the integration tests, where they expect one another.
+mkdir -p "$folder"/tests/{bench,gpu,integration} "$folder"/{server,proto/einsum/v1}
 cp tests/bench/{transport.sh,*.py} "$folder/tests/bench/"
-cp tests/integration/{daemon.py,copies.py,count_copies.c} "$folder/tests/integration/"
+cp tests/gpu/integration.sh "$folder/tests/gpu/"
+cp tests/integration/*.{py,c,ini} "$folder/tests/integration/"
+cp server/config.h "$folder/server/"
+cp proto/einsum/v1/einsum.proto "$folder/proto/einsum/v1/"
 cp build/cuda/proto/services.fds "$folder/"
+if [ -n "$python" ]; then
+    grep -E '^(googleapis|grpcio|ml_dtypes|numpy|protobuf|pytest|safetensors)' tests/requirements.txt |
+        build/venv/bin/pip download --quiet --only-binary=:all: --python-version "$python" \
+            --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+            --platform manylinux2014_x86_64 --dest "$folder/wheels" --requirement /dev/stdin
+fi
 
 du -sh "$folder" | awk -v folder="$folder" '{print "bundle: " $1 " in " folder}'

@@ -69,6 +69,39 @@ def test_promtool(arguments: tuple) -> None:
     assert result.returncode == 0 and "FAILED" not in result.stdout, result.stdout + result.stderr
 
 
+def test_compose_joins_them(tmp_path: Path) -> None:
+    """Who scrapes whom, and what is mounted where, in the one node of deploy/compose."""
+    folder = REPOSITORY / "deploy/compose"
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    mounted = {
+        name: {v["target"]: (folder / v["source"]).resolve() for v in service["volumes"]
+               if isinstance(v, dict) and not v["source"].startswith("$")}
+        for name, service in services.items()
+    }  # fmt: skip
+    for target, source in [item for mounts in mounted.values() for item in mounts.items()]:
+        assert source.exists(), f"{target} is mounted from nothing"
+    # As they lie in the container, promtool finds the rules that the configuration names.
+    for target, source in mounted["prometheus"].items():
+        (tmp_path / Path(target).name).write_text(source.read_text())
+    checked = run("promtool", "check", "config", tmp_path / "prometheus.yml")
+    assert checked.returncode == 0 and "12 rules found" in checked.stdout, checked.stdout
+    scraped = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"]
+    (target,) = scraped[0]["static_configs"][0]["targets"]
+    host, port = target.split(":")
+    einsumd = json.loads((folder / "einsumd.json").read_text())
+    assert host in services and einsumd["http_listen"] == f"0.0.0.0:{port}"
+
+    provisioning = mounted["grafana"]["/etc/grafana/provisioning"]
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    assert source["url"] == "http://prometheus:9090" and "prometheus" in services
+    (provider,) = yaml.safe_load((provisioning / "dashboards/einsumd.yml").read_text())["providers"]
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert mounted["grafana"][home] == DASHBOARD
+    assert Path(home).parent == Path(provider["options"]["path"])
+
+
 def test_every_alert_has_what_people_need() -> None:
     (group,) = yaml.safe_load(RULES.read_text())["groups"]
     for rule in group["rules"]:
