@@ -50,7 +50,8 @@ done | sort -u | grep -vE '/(libc|libm|libpthread|libdl|librt|libresolv|ld-linux
 mkdir -p "$folder"/tests/{bench,gpu,integration} "$folder"/{server,proto/einsum/v1}
 cp tests/bench/{transport.sh,*.py} "$folder/tests/bench/"
 cp tests/gpu/integration.sh "$folder/tests/gpu/"
-cp tests/integration/*.{py,c,ini} "$folder/tests/integration/"
+cp tests/pytest.ini "$folder/tests/"
+cp tests/integration/*.{py,c} "$folder/tests/integration/"
 cp server/config.h "$folder/server/"
 cp proto/einsum/v1/einsum.proto "$folder/proto/einsum/v1/"
 cp build/cuda/proto/services.fds "$folder/"
