@@ -14,7 +14,7 @@ bundle=$(readlink -f "$(dirname "$(readlink -f "$0")")/../..")
 }
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-python3 -m pip install --quiet --no-index --find-links "$bundle/wheels" --target "$site" "$bundle"/wheels/*.whl
+python3 -m pip install --quiet --root-user-action=ignore --no-index --find-links "$bundle/wheels" --target "$site" "$bundle"/wheels/*.whl
 
 files=()
 for name in numbers kernels large_requests output_project shared_memory bad_input fairness ctl services; do
