@@ -456,27 +456,27 @@ def test_perf_analyzer(models: Site, stock: triton.InferenceServerClient, tmp_pa
     assert after.inference_stats.fail.count == before.inference_stats.fail.count
 
 
-# --- the README -----------------------------------------------------------------------------------
+# --- the guide ------------------------------------------------------------------------------------
 
 
-def readme_lines(models: Site, start: str) -> list[str]:
-    """What stands indented in README.md from `start` on, made to ask this daemon."""
-    text = (REPOSITORY / "README.md").read_text()
+def guide_lines(models: Site, start: str) -> list[str]:
+    """What stands indented in the integrator's guide from `start` on, made to ask this daemon."""
+    text = (REPOSITORY / "docs/integrator.md").read_text()
     lines = text[text.index(f"    {start}") :].splitlines()
     block = list(itertools.takewhile(lambda line: line.startswith("    "), lines))
     return [line[4:].replace("localhost:50061", models.daemon.address) for line in block]
 
 
-def test_the_readme_s_examples(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_the_guide_s_examples(tmp_path: Path, rng: np.random.Generator) -> None:
     name = TENSOR_NAME.format(3)
     weights = {name: oracle.random_weight(rng, 8, 1024, 4096)}
     with serving(tmp_path, weights, 1024) as site:
         activations = oracle.random_activations(rng, weights[name], 3, "FP32")
         known = {"activations": activations.values, "scales": activations.scales}
-        exec("\n".join(readme_lines(site, "import numpy as np, tritonclient")), known)
+        exec("\n".join(guide_lines(site, "import numpy as np, tritonclient")), known)
         raw = known["out"].astype(ml_dtypes.bfloat16).tobytes()
         oracle.check(raw, "BF16", *site.expected(activations, weights[name]))
-        (command,) = readme_lines(site, "perf_analyzer")
+        (command,) = guide_lines(site, "perf_analyzer")
         quick = (
             "--measurement-mode count_windows --measurement-request-count 5 --max-trials 10 "
             "--stability-percentage 999"
