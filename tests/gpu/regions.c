@@ -157,6 +157,8 @@ static void caller_close(struct caller *caller)
 static void move(const struct caller *caller, void *to, const void *from, uint64_t bytes)
 {
     if (!on_device(caller->way)) {
+        if (!from)
+            abort();
         memcpy(to, from, bytes);
         return;
     }
@@ -598,6 +600,8 @@ static void run_lanes(struct load *load, double seconds)
 {
     pthread_t threads[SLOTS];
     struct lane lanes[SLOTS];
+    if (load->in_flight == 0 || load->in_flight > SLOTS)
+        abort();
     load->calls = 0;
     load->ends_ns = now_ns_() + (uint64_t)(seconds * 1e9);
     for (uint32_t i = 0; i < load->in_flight; i++) {
@@ -664,8 +668,9 @@ static struct measured measure(enum way way, enum origin origin, uint32_t tokens
     run_lanes(&load, seconds);
     uint64_t n = load.calls < LATENCIES_MAX ? load.calls : LATENCIES_MAX;
     qsort(latencies, n, sizeof *latencies, ascending);
-    struct measured measured = {.p50_us = n ? (double)latencies[n / 2] / 1e3 : 0,
-                                .p99_us = n ? (double)latencies[n * 99 / 100] / 1e3 : 0,
+    uint64_t p50 = n / 2, p99 = n * 99 / 100;
+    struct measured measured = {.p50_us = n ? (double)latencies[p50] / 1e3 : 0,
+                                .p99_us = n ? (double)latencies[p99] / 1e3 : 0,
                                 .calls_s = (double)load.calls / seconds};
     if (pinned)
         cudaHostUnregister(pinned);
@@ -754,6 +759,6 @@ int main(int n, char **arguments)
     if (strcmp(mode, "careless") == 0)
         return careless();
     if (strcmp(mode, "bench") == 0)
-        return bench(n > 3 ? atof(arguments[3]) : 0.5);
+        return bench(n > 3 ? strtod(arguments[3], NULL) : 0.5);
     return check();
 }
