@@ -3,7 +3,7 @@
 #
 #     tests/run.sh [--quick] [--packages] [--fuzz-seconds N]
 #
-#     dependencies   what is missing is installed
+#     dependencies   what is missing is installed; torch too, where a CUDA toolkit is
 #     release        build, unit tests (ctest), integration tests (pytest)
 #     packages       what `cmake --install` makes of it: library, man pages, completion, unit
 #     asan, tsan     the same under AddressSanitizer with UBSan, and under ThreadSanitizer
@@ -146,6 +146,12 @@ progress "dependencies"
 if ! deploy/install-dependencies.sh "${dependencies[@]}" >"$logs/dependencies.log" 2>&1; then
     fail dependencies "$logs/dependencies.log"
 else
+    # torch comes without CUDA's libraries, which a toolkit has; its tests are skipped without it.
+    if [ -e /usr/local/cuda/lib64/libcudart.so ]; then
+        progress "dependencies: torch"
+        deploy/install-dependencies.sh --torch >>"$logs/dependencies.log" 2>&1 ||
+            progress "torch could not be installed, see $logs/dependencies.log"
+    fi
     run_preset release
     run_packages
     if ! $quick; then
