@@ -65,12 +65,14 @@ static struct {
     struct standing standing[MODEL_BATCHES_MAX]; // of all that had room in it since it was opened
     uint64_t share_start_last[MODEL_BATCHES_MAX];
     bool opened[MODEL_BATCHES_MAX]; // since the lock was taken
+    uint64_t first_commit_ns[MODEL_BATCHES_MAX]; // 0: none yet
     uint64_t share_now, share_ends[MODEL_CONNECTIONS];
     const struct engine_batch *lanes[MODEL_LANES_MAX];
     struct batch *launching; // dequeued, and not counted yet
     int launching_fiber;
     uint64_t launches;
-    bool one_class; // so far
+    bool one_class;   // so far
+    bool device_gone; // the engine has said so
     struct {
         enum doing doing;
         struct tracked *tracked;
@@ -279,6 +281,8 @@ static void check_batch(const struct batch *batch)
         MUST(batch->jobs_n + batch->filling == batch->held, "a job of the batch is missing");
         MUST(batch->state == BATCH_OPEN || batch->held > 0, "a closed batch is empty");
     }
+    MUST(batch->jobs_n == 0 || batch->first_commit_ns == model.first_commit_ns[index_of(batch)],
+         "a batch's delay counts from another commit");
     MUST(batch->state != BATCH_OPEN || batch == model.batcher->open, "two batches are open");
 }
 
@@ -424,6 +428,7 @@ static void check_seated(struct tracked *tracked, const struct seen *now, bool p
     bool opened = !model.opened[index] && model.seen.open != (int)index;
     if (opened) {
         model.opened[index] = true;
+        model.first_commit_ns[index] = 0;
         *standing = (struct standing){.priority = tracked->priority, .share_end = UINT64_MAX};
         model.share_start_last[index] = 0;
     }
@@ -561,6 +566,8 @@ static struct tracked *check_doing(const struct seen *now)
         return tracked;
     case DOING_COMMIT:
         tracked->committed = true;
+        if (model.first_commit_ns[index_of(tracked->batch)] == 0)
+            model.first_commit_ns[index_of(tracked->batch)] = tracked->job->queued_ns;
         return NULL;
     case DOING_ABANDON:
     case DOING_RELEASE:
@@ -737,6 +744,10 @@ static enum status reserving(struct batcher *batcher, struct job *job, bool *wai
     tracked->waiting_bytes = needs_of(job).waiting;
     job->on_done = on_done;
     job->on_room = on_room;
+    const struct job *whole = job->whole;
+    MUST(!whole || (job->priority == whole->priority && job->connection == whole->connection &&
+                    job->deadline_ns == whole->deadline_ns && job->kernel == whole->kernel),
+         "a part is not what its request is");
     bool was_lost = batcher_device_lost(batcher);
     doing(DOING_RESERVE, tracked, waits != NULL);
     enum status status = waits ? batcher_reserve_or_wait(batcher, job, waits, err)
@@ -884,6 +895,7 @@ void model_finished(uint32_t lane, enum status status)
     const struct engine_batch *batch = model.lanes[lane];
     MUST(batch, "lane %u is idle", lane);
     model.lanes[lane] = NULL;
+    model.device_gone = model.device_gone || status == STATUS_UNAVAILABLE;
     for (uint32_t i = 0; i < batch->segments_n; i++) {
         struct tracked *tracked = find_output(&batch->segments[i].operand);
         tracked->finished = true;
@@ -927,6 +939,7 @@ void model_idle(void)
     MUST(batcher->lanes_free == options->lanes, "%u lanes are free", batcher->lanes_free);
     MUST(batcher->running_tokens == 0, "%u tokens run", batcher->running_tokens);
     MUST(!model.launching, "a batch is on its way");
+    MUST(batcher_device_lost(model.batcher) == model.device_gone, "a lost device goes unseen");
     for (uint32_t i = 0; i < options->lanes; i++)
         MUST(!model.lanes[i], "lane %u is busy", i);
 }

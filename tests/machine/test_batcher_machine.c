@@ -31,6 +31,7 @@ enum {
     REDUCED_DIM = 128,
     BLOCK = 32, // so 4 scales to a row: one word of UE8M0
     IDLE_TURNS_MAX = 200000,
+    SECONDS_MAX = 60, // of a run, which takes milliseconds
 };
 
 // ---- a run
@@ -41,7 +42,7 @@ static struct {
     struct engine_ops ops;
     uint32_t buckets[8];
     // Per cent.
-    uint32_t arrivals, cancels, abandons, deadlines, large, given, high, quick_engine, failures;
+    uint32_t arrivals, cancels, slow_fills, abandons, deadlines, large, given, high, engine_speed, quick_engine, failures;
     bool device_fails, priorities;
     uint32_t connections;
     bool draining;
@@ -71,9 +72,9 @@ void model_failed(const char *condition, const char *file, int line, const char 
     abort();
 }
 
-static void on_abort(int signal)
+static void on_signal(int number)
 {
-    (void)signal;
+    fprintf(stderr, "%s\n", number == SIGALRM ? "no progress" : strsignal(number));
     tell_where();
     _exit(1);
 }
@@ -277,14 +278,24 @@ struct request {
 };
 static struct request requests[CALLERS][SLOTS];
 
+// Whoever is about to tell a request holds its end off.
+static struct request *telling(struct job *job)
+{
+    struct request *request = CONTAINER_OF(job, struct request, job);
+    uint64_t id = request->id;
+    sim_preempt();
+    MUST(request->used && request->id == id, "a request is told of something after its end");
+    return request;
+}
+
 static void on_room(struct job *job)
 {
-    CONTAINER_OF(job, struct request, job)->told_room++;
+    telling(job)->told_room++;
 }
 
 static void on_done(struct job *job)
 {
-    CONTAINER_OF(job, struct request, job)->told_done++;
+    telling(job)->told_done++;
 }
 
 static void fill_random(uint8_t *memory, uint64_t bytes, uint64_t seed)
@@ -405,7 +416,7 @@ static void make_request(struct request *request)
         .kernel = sim_chance(20),
         .attention = attention,
         .quiet = sim_chance(30),
-        .deadline_ns = sim_chance(run.deadlines) ? now + sim_below(400000) : UINT64_MAX,
+        .deadline_ns = sim_chance(run.deadlines) ? now + sim_below(100000) : UINT64_MAX,
         .received_ns = now,
         .connection = sim_chance(40) ? 1 : sim_below(run.connections),
         .on_done = on_done,
@@ -491,7 +502,7 @@ static void answer_single(struct request *request)
         if (sim_chance(60)) {
             model_advance(job, JOB_DONE, JOB_REPLYING);
             request->replying = true;
-            request->reply_at_ns = sim_time() + (sim_chance(10) ? 3000000 : sim_below(60000));
+            request->reply_at_ns = sim_time() + (sim_chance(10) ? 150000 : sim_below(8000));
             run.progress = true;
             return;
         }
@@ -502,18 +513,28 @@ static void answer_single(struct request *request)
     drop(request, status);
 }
 
-static void step_single(struct request *request)
+static bool cancels(struct job *job)
 {
-    bool has_room = !request->waits || request->told_room;
+    if (run.draining || !sim_chance(run.cancels))
+        return false;
+    atomic_store_explicit(&job->cancelled, true, memory_order_relaxed);
+    return true;
+}
+
+static bool step_single(struct request *request)
+{
     if (request->told_done) {
         bool slow = request->replying && sim_time() < request->reply_at_ns;
-        if (!slow || run.draining || (batcher_scarce(batcher) && sim_chance(50)))
-            answer_single(request);
-    } else if (has_room && !request->committed) {
-        commit_single(request);
-    } else if (sim_chance(run.cancels) && !run.draining) {
-        atomic_store_explicit(&request->job.cancelled, true, memory_order_relaxed);
+        if (slow && !run.draining && !(batcher_scarce(batcher) && sim_chance(50)))
+            return false;
+        answer_single(request);
+        return true;
     }
+    bool has_room = !request->waits || request->told_room;
+    if (!has_room || request->committed || sim_chance(run.slow_fills))
+        return cancels(&request->job);
+    commit_single(request);
+    return true;
 }
 
 // ---- requests that do not
@@ -587,18 +608,16 @@ static void end_cut(struct request *request)
     drop(request, status);
 }
 
-static void step_cut(struct request *request)
+static bool step_cut(struct request *request)
 {
     if (request->replying) { // over: its parts are lent to the reply
-        if (sim_time() >= request->reply_at_ns || run.draining)
+        bool slow = sim_time() < request->reply_at_ns && !run.draining;
+        if (!slow)
             end_cut(request);
-        return;
+        return !slow;
     }
-    if (request->told_room == request->heard) {
-        if (sim_chance(run.cancels) && !run.draining)
-            atomic_store_explicit(&request->job.cancelled, true, memory_order_relaxed);
-        return;
-    }
+    if (request->told_room == request->heard)
+        return cancels(&request->job);
     request->heard++;
     run.progress = true;
     bool quiet = request->job.quiet;
@@ -607,10 +626,11 @@ static void step_cut(struct request *request)
         batcher_turn(batcher);
     if (goes_on) {
         check_cut(request);
-        return;
+        return true;
     }
     request->replying = true;
-    request->reply_at_ns = sim_time() + sim_below(60000);
+    request->reply_at_ns = sim_time() + sim_below(8000);
+    return true;
 }
 
 // ---- a caller's thread
@@ -634,19 +654,24 @@ static bool busy(int caller)
     return false;
 }
 
+// False: there was nothing to do.
+static bool act(struct request *request)
+{
+    if (request->used)
+        return request->cut ? step_cut(request) : step_single(request);
+    if (run.draining || !sim_chance(run.arrivals))
+        return false;
+    begin(request);
+    return true;
+}
+
 static void *caller_run(void *argument)
 {
     int caller = (int)(intptr_t)argument;
     while (!run.draining || busy(caller)) {
-        struct request *request = &requests[caller][sim_below(SLOTS)];
-        if (!request->used) {
-            if (!run.draining && sim_chance(run.arrivals))
-                begin(request);
-        } else if (request->cut) {
-            step_cut(request);
-        } else {
-            step_single(request);
-        }
+        uint32_t from = sim_below(SLOTS);
+        for (uint32_t i = 0; i < SLOTS && !act(&requests[caller][(from + i) % SLOTS]); i++)
+            ;
         sim_yield();
     }
     return NULL;
@@ -683,7 +708,7 @@ static void choose_options(void)
         .batch_tokens_max = most,
         .batch_requests_max = 2 + sim_below(7),
         .queue_requests_max = one_of(4, 12, 40),
-        .max_queue_delay_us = sim_chance(25) ? 1 + sim_below(60) : 0,
+        .max_queue_delay_us = sim_chance(25) ? 1 + sim_below(20) : 0,
         .buckets = run.buckets,
         .buckets_n = buckets_n,
     };
@@ -701,8 +726,10 @@ static void choose_options(void)
 
 static void choose_habits(void)
 {
-    run.arrivals = one_of(8, 30, 90);
-    run.cancels = one_of(0, 2, 10);
+    run.arrivals = one_of(1, 4, 20);
+    run.engine_speed = one_of(5, 15, 40);
+    run.cancels = one_of(0, 1, 4);
+    run.slow_fills = one_of(0, 50, 90);
     run.abandons = one_of(0, 5, 20);
     run.deadlines = one_of(0, 10, 40);
     run.large = one_of(0, 5, 15);
@@ -758,16 +785,16 @@ static void resume(int fiber)
 static void step(void)
 {
     uint32_t chance = sim_below(100);
-    if (chance < 70)
-        resume(run.callers[sim_below(CALLERS)]);
-    else if (chance < 80)
+    if (chance < run.engine_speed)
         engine_step();
+    else if (chance < 80)
+        resume(run.callers[sim_below(CALLERS)]);
     else if (chance < 93)
         resume(run.scheduler);
     else if (chance < 94 && sim_sleeps(run.scheduler))
         sim_resume(run.scheduler); // woken by nothing
     else
-        sim_pass(sim_chance(20) ? sim_below(50000) : sim_below(2000));
+        sim_pass(sim_chance(20) ? sim_below(100000) : sim_below(10000));
 }
 
 // Everybody comes to an end, if it is not that somebody waits for what never comes.
@@ -845,9 +872,16 @@ int main(int argc, char **argv)
         else
             number(NULL);
     }
-    signal(SIGABRT, on_abort);
-    for (uint64_t seed = first; seed < first + seeds; seed++)
+    signal(SIGABRT, on_signal);
+    signal(SIGALRM, on_signal);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) // they tell more
+    signal(SIGSEGV, on_signal);
+    signal(SIGBUS, on_signal);
+#endif
+    for (uint64_t seed = first; seed < first + seeds; seed++) {
+        alarm(SECONDS_MAX);
         run_seed(seed, steps);
+    }
     printf("%" PRIu64 " seeds, %" PRIu64 " steps, %" PRIu64 " requests (%" PRIu64 " cut, %" PRIu64
            " waited), %" PRIu64 " batches, %" PRIu64 " dropped, %" PRIu64 " refused, %" PRIu64
            " failed: every invariant held\n",
