@@ -31,7 +31,10 @@ uint64_t wire_bytes(const grpc_slice *slices, size_t slices_n)
 
 void wire_cursor_init(struct wire_cursor *cursor, const grpc_slice *slices, size_t slices_n)
 {
-    *cursor = (struct wire_cursor){.next = slices, .slices_end = slices + slices_n};
+    // gRPC gives no slices at all for an empty message, and C no sum of NULL and 0.
+    *cursor = (struct wire_cursor){.next = slices, .slices_end = slices};
+    if (slices_n > 0)
+        cursor->slices_end += slices_n;
 }
 
 // Bytes that lie in one piece at the cursor, at least 1 unless the message is at its end.
