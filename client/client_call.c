@@ -151,7 +151,7 @@ static void try_once(struct einsum_client_call *call)
 
     grpc_byte_buffer *message = einsum_client_outgoing_buffer(&call->outgoing);
     grpc_op ops[6] = {
-        {.op = GRPC_OP_SEND_INITIAL_METADATA},
+        einsum_client_opening_op(client),
         {.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = message},
         {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT},
         {.op = GRPC_OP_RECV_INITIAL_METADATA,

@@ -332,7 +332,7 @@ static void load_start(struct loading *loading, grpc_slice request)
     loading->receive_tag.on_complete = on_load_message;
     loading->end_tag.on_complete = on_load_end;
     grpc_op ops[] = {
-        {.op = GRPC_OP_SEND_INITIAL_METADATA},
+        einsum_client_opening_op(loading->client),
         {.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = message},
         {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT},
         {.op = GRPC_OP_RECV_INITIAL_METADATA,

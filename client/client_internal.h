@@ -5,6 +5,7 @@
 //     client_call.c      one call: attempts, retries, cancel, deadline; blocking and asynchronous
 //     client_stream.c    many requests on one stream
 //     client_control.c   the rest of the service, and health
+//     client_access.c    what a client shows of itself: TLS, tokens
 //     client_wire.c      the two hot messages and error details, byte by byte
 //     client_shared.c    memory shared with the daemon: the connection for it, and what lies where
 //     client_ring.c      requests by the ring in that memory
@@ -43,6 +44,7 @@ struct einsum_client_later {
     bool (*poll)(struct einsum_client_later *later, uint64_t now_ns);
 };
 
+struct einsum_client_access;
 struct einsum_client_call;
 struct einsum_client_shared;
 
@@ -50,6 +52,7 @@ struct einsum_client {
     struct einsum_client_options options;
     char *endpoint; // as the caller wrote it
     char *target;   // as gRPC wants it
+    struct einsum_client_access *access;
     grpc_completion_queue *queue;
     grpc_channel **channels; // options.connections of them
     _Atomic uint32_t next_channel;
@@ -174,6 +177,21 @@ enum einsum_client_status einsum_client_accept(const struct einsum_client_expect
 enum einsum_client_status einsum_client_accept_placed(const struct einsum_client_expected *expected,
                                                       struct einsum_client_response *response,
                                                       struct einsum_client_error *error);
+
+// ---- client_access.c ----------------------------------------------------------------------------
+
+// INVALID_ARGUMENT, RESOURCE_EXHAUSTED.
+enum einsum_client_status einsum_client_access_create(const struct einsum_client_options *options,
+                                                      struct einsum_client_access **access,
+                                                      struct einsum_client_error *error);
+void einsum_client_access_destroy(struct einsum_client_access *access); // NULL is fine
+// After grpc_init. INVALID_ARGUMENT.
+enum einsum_client_status
+einsum_client_credentials_create(const char *endpoint, const struct einsum_client_options *options,
+                                 grpc_channel_credentials **credentials,
+                                 struct einsum_client_error *error);
+// What a call begins with: the token, if there is one.
+grpc_op einsum_client_opening_op(struct einsum_client *client);
 
 // ---- client_shared.c ----------------------------------------------------------------------------
 

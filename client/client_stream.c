@@ -434,7 +434,7 @@ enum einsum_client_status einsum_client_stream_open(struct einsum_client *client
         einsum_client_open_call(client, "/einsum.v1.Einsum/EinsumStream",
                                 einsum_client_deadline(einsum_client_deadline_after(deadline_ms)));
     stream->tags = 3; // those of the three batches below
-    grpc_op start[2] = {{.op = GRPC_OP_SEND_INITIAL_METADATA},
+    grpc_op start[2] = {einsum_client_opening_op(client),
                         {.op = GRPC_OP_RECV_INITIAL_METADATA,
                          .data.recv_initial_metadata.recv_initial_metadata = &stream->headers}};
     einsum_client_start_batch(stream->call, start, 2, &stream->start_tag);

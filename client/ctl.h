@@ -44,7 +44,8 @@ struct ctl_args {
 
 struct ctl {
     const char *endpoint;
-    uint32_t timeout_ms; // 0: not given
+    uint32_t timeout_ms;                                                           // 0: not given
+    const char *tls_ca, *tls_certificate, *tls_key, *tls_server_name, *token_file; // NULL: likewise
     bool json;
     struct einsum_client *client; // after ctl_connect
 };
@@ -164,6 +165,7 @@ uint64_t ctl_scales_bytes(const struct einsum_client_weight *weight, uint32_t to
 
 // ---- the commands -------------------------------------------------------------------------------
 
+extern const struct ctl_command ctl_command_token;
 extern const struct ctl_command ctl_command_info, ctl_command_health, ctl_command_selftest;
 extern const struct ctl_command ctl_command_weights;
 extern const struct ctl_command ctl_command_run, ctl_command_check, ctl_command_bench;

@@ -161,6 +161,11 @@ void ctl_client_options(const struct ctl *ctl, struct einsum_client_options *opt
 {
     einsum_client_options_init(options);
     options->user_agent = "einsumctl/" EINSUMD_VERSION;
+    options->tls_ca = ctl->tls_ca;
+    options->tls_certificate = ctl->tls_certificate;
+    options->tls_key = ctl->tls_key;
+    options->tls_server_name = ctl->tls_server_name;
+    options->token_file = ctl->token_file;
     if (!ctl->timeout_ms)
         return;
     options->deadline_ms = ctl->timeout_ms;

@@ -320,7 +320,8 @@ static grpc_arg integer_arg(const char *key, int value)
     return (grpc_arg){.type = GRPC_ARG_INTEGER, .key = (char *)key, .value.integer = value};
 }
 
-static grpc_channel *open_channel(const struct einsum_client *client)
+static grpc_channel *open_channel(const struct einsum_client *client,
+                                  grpc_channel_credentials *credentials)
 {
     const struct einsum_client_options *options = &client->options;
     grpc_arg args[] = {
@@ -346,14 +347,15 @@ static grpc_channel *open_channel(const struct einsum_client *client)
         {.type = GRPC_ARG_STRING,
          .key = (char *)GRPC_ARG_PRIMARY_USER_AGENT_STRING,
          .value.string = (char *)options->user_agent},
+        {.type = GRPC_ARG_STRING,
+         .key = (char *)GRPC_SSL_TARGET_NAME_OVERRIDE_ARG,
+         .value.string = (char *)options->tls_server_name}, // last: left out if there is none
     };
     // Left alone on purpose: the bandwidth probe opens windows and frames to 4 MiB by itself, so
     // that frame, buffer and lookahead settings change nothing that can be measured.
-    grpc_channel_args channel_args = {.num_args = sizeof args / sizeof *args, .args = args};
-    grpc_channel_credentials *credentials = grpc_insecure_credentials_create();
-    grpc_channel *channel = grpc_channel_create(client->target, credentials, &channel_args);
-    grpc_channel_credentials_release(credentials);
-    return channel;
+    size_t args_n = sizeof args / sizeof *args - (options->tls_server_name ? 0 : 1);
+    grpc_channel_args channel_args = {.num_args = args_n, .args = args};
+    return grpc_channel_create(client->target, credentials, &channel_args);
 }
 
 grpc_call *einsum_client_open_call(struct einsum_client *client, const char *method,
@@ -453,18 +455,25 @@ static void close_channels(struct einsum_client *client, uint32_t n)
 static enum einsum_client_status open_all(struct einsum_client *client,
                                           struct einsum_client_error *error)
 {
+    grpc_channel_credentials *credentials;
+    enum einsum_client_status status =
+        einsum_client_credentials_create(client->endpoint, &client->options, &credentials, error);
+    if (status != EINSUM_CLIENT_OK)
+        return status;
     client->channels = calloc(client->options.connections, sizeof *client->channels);
     if (!client->channels)
         goto no_memory;
     uint32_t opened = 0;
     for (; opened < client->options.connections; opened++) {
-        client->channels[opened] = open_channel(client);
+        client->channels[opened] = open_channel(client, credentials);
         if (!client->channels[opened])
             goto close_channels;
     }
     client->queue = grpc_completion_queue_create_for_next(NULL);
-    if (pthread_create(&client->thread, NULL, serve, client) == 0)
+    if (pthread_create(&client->thread, NULL, serve, client) == 0) {
+        grpc_channel_credentials_release(credentials);
         return EINSUM_CLIENT_OK;
+    }
 
     grpc_completion_queue_shutdown(client->queue);
     while (
@@ -475,6 +484,7 @@ static enum einsum_client_status open_all(struct einsum_client *client,
 close_channels:
     close_channels(client, opened);
 no_memory:
+    grpc_channel_credentials_release(credentials);
     return einsum_client_error_set(error, EINSUM_CLIENT_RESOURCE_EXHAUSTED,
                                    "no memory or thread for a client");
 }
@@ -485,6 +495,8 @@ static void free_client(struct einsum_client *client)
     pthread_mutex_destroy(&client->lock);
     free((char *)client->options.shared_memory);
     free((char *)client->options.user_agent);
+    free((char *)client->options.tls_server_name);
+    einsum_client_access_destroy(client->access);
     free(client->target);
     free(client->endpoint);
     free(client);
@@ -510,6 +522,8 @@ static struct einsum_client *new_client(const char *endpoint,
     client->options = *options;
     client->options.user_agent = strdup(user_agent);
     client->options.shared_memory = options->shared_memory ? strdup(options->shared_memory) : NULL;
+    client->options.tls_server_name =
+        options->tls_server_name ? strdup(options->tls_server_name) : NULL;
     client->endpoint = strdup(endpoint);
     client->target = target_of(endpoint);
     client->random = (einsum_client_now_ns() ^ (uint64_t)getpid() << 32) | 1;
@@ -517,7 +531,8 @@ static struct einsum_client *new_client(const char *endpoint,
     pthread_mutex_init(&client->lock, NULL);
     pthread_cond_init(&client->idle, NULL);
     if (client->options.user_agent && client->endpoint && client->target &&
-        (client->options.shared_memory || !options->shared_memory))
+        (client->options.shared_memory || !options->shared_memory) &&
+        (client->options.tls_server_name || !options->tls_server_name))
         return client;
     free_client(client);
     return NULL;
@@ -550,7 +565,9 @@ enum einsum_client_status einsum_client_create(const char *endpoint,
     sigset_t before;
     block_signals(&before);
     grpc_init();
-    status = open_all(client, error);
+    status = einsum_client_access_create(options, &client->access, error);
+    if (status == EINSUM_CLIENT_OK)
+        status = open_all(client, error);
     if (status != EINSUM_CLIENT_OK) {
         grpc_shutdown();
         free_client(client);

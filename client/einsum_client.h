@@ -141,6 +141,14 @@ struct einsum_client_options {
     uint32_t retry_pause_ms_max; // and no longer than this; default 2000
     uint32_t stall_ms;      // a TCP peer that takes no byte for so long is cut off; default 10000
     const char *user_agent; // put before gRPC's own; default NULL
+    // TLS, to a TCP endpoint: the PEM file of who signs the server's certificate, or "default" for
+    // gRPC's own roots. Default NULL: plain text. The files are read as the client is created.
+    const char *tls_ca;
+    const char *tls_certificate, *tls_key; // PEM files, where the server asks for them
+    const char *tls_server_name;           // in its certificate; default NULL: the endpoint's host
+    // Sent with each call as "authorization: Bearer TOKEN", in plain text without TLS. Default NULL:
+    // none. At most one of them; the file is read again when it changes.
+    const char *token, *token_file;
     // "unix:/PATH" of the daemon's control socket for shared memory, or "auto": as the server tells.
     // Default NULL: none is shared. With it, creating a client connects.
     const char *shared_memory;

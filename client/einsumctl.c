@@ -11,8 +11,9 @@
 #include <string.h>
 
 static const struct ctl_command *const commands[] = {
-    &ctl_command_info, &ctl_command_health, &ctl_command_weights, &ctl_command_selftest,
-    &ctl_command_run,  &ctl_command_check,  &ctl_command_bench,   &ctl_command_make_checkpoint,
+    &ctl_command_info,  &ctl_command_health, &ctl_command_weights, &ctl_command_selftest,
+    &ctl_command_run,   &ctl_command_check,  &ctl_command_bench,   &ctl_command_make_checkpoint,
+    &ctl_command_token,
 };
 
 static const struct ctl_option shared_options[] = {
@@ -21,11 +22,29 @@ static const struct ctl_option shared_options[] = {
     {"server", "ADDR", "the same"},
     {"json", NULL, "print one JSON document to stdout"},
     {"timeout", "MS", "deadline of each call; default 30000, of loads and self-tests none"},
+    {"tls-ca", "FILE",
+     "PEM of who signs the server's certificate, or \"default\"; not given: no TLS"},
+    {"tls-cert", "FILE", "PEM of this caller's certificate"},
+    {"tls-key", "FILE", "PEM of its key"},
+    {"tls-server-name", "NAME", "in the server's certificate; default the endpoint's host"},
+    {"token-file", "FILE", "with a bearer token; default $EINSUMD_TOKEN_FILE, or else none"},
     {"help", NULL, "this text, or a command's"},
     {"version", NULL, "print the version"},
     {0},
 };
-enum { SHARED_ENDPOINT, SHARED_SERVER, SHARED_JSON, SHARED_TIMEOUT, SHARED_HELP, SHARED_VERSION };
+enum {
+    SHARED_ENDPOINT,
+    SHARED_SERVER,
+    SHARED_JSON,
+    SHARED_TIMEOUT,
+    SHARED_TLS_CA,
+    SHARED_TLS_CERT,
+    SHARED_TLS_KEY,
+    SHARED_TLS_SERVER_NAME,
+    SHARED_TOKEN_FILE,
+    SHARED_HELP,
+    SHARED_VERSION
+};
 
 // ---- help ---------------------------------------------------------------------------------------
 
@@ -70,7 +89,8 @@ static void print_command_help(const struct ctl_command *command)
         printf("\noptions:\n");
         print_options(command->options);
     }
-    printf("\n--endpoint, --json and --timeout as for every command: einsumctl --help\n");
+    printf("\n--endpoint, --tls-ca, --token-file, --json, --timeout and others as for every "
+           "command: einsumctl --help\n");
 }
 
 // ---- parsing ------------------------------------------------------------------------------------
@@ -187,6 +207,14 @@ static bool set_shared(struct parse *parse, struct ctl *ctl)
                     : environment && *environment  ? environment
                                                    : "127.0.0.1:50061";
     ctl->json = parse->shared[SHARED_JSON] != NULL;
+    ctl->tls_ca = parse->shared[SHARED_TLS_CA];
+    ctl->tls_certificate = parse->shared[SHARED_TLS_CERT];
+    ctl->tls_key = parse->shared[SHARED_TLS_KEY];
+    ctl->tls_server_name = parse->shared[SHARED_TLS_SERVER_NAME];
+    const char *token_file = getenv("EINSUMD_TOKEN_FILE");
+    ctl->token_file = parse->shared[SHARED_TOKEN_FILE] ? parse->shared[SHARED_TOKEN_FILE]
+                      : token_file && *token_file      ? token_file
+                                                       : NULL;
     const char *timeout = parse->shared[SHARED_TIMEOUT];
     if (timeout && ctl_number_list("timeout", timeout, 1, UINT32_MAX, &ctl->timeout_ms, 1) != 1)
         return refuse(parse, CTL_USAGE);

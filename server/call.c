@@ -320,16 +320,41 @@ static void watch_close(struct call *call)
 }
 
 // For calls whose method never starts: none of its callbacks will run.
-static void refuse(struct call *call, enum status status, const char *text)
+static void refuse_with(struct call *call, const struct error *err)
 {
     call->method = NULL;
     if (call->received)
         grpc_byte_buffer_destroy(call->received);
     call->received = NULL;
+    call_finish(call, NULL, err);
+}
+
+static void refuse(struct call *call, enum status status, const char *text)
+{
     struct error err;
     error_set(&err, status, "%s", text);
     err.retry_after_ms = status == STATUS_RESOURCE_EXHAUSTED ? 10 : 0;
-    call_finish(call, NULL, &err);
+    refuse_with(call, &err);
+}
+
+// Before anything of the message is looked at.
+NODISCARD static enum status check_access(struct call *call, struct error *err)
+{
+    const struct rpc *rpc = call->thread->rpc;
+    const struct method *method = call->method;
+    struct access_peer *peer = rpc_peer(rpc, call_connection(call));
+    if (access_given(rpc->options.access, peer, method->needs))
+        return STATUS_OK;
+    struct access_call asked = {.method = method->path, .needs = method->needs, .peer = peer};
+    for (size_t i = 0; i < call->initial_metadata.count; i++) {
+        const grpc_metadata *metadata = &call->initial_metadata.metadata[i];
+        if (grpc_slice_str_cmp(metadata->key, "authorization") != 0)
+            continue;
+        asked.authorizations_n++;
+        asked.authorization = (const char *)GRPC_SLICE_START_PTR(metadata->value);
+        asked.authorization_bytes = GRPC_SLICE_LENGTH(metadata->value);
+    }
+    return access_check(rpc->options.access, &asked, err);
 }
 
 void call_arrived(struct call *call, bool full)
@@ -339,6 +364,11 @@ void call_arrived(struct call *call, bool full)
     const struct method *method = call->method;
     if (!method) {
         refuse(call, STATUS_UNIMPLEMENTED, "unknown method");
+        return;
+    }
+    struct error err;
+    if (check_access(call, &err) != STATUS_OK) {
+        refuse_with(call, &err);
         return;
     }
     if (full) {

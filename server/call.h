@@ -23,6 +23,7 @@
 #include <grpc/byte_buffer.h>
 #include <grpc/grpc.h>
 
+#include "access.h"
 #include "status.h"
 
 struct call;
@@ -30,6 +31,7 @@ struct service_context; // service.h
 
 struct method {
     const char *path; // "/einsum.v1.Einsum/ListWeights"
+    enum access_scope needs;
     // The first message arrives together with the call, which saves a round through the queue: for
     // the hot path.
     bool message_with_call;

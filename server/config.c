@@ -25,6 +25,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "access.h"
 #include "kernels/einsum.h"
 #include "rope.h"
 #include "selftest.h"
@@ -88,6 +89,17 @@ static const char *const log_formats[] = {
     [LOG_FORMAT_PLAIN] = "plain",
     [LOG_FORMAT_JSON] = "json",
     [LOG_FORMAT_JSON + 1] = NULL,
+};
+
+static const char *const scopes[] = {
+    [CONFIG_SCOPE_INFER] = "infer",
+    [CONFIG_SCOPE_READ] = "read",
+    [CONFIG_SCOPE_ADMIN] = "admin",
+    [CONFIG_SCOPE_ADMIN + 1] = NULL,
+};
+static const char *const tcp_scopes[] = {
+    [CONFIG_SCOPE_INFER] = "infer", [CONFIG_SCOPE_READ] = "read",   [CONFIG_SCOPE_ADMIN] = "admin",
+    [CONFIG_SCOPE_AUTO] = "auto",   [CONFIG_SCOPE_AUTO + 1] = NULL,
 };
 
 // Rows of a table for `struct OF`. Of a range both ends belong to it.
@@ -175,6 +187,36 @@ static const struct key config_keys[] = {
     {U64(transport_bytes_max, 0, 1ull << 40, "0", "bytes",
          "in gRPC's own buffers, a last resort; 0: 1 GiB and 64 of the largest requests")},
     {U32(rpc_threads, 0, 256, "0", "threads", "that serve gRPC; 0: one per 4 cores, at least 1")},
+
+    {SECTION("who gets in"), STRING(tls_certificate, 0, STRING_BYTES_MAX, "\"\"",
+                                    "PEM file, the server's own first; TCP in listen then speaks "
+                                    "TLS alone; \"\": plain text")},
+    {STRING(tls_key, 0, STRING_BYTES_MAX, "\"\"", "PEM file of its private key")},
+    {STRING(
+        tls_client_ca, 0, STRING_BYTES_MAX, "\"\"",
+        "PEM file; callers by TLS need a certificate by one of these; \"\": none is asked for")},
+    {U32(tls_handshake_ms, 100, DAY_MS, "10000", "milliseconds",
+         "after which a TLS handshake that is not done is given up")},
+    {U32(tls_threads, 0, 256, "0", "threads", "that encrypt; 0: one per 4 cores, at least 1")},
+    {U32(access_look_ms, 50, DAY_MS, "2000", "milliseconds",
+         "after which these files and tokens_file are looked at again; what has changed is read")},
+    {STRING(
+        tokens_file, 0, STRING_BYTES_MAX, "\"\"",
+        "JSON file: SHA-256 of bearer tokens, names of certificates, scopes of each; \"\": none")},
+    {LIST(0, CONFIG_SCOPES_MAX, unix_scopes),
+     ENUM(unix_scopes, scopes, "[\"infer\", \"read\", \"admin\"]",
+          "of every caller by a unix socket, whose mode is the credential")},
+    {LIST(0, CONFIG_SCOPES_MAX, tcp_scopes),
+     ENUM(tcp_scopes, tcp_scopes, "[\"auto\"]",
+          "of every caller by TCP; auto: infer, read; none with tokens_file or tls_client_ca")},
+    {LIST(0, CONFIG_SCOPES_MAX, tls_client_scopes),
+     ENUM(tls_client_scopes, scopes, "[\"infer\", \"read\"]",
+          "of every caller with a certificate by tls_client_ca; tokens_file may name more")},
+    {BOOL(insecure_listen, "false",
+          "listen beyond loopback without TLS or tokens: whoever reaches the port may call")},
+    {LIST(0, CONFIG_LISTEN_MAX, health_listen),
+     STRING(health_listen, 1, 511, "[]",
+            "as listen, in plain text, of grpc.health.v1 alone: for probes beside TLS")},
 
     {SECTION("shared memory, for callers on this host"),
      STRING(shared_memory_listen, 0, 511, "\"\"",
@@ -293,6 +335,7 @@ static size_t value_bytes(const struct key *key)
 }
 _Static_assert(sizeof(enum log_level) == sizeof(unsigned), "enums are stored as unsigned");
 _Static_assert(sizeof(enum log_format) == sizeof(unsigned), "enums are stored as unsigned");
+_Static_assert(sizeof(enum config_scope) == sizeof(unsigned), "enums are stored as unsigned");
 _Static_assert(sizeof(enum config_request_log) == sizeof(unsigned), "enums are stored as unsigned");
 
 static void *value_at(const struct key *key, void *base, size_t index)
@@ -750,6 +793,81 @@ static enum status check_listens(const struct config *config, struct error *err)
     return STATUS_OK;
 }
 
+// That no other key has the address.
+static enum status check_alone(const struct config *config, const char *path, const char *address,
+                               struct error *err)
+{
+    if (is_port_0(address))
+        return STATUS_OK;
+    for (size_t i = 0; i < config->listen_n; i++)
+        if (strcmp(config->listen[i], address) == 0)
+            return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                               "the same as listen[%zu]: \"%.200s\"", i, address);
+    if (strcmp(config->shared_memory_listen, address) == 0)
+        return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                           "the same as shared_memory_listen: \"%.200s\"", address);
+    return STATUS_OK;
+}
+
+static enum status check_health(const struct config *config, struct error *err)
+{
+    for (size_t i = 0; i < config->health_listen_n; i++) {
+        const char *address = config->health_listen[i];
+        char path[PATH_BYTES];
+        snprintf(path, sizeof path, "health_listen[%zu]", i);
+        enum status status = check_listen(path, address, err);
+        if (status == STATUS_OK)
+            status = check_alone(config, path, address, err);
+        if (status != STATUS_OK)
+            return status;
+        if (!is_port_0(address) && strcmp(config->http_listen, address) == 0)
+            return error_field(err, STATUS_INVALID_ARGUMENT, path,
+                               "the same as http_listen: \"%.200s\"", address);
+    }
+    return STATUS_OK;
+}
+
+uint32_t config_scopes(const enum config_scope *list, size_t n)
+{
+    _Static_assert(ACCESS_INFER == 1 << CONFIG_SCOPE_INFER, "the bits are in this order");
+    _Static_assert(ACCESS_READ == 1 << CONFIG_SCOPE_READ, "the bits are in this order");
+    _Static_assert(ACCESS_ADMIN == 1 << CONFIG_SCOPE_ADMIN, "the bits are in this order");
+    uint32_t bits = 0;
+    for (size_t i = 0; i < n; i++)
+        bits |= 1u << list[i];
+    return bits;
+}
+
+uint32_t config_tcp_scopes(const struct config *config)
+{
+    uint32_t bits = config_scopes(config->tcp_scopes, config->tcp_scopes_n);
+    if (!(bits & 1u << CONFIG_SCOPE_AUTO))
+        return bits;
+    return config->tokens_file[0] || config->tls_client_ca[0] ? 0 : ACCESS_INFER | ACCESS_READ;
+}
+
+static enum status check_access(const struct config *config, struct error *err)
+{
+    if (config->tls_certificate[0] && !config->tls_key[0])
+        return error_field(err, STATUS_INVALID_ARGUMENT, "tls_key",
+                           "must be given with tls_certificate");
+    if (config->tls_key[0] && !config->tls_certificate[0])
+        return error_field(err, STATUS_INVALID_ARGUMENT, "tls_certificate",
+                           "must be given with tls_key");
+    if (config->tls_client_ca[0] && !config->tls_certificate[0])
+        return error_field(err, STATUS_INVALID_ARGUMENT, "tls_client_ca",
+                           "needs tls_certificate and tls_key");
+    uint32_t tcp = config_scopes(config->tcp_scopes, config->tcp_scopes_n);
+    if ((tcp & 1u << CONFIG_SCOPE_AUTO) && config->tcp_scopes_n > 1)
+        return error_field(err, STATUS_INVALID_ARGUMENT, "tcp_scopes",
+                           "expected \"auto\" alone or no \"auto\"");
+    if (config->shared_memory_listen[0] &&
+        !(config_scopes(config->unix_scopes, config->unix_scopes_n) & ACCESS_INFER))
+        return error_field(err, STATUS_INVALID_ARGUMENT, "shared_memory_listen",
+                           "needs \"infer\" in unix_scopes, it is a unix socket");
+    return STATUS_OK;
+}
+
 static enum status check_shared(const struct config *config, struct error *err)
 {
     static const char key[] = "shared_memory_listen";
@@ -773,16 +891,7 @@ static enum status check_http(const struct config *config, struct error *err)
     if (address[0] == '\0')
         return STATUS_OK;
     enum status status = check_listen(key, address, err);
-    if (status != STATUS_OK || is_port_0(address))
-        return status;
-    for (size_t i = 0; i < config->listen_n; i++)
-        if (strcmp(config->listen[i], address) == 0)
-            return error_field(err, STATUS_INVALID_ARGUMENT, key,
-                               "the same as listen[%zu]: \"%.200s\"", i, address);
-    if (strcmp(config->shared_memory_listen, address) == 0)
-        return error_field(err, STATUS_INVALID_ARGUMENT, key,
-                           "the same as shared_memory_listen: \"%.200s\"", address);
-    return STATUS_OK;
+    return status == STATUS_OK ? check_alone(config, key, address, err) : status;
 }
 
 static enum status check_trace(const struct config *config, struct error *err)
@@ -846,6 +955,10 @@ static enum status check_together(const struct config *config, struct error *err
         status = check_shared(config, err);
     if (status == STATUS_OK)
         status = check_http(config, err);
+    if (status == STATUS_OK)
+        status = check_health(config, err);
+    if (status == STATUS_OK)
+        status = check_access(config, err);
     if (status == STATUS_OK)
         status = check_trace(config, err);
     if (status)

@@ -18,7 +18,15 @@ enum config_request_log {
     CONFIG_REQUEST_LOG_ALL
 };
 
+enum config_scope { // of access.h
+    CONFIG_SCOPE_INFER,
+    CONFIG_SCOPE_READ,
+    CONFIG_SCOPE_ADMIN,
+    CONFIG_SCOPE_AUTO // of tcp_scopes alone
+};
+
 enum {
+    CONFIG_SCOPES_MAX = 3,
     CONFIG_LISTEN_MAX = 16,
     CONFIG_ROOTS_MAX = 16,
     CONFIG_WEIGHTS_MAX = 64,
@@ -59,6 +67,23 @@ struct config {
     uint32_t stream_requests_max;     // in flight on one EinsumStream; default 64
     uint64_t transport_bytes_max;     // in gRPC's own buffers; 0 (default): automatic
     uint32_t rpc_threads;             // gRPC completion queues; 0: one per 4 cores, at least 1
+
+    // who gets in
+    char *tls_certificate, *tls_key; // PEM files; "" (default): no TLS
+    char *tls_client_ca;             // PEM; "" (default): no certificate is asked for
+    uint32_t tls_handshake_ms;       // default 10000
+    uint32_t tls_threads;            // 0 (default): one per 4 cores, at least 1
+    uint32_t access_look_ms;         // how often the files are looked at; default 2000
+    char *tokens_file;               // see access.h; "" (default): none
+    enum config_scope unix_scopes[CONFIG_SCOPES_MAX]; // default all
+    size_t unix_scopes_n;
+    enum config_scope tcp_scopes[CONFIG_SCOPES_MAX]; // "auto" (default): see config_tcp_scopes
+    size_t tcp_scopes_n;
+    enum config_scope tls_client_scopes[CONFIG_SCOPES_MAX]; // default infer and read
+    size_t tls_client_scopes_n;
+    bool insecure_listen;                   // default false
+    char *health_listen[CONFIG_LISTEN_MAX]; // of health alone, never TLS; default none
+    size_t health_listen_n;
 
     // shared memory, for callers on this host
     char *shared_memory_listen;      // "unix:/PATH" of the control socket; "" (default): none
@@ -122,6 +147,11 @@ struct config {
     enum log_level log_level;   // "debug", "info" (default), "warn", "error"
     enum log_format log_format; // "plain" (default), "json"
 };
+
+// A list of scopes as bits of access.h.
+uint32_t config_scopes(const enum config_scope *scopes, size_t scopes_n);
+// tcp_scopes; "auto" is infer and read if nothing else says who gets in, otherwise none.
+uint32_t config_tcp_scopes(const struct config *config);
 
 // The defaults alone.
 NODISCARD enum status config_init(struct config *config, struct error *err);

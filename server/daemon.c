@@ -15,6 +15,7 @@
 
 #include "batch.h"
 #include "control.h"
+#include "gate.h"
 #include "gpus.h"
 #include "http.h"
 #include "listener.h"
@@ -70,6 +71,8 @@ static void resolve_threads(struct config *config)
     uint32_t cores = usable_cores();
     if (config->rpc_threads == 0)
         config->rpc_threads = (cores + 3) / 4;
+    if (config->tls_threads == 0)
+        config->tls_threads = (cores + 3) / 4;
     if (config->load_threads == 0)
         config->load_threads = cores;
 }
@@ -156,16 +159,12 @@ NODISCARD static enum status bind_http(struct daemon *daemon, struct error *err)
 NODISCARD static enum status bind_addresses(struct daemon *daemon, struct error *err)
 {
     const struct config *config = daemon->config;
-    const struct listener_options listen = {
-        .key = "listen",
-        .addresses = (const char *const *)config->listen,
-        .addresses_n = config->listen_n,
-        .unix_socket_mode = config->unix_socket_mode,
-        .connections_max = config->connections_max,
-    };
-    enum status status = listener_create(&daemon->loop, &listen, &daemon->context.listener, err);
-    if (status == STATUS_OK)
+    enum status status =
+        gate_create(&daemon->loop, config, daemon->context.metrics, &daemon->context.gate, err);
+    if (status == STATUS_OK) {
+        daemon->context.listener = gate_listener(daemon->context.gate);
         status = bind_http(daemon, err);
+    }
     if (status != STATUS_OK || config->shared_memory_listen[0] == '\0')
         return status;
     const struct sharing_options sharing = {
@@ -384,11 +383,6 @@ NODISCARD static enum status create_regions(struct daemon *daemon, struct error 
     return regions_create(&options, &context->regions, err);
 }
 
-static void add_rpc_connection(void *rpc, int fd)
-{
-    rpc_add_connection(rpc, fd);
-}
-
 static void on_calls_drained(void *argument)
 {
     struct daemon *daemon = argument;
@@ -398,7 +392,7 @@ static void on_calls_drained(void *argument)
 static void on_connection_idle(void *argument, int fd)
 {
     struct daemon *daemon = argument;
-    listener_end_connection(daemon->context.listener, fd);
+    gate_end_connection(daemon->context.gate, fd);
 }
 
 NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *err)
@@ -450,6 +444,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .methods = methods,
         .context = context,
         .metrics = context->metrics,
+        .access = gate_access(daemon->context.gate),
         .on_drained = on_calls_drained,
         .on_connection_idle = on_connection_idle,
         .drained_context = daemon,
@@ -461,7 +456,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
     if (context->sharing)
         status = start_sharing(daemon, err);
     if (status == STATUS_OK)
-        status = listener_start(context->listener, add_rpc_connection, daemon->rpc, err);
+        status = gate_start(daemon->context.gate, daemon->rpc, err);
     if (status == STATUS_OK && context->http) {
         struct engine_info engine;
         context->engine_ops->describe(context->engine, &engine);
@@ -498,20 +493,13 @@ static void on_grace_over(uv_timer_t *timer)
     rpc_cancel_calls(daemon->rpc);
 }
 
-static bool connection_busy(void *rpc, int fd)
-{
-    return rpc_connection_busy(rpc, fd);
-}
-
 // Who follows health has left by now. Others, such as most proxies, learn it from a closed port and
 // a connection that ends between calls: nothing is lost that way. gRPC's own farewell is not as
 // careful: what crosses with it on the wire ends with CANCELLED, which nobody tries again.
 static void on_closing(uv_timer_t *timer)
 {
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, closing);
-    listener_stop(daemon->context.listener);
-    rpc_watch_idle(daemon->rpc);
-    listener_end_idle(daemon->context.listener, connection_busy);
+    gate_close(daemon->context.gate);
 }
 
 // New calls are refused and connections told to go elsewhere; what is in flight finishes.
@@ -519,7 +507,7 @@ static void on_lame_duck_over(uv_timer_t *timer)
 {
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, lame_duck);
     daemon->drain_started = true;
-    listener_stop(daemon->context.listener);
+    gate_stop(daemon->context.gate);
     if (daemon->context.sharing) {
         sharing_stop(daemon->context.sharing);
         rings_drain(daemon->context.rings);
@@ -633,8 +621,8 @@ static void log_failure(const struct error *err)
 static void stop(struct daemon *daemon)
 {
     struct service_context *context = &daemon->context;
-    if (context->listener)
-        listener_stop(context->listener);
+    if (daemon->context.gate)
+        gate_stop(daemon->context.gate);
     if (context->sharing)
         sharing_stop(context->sharing);
     if (daemon->rpc) {
@@ -644,8 +632,8 @@ static void stop(struct daemon *daemon)
         }
         rpc_destroy(daemon->rpc);
     }
-    if (context->listener)
-        listener_drop_connections(context->listener);
+    if (daemon->context.gate)
+        gate_drop_connections(daemon->context.gate);
     if (context->http_listener)
         listener_stop(context->http_listener); // so late: it tells of the drain
     if (context->http)
@@ -659,8 +647,8 @@ static void stop(struct daemon *daemon)
     if (context->rings)
         rings_destroy(context->rings);
     destroy_loop(daemon);
-    if (context->listener)
-        listener_destroy(context->listener);
+    if (daemon->context.gate)
+        gate_destroy(daemon->context.gate);
     if (context->http)
         http_destroy(context->http);
     gpus_close(context->gpus);
@@ -721,11 +709,15 @@ static void announce(const struct daemon *daemon)
 {
     char addresses[ADDRESSES_BYTES];
     listener_addresses(daemon->context.listener, addresses, sizeof addresses);
+    char health_addresses[ADDRESSES_BYTES] = "";
+    if (gate_health_listener(daemon->context.gate))
+        listener_addresses(gate_health_listener(daemon->context.gate), health_addresses,
+                           sizeof health_addresses);
     char http_address[ADDRESSES_BYTES] = "";
     if (daemon->context.http_listener)
         listener_addresses(daemon->context.http_listener, http_address, sizeof http_address);
     LOG(INFO, "ready", LOG_STR("version", EINSUMD_VERSION), LOG_STR("listen", addresses),
-        LOG_STR("http_listen", http_address),
+        LOG_STR("http_listen", http_address), LOG_STR("health_listen", health_addresses),
         LOG_U64("weights", weights_totals(daemon->context.weights).weights),
         LOG_U64("ms", (now_ns() - daemon->context.started_ns) / 1000000u));
     supervisor_ready(addresses);

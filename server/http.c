@@ -221,9 +221,10 @@ static void on_sweep(uv_timer_t *timer)
         uv_timer_stop(timer);
 }
 
-void http_take(void *argument, int fd)
+void http_take(void *argument, const struct listener_taken *taken)
 {
     struct http *http = argument;
+    int fd = taken->fd;
     struct sockaddr_storage address = {0};
     socklen_t bytes = sizeof address;
     if (getpeername(fd, (struct sockaddr *)&address, &bytes) != 0) {

@@ -12,6 +12,7 @@
 
 #include <uv.h>
 
+#include "listener.h"
 #include "status.h"
 
 struct http;
@@ -27,7 +28,7 @@ struct http_options {
 NODISCARD enum status http_create(const struct http_options *options, struct http **http,
                                   struct error *err);
 // Takes a connected socket; a listener's `take`.
-void http_take(void *http, int fd);
+void http_take(void *http, const struct listener_taken *taken);
 // Ends all connections, before the loop runs for the last time; destroy comes after it.
 void http_stop(struct http *http);
 void http_destroy(struct http *http);

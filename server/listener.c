@@ -43,6 +43,7 @@ struct endpoint {
     int fd;      // -1: closed
     int lock_fd; // of a unix socket's lock file; -1: none
     bool polled; // `readable` has been initialised
+    bool is_loopback;
     char text[ADDRESS_BYTES];
     char path[sizeof((struct sockaddr_un *)0)->sun_path]; // empty: not a unix socket
     dev_t device; // of the socket file that we made, so that we unlink no other
@@ -53,8 +54,9 @@ struct listener {
     uv_loop_t *loop;
     uv_timer_t pause;
     const char *key; // of the configuration
-    void (*take)(void *context, int fd);
+    listener_take *take;
     void *context;
+    bool loopback_only, tunnel;
     struct endpoint *endpoints;
     size_t endpoints_n;
     pthread_mutex_t lock;
@@ -125,30 +127,61 @@ free_connection:
     return false;
 }
 
+static void set_send_buffer(int fd)
+{
+    int bytes = SOCKET_BUFFER_BYTES;
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+}
+
+// The pair for a connection by TCP: the server gets one end, and its end is seen there.
+static bool make_tunnel(struct listener_taken *taken)
+{
+    int ends[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) != 0)
+        return false;
+    set_send_buffer(ends[0]);
+    set_send_buffer(ends[1]);
+    taken->wire = taken->fd;
+    taken->fd = ends[0];
+    taken->tunnel = ends[1];
+    return true;
+}
+
+static void close_taken(const struct listener_taken *taken)
+{
+    close(taken->fd);
+    if (taken->wire >= 0) {
+        close(taken->wire);
+        close(taken->tunnel);
+    }
+}
+
 static void take_connection(struct endpoint *endpoint, int fd)
 {
     struct listener *listener = endpoint->listener;
+    struct listener_taken taken = {
+        .fd = fd, .is_unix = endpoint->path[0] != '\0', .wire = -1, .tunnel = -1};
     bool full = atomic_load_explicit(&listener->connections, memory_order_relaxed) >=
                 listener->connections_max;
-    if (full || !watch_connection(listener, fd)) {
+    bool tunnelled = listener->tunnel && !taken.is_unix;
+    if (full || (tunnelled && !make_tunnel(&taken)) || !watch_connection(listener, taken.fd)) {
         uint64_t refused = atomic_fetch_add_explicit(&listener->refused, 1, memory_order_relaxed);
         if ((refused & (refused + 1)) ==
             0) // the 1st, 2nd, 4th, 8th ...: a flood must not fill the log
             LOG(WARN, "connection refused", LOG_STR("listen", endpoint->text),
                 LOG_STR("reason", full ? "connections_max" : "no file descriptors or memory"),
                 LOG_U64("refused", refused + 1));
-        close(fd);
+        close_taken(&taken);
         return;
     }
-    if (endpoint->path[0]) {
-        int bytes = SOCKET_BUFFER_BYTES;
-        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+    if (taken.is_unix) {
+        set_send_buffer(fd);
     } else {
         int on = 1;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     }
     atomic_fetch_add_explicit(&listener->accepted, 1, memory_order_relaxed);
-    listener->take(listener->context, fd);
+    listener->take(listener->context, &taken);
 }
 
 static void on_readable(uv_poll_t *poll, int status, int events);
@@ -252,6 +285,17 @@ NODISCARD static enum status bind_unix(struct endpoint *endpoint, const char *pa
     return STATUS_OK;
 }
 
+static bool is_loopback(const struct sockaddr *address)
+{
+    if (address->sa_family == AF_INET) {
+        const struct sockaddr_in *v4 = (const struct sockaddr_in *)(const void *)address;
+        return ntohl(v4->sin_addr.s_addr) >> 24 == IN_LOOPBACKNET;
+    }
+    const struct in6_addr *v6 = &((const struct sockaddr_in6 *)(const void *)address)->sin6_addr;
+    return IN6_IS_ADDR_LOOPBACK(v6) ||
+           (IN6_IS_ADDR_V4MAPPED(v6) && v6->s6_addr[12] == IN_LOOPBACKNET);
+}
+
 static void describe_tcp(struct endpoint *endpoint)
 {
     struct sockaddr_storage address = {0};
@@ -285,6 +329,15 @@ NODISCARD static enum status bind_tcp(struct endpoint *endpoint, const char *tex
     if (error != 0)
         return error_field(err, STATUS_INVALID_ARGUMENT, endpoint->listener->key, "%s: %s", text,
                            gai_strerror(error));
+    endpoint->is_loopback = is_loopback(found->ai_addr);
+    if (endpoint->listener->loopback_only && !endpoint->is_loopback) {
+        freeaddrinfo(found);
+        return error_field(err, STATUS_FAILED_PRECONDITION, endpoint->listener->key,
+                           "%s is open to other machines, and nothing says who may call: set "
+                           "tls_certificate, tls_key and tls_client_ca, or tokens_file, or "
+                           "insecure_listen if the network itself keeps strangers out",
+                           text);
+    }
     endpoint->fd = socket(found->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     // REUSEADDR lets a restarted daemon pass its own connections in TIME_WAIT; it does not let two
     // listen.
@@ -346,6 +399,8 @@ enum status listener_create(uv_loop_t *loop, const struct listener_options *opti
     listener->endpoints = endpoints;
     listener->key = options->key;
     listener->connections_max = options->connections_max;
+    listener->loopback_only = options->loopback_only;
+    listener->tunnel = options->tunnel;
     enum status status = STATUS_OK;
     for (size_t i = 0; i < options->addresses_n; i++) {
         struct endpoint *endpoint = &endpoints[i];
@@ -369,8 +424,8 @@ close_endpoints:
     return status;
 }
 
-enum status listener_start(struct listener *listener, void (*take)(void *context, int fd),
-                           void *context, struct error *err)
+enum status listener_start(struct listener *listener, listener_take *take, void *context,
+                           struct error *err)
 {
     listener->take = take;
     listener->context = context;
@@ -449,6 +504,19 @@ void listener_addresses(const struct listener *listener, char *text, size_t byte
                                listener->endpoints[i].text);
         used += printed > 0 ? (size_t)printed : 0;
     }
+}
+
+size_t listener_addresses_n(const struct listener *listener)
+{
+    return listener->endpoints_n;
+}
+
+struct listener_address listener_address(const struct listener *listener, size_t index)
+{
+    const struct endpoint *endpoint = &listener->endpoints[index];
+    return (struct listener_address){.text = endpoint->text,
+                                     .is_unix = endpoint->path[0] != '\0',
+                                     .is_loopback = endpoint->is_loopback};
 }
 
 struct listener_stats listener_stats(const struct listener *listener)

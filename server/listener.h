@@ -18,14 +18,26 @@ struct listener_options {
     size_t addresses_n;
     uint32_t unix_socket_mode;
     uint32_t connections_max;
+    bool loopback_only; // of TCP addresses, any other is refused
+    bool tunnel;        // what comes in by TCP gets a pair of sockets, see listener_taken
 };
+
+// A connection that has come in, whose sockets are the taker's.
+struct listener_taken {
+    int fd; // for the server
+    bool is_unix;
+    // With `tunnel`: the socket itself, and the other end of `fd`, between which the taker carries
+    // the bytes. Else -1.
+    int wire, tunnel;
+};
+typedef void listener_take(void *context, const struct listener_taken *taken);
 
 // Binds every address, without listening yet. ALREADY_EXISTS: another process has one.
 NODISCARD enum status listener_create(uv_loop_t *loop, const struct listener_options *options,
                                       struct listener **listener, struct error *err);
 // From now on connections come in and go to `take`, on the main thread, which owns the socket.
-NODISCARD enum status listener_start(struct listener *listener, void (*take)(void *context, int fd),
-                                     void *context, struct error *err);
+NODISCARD enum status listener_start(struct listener *listener, listener_take *take, void *context,
+                                     struct error *err);
 // No further ones. The unix sockets are unlinked. Again is harmless.
 void listener_stop(struct listener *listener);
 // Any thread. Ends the connection that `take` was given as `fd`, if it is still there: what was
@@ -39,6 +51,14 @@ void listener_destroy(struct listener *listener);
 
 // The addresses as bound (port 0 resolved), with commas between.
 void listener_addresses(const struct listener *listener, char *text, size_t bytes);
+
+// Each address as bound.
+struct listener_address {
+    const char *text;
+    bool is_unix, is_loopback;
+};
+size_t listener_addresses_n(const struct listener *listener);
+struct listener_address listener_address(const struct listener *listener, size_t index);
 
 struct listener_stats {
     uint32_t connections;

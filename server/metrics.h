@@ -40,10 +40,13 @@ extern const char *const metrics_transport_names[METRICS_TRANSPORTS];
 extern const char *const metrics_phase_names[METRICS_PHASES];
 
 enum {
-    METRICS_STATUSES = 17,   // gRPC's
-    METRICS_CALLS_MAX = 64,  // gRPC methods told apart
-    METRICS_TIME_BOUNDS = 34 // of a histogram of time
+    METRICS_STATUSES = 17,    // gRPC's
+    METRICS_CALLS_MAX = 64,   // gRPC methods told apart
+    METRICS_TIME_BOUNDS = 34, // of a histogram of time
+    METRICS_ACCESS_REFUSALS = 5,
 };
+
+extern const char *const metrics_access_refusal_names[METRICS_ACCESS_REFUSALS]; // access.c
 
 // Upper ends of the buckets, in nanoseconds: 10 us to 10 s, six a decade up to 1 s. What is longer
 // has a bucket behind them.
@@ -61,7 +64,8 @@ struct metrics_values {
     uint64_t received; // requests, of any kind of end
     uint64_t shared;   // of those, with tensors in shared memory
     uint64_t requests[METRICS_METHODS][METRICS_TRANSPORTS][METRICS_STATUSES]; // ended
-    uint64_t refused_calls, refused_draining; // past calls_max; on streams and rings
+    uint64_t refused_calls, refused_draining;         // past calls_max; on streams and rings
+    uint64_t access_refused[METRICS_ACCESS_REFUSALS]; // calls, by reason
     uint64_t streams_opened, streams_ended;
     struct metrics_histogram durations[METRICS_METHODS];
     struct metrics_histogram phases[METRICS_PHASES];

@@ -48,10 +48,16 @@ static void put_free(struct call *call)
     call->thread->free_list = call;
 }
 
-// NULL: its number is too great to be counted.
-static _Atomic uint32_t *connection_calls(const struct rpc *rpc, uint32_t connection)
+// NULL: not one of ours.
+static struct rpc_connection *find_connection(const struct rpc *rpc, uint32_t connection)
 {
-    return connection < rpc->connections_n ? &rpc->connection_calls[connection] : NULL;
+    return connection < rpc->connections_n ? &rpc->connections[connection] : NULL;
+}
+
+struct access_peer *rpc_peer(const struct rpc *rpc, uint32_t connection)
+{
+    struct rpc_connection *found = find_connection(rpc, connection);
+    return found ? atomic_load_explicit(&found->peer, memory_order_acquire) : NULL;
 }
 
 // The order between the count and `watch_idle` is what makes sure that whoever looks at them, this
@@ -59,17 +65,17 @@ static _Atomic uint32_t *connection_calls(const struct rpc *rpc, uint32_t connec
 static void leave_connection(const struct call *call)
 {
     const struct rpc *rpc = call->thread->rpc;
-    _Atomic uint32_t *calls = connection_calls(rpc, call->connection);
-    if (calls && atomic_fetch_sub(calls, 1) == 1 && atomic_load(&rpc->watch_idle))
+    struct rpc_connection *connection = find_connection(rpc, call->connection);
+    if (connection && atomic_fetch_sub(&connection->calls, 1) == 1 && atomic_load(&rpc->watch_idle))
         rpc->options.on_connection_idle(rpc->options.drained_context, (int)call->connection - 1);
 }
 
 static void link_live(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
-    _Atomic uint32_t *calls = connection_calls(thread->rpc, call_connection(call));
-    if (calls)
-        atomic_fetch_add_explicit(calls, 1, memory_order_relaxed);
+    struct rpc_connection *connection = find_connection(thread->rpc, call_connection(call));
+    if (connection)
+        atomic_fetch_add_explicit(&connection->calls, 1, memory_order_relaxed);
     call->previous = NULL;
     call->next = thread->live;
     if (call->next)
@@ -359,7 +365,7 @@ static void register_methods(struct rpc *rpc)
     size_t i = 0;
     for (const struct method *const *table = rpc->options.methods; *table; table++) {
         for (const struct method *method = *table; method->path; method++, i++) {
-            ASSERT(i < RPC_METHODS_MAX);
+            ASSERT(i < RPC_METHODS_MAX && method->needs);
             rpc->metrics_calls[i] = metrics_add_call(rpc->options.metrics, method->path);
             if (!method->message_with_call)
                 continue;
@@ -454,7 +460,9 @@ static void free_rpc(struct rpc *rpc)
         grpc_completion_queue_destroy(rpc->threads[i].queue);
     }
     grpc_shutdown();
-    free(rpc->connection_calls);
+    for (size_t i = 0; i < rpc->connections_used; i++)
+        access_peer_free(rpc->connections[i].peer);
+    free(rpc->connections);
     free(rpc->threads);
     free(rpc);
 }
@@ -472,16 +480,16 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
     struct rpc *rpc = calloc(1, sizeof *rpc);
     struct rpc_thread *threads = calloc(options->threads, sizeof *threads);
     size_t connections_n = files_max();
-    _Atomic uint32_t *connection_calls = calloc(connections_n, sizeof *connection_calls);
-    if (!rpc || !threads || !connection_calls) {
+    struct rpc_connection *connections = calloc(connections_n, sizeof *connections);
+    if (!rpc || !threads || !connections) {
         free(rpc);
         free(threads);
-        free(connection_calls);
+        free(connections);
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the gRPC server");
     }
     rpc->options = *options;
     rpc->threads = threads;
-    rpc->connection_calls = connection_calls;
+    rpc->connections = connections;
     rpc->connections_n = connections_n;
     rpc->shutdown_tag = (struct tag){.kind = TAG_SHUTDOWN};
     atomic_init(&rpc->live_calls, 1); // the server's own, until its shutdown tag pops
@@ -522,15 +530,27 @@ shut_down:
     return status;
 }
 
-void rpc_add_connection(struct rpc *rpc, int fd)
+void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
 {
+    uint32_t number = connection_number(fd);
+    struct rpc_connection *connection = find_connection(rpc, number);
+    if (!connection) {
+        access_peer_free(peer);
+        close(fd);
+        return;
+    }
+    access_peer_free(atomic_exchange_explicit(&connection->peer, peer, memory_order_acq_rel));
+    size_t used = atomic_load(&rpc->connections_used);
+    while (used <= number &&
+           !atomic_compare_exchange_weak(&rpc->connections_used, &used, (size_t)number + 1))
+        ;
     grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials);
 }
 
 bool rpc_connection_busy(const struct rpc *rpc, int fd)
 {
-    const _Atomic uint32_t *calls = connection_calls(rpc, connection_number(fd));
-    return !calls || atomic_load(calls) > 0;
+    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
+    return !connection || atomic_load(&connection->calls) > 0;
 }
 
 void rpc_watch_idle(struct rpc *rpc)

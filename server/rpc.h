@@ -20,6 +20,7 @@ struct rpc_options {
     const struct method *const *methods; // tables that end with a NULL path; NULL-terminated
     struct service_context *context;
     struct metrics *metrics;
+    struct access *access;
     // Called on an rpc thread once the server has shut down and no call is left.
     void (*on_drained)(void *drained_context);
     // Called on an rpc thread, after rpc_watch_idle, when the last call has ended of the connection
@@ -32,8 +33,8 @@ struct rpc_options {
 NODISCARD enum status rpc_create(const struct rpc_options *options, struct rpc **rpc,
                                  struct error *err);
 
-// Any thread: takes a connected socket.
-void rpc_add_connection(struct rpc *rpc, int fd);
+// Any thread: takes a connected socket, and `peer`, whose it is.
+void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer);
 
 // Any thread. Whether calls are live on the connection that was added as `fd`.
 bool rpc_connection_busy(const struct rpc *rpc, int fd);

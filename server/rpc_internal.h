@@ -91,6 +91,12 @@ struct call {
     _Alignas(max_align_t) unsigned char inline_state[CALL_INLINE_STATE_BYTES];
 };
 
+// By the number of a connection: see connection_number.
+struct rpc_connection {
+    _Atomic uint32_t calls;             // live ones
+    _Atomic(struct access_peer *) peer; // owned; NULL: none has had this number
+};
+
 struct rpc {
     struct rpc_options options;
     grpc_server *server;
@@ -103,8 +109,9 @@ struct rpc {
     grpc_server_credentials *credentials;
     _Atomic bool draining;
     _Atomic bool watch_idle;
-    _Atomic uint32_t *connection_calls; // live ones, by connection_number
-    size_t connections_n;               // numbers in it; a connection beyond is never idle
+    struct rpc_connection *connections;
+    size_t connections_n;            // numbers in it; a connection beyond is closed at once
+    _Atomic size_t connections_used; // none from here on has been added: pages never touched
     _Atomic uint32_t
         live_calls; // of all threads, and one for the server until its shutdown tag has popped
 };
@@ -116,6 +123,9 @@ static inline uint32_t connection_number(int fd)
 }
 
 // rpc.c
+// Who sent the call. As long as a call lives, gRPC keeps its connection's socket open, so that its
+// number is nobody else's. NULL: unknown.
+struct access_peer *rpc_peer(const struct rpc *rpc, uint32_t connection);
 extern __thread struct rpc_thread *rpc_thread_here; // set while an rpc thread is outside of gRPC
 void rpc_call_ended(struct call *call);             // back to the pool
 

@@ -10,11 +10,13 @@
 
 #include "batch.h"
 #include "config.h"
+#include "gate.h"
 #include "gpus.h"
 #include "listener.h"
 #include "log.h"
 #include "service.h"
 #include "sharing.h"
+#include "tls.h"
 #include "trace.h"
 #include "weights.h"
 
@@ -227,6 +229,31 @@ static void write_connections(struct scrape *scrape)
     page_u64(page, "reason=\"draining\"", scrape->values.refused_draining);
     page_u64(page, "reason=\"connections\"", listener.refused);
     page_u64(page, "reason=\"shared_connections\"", sharing.connections_refused);
+}
+
+static void write_access(struct scrape *scrape)
+{
+    struct page *page = &scrape->page;
+    page_family(page, "einsumd_access_refused_total", PAGE_COUNTER,
+                "Calls refused for want of a token or a scope, by reason.");
+    for (size_t i = 0; i < METRICS_ACCESS_REFUSALS; i++) {
+        char labels[64];
+        snprintf(labels, sizeof labels, "reason=\"%s\"", metrics_access_refusal_names[i]);
+        page_u64(page, labels, scrape->values.access_refused[i]);
+    }
+    struct tls *tls = gate_tls(scrape->context->gate);
+    struct tls_stats stats = {0};
+    if (tls)
+        stats = tls_stats(tls);
+    gauge(page, "einsumd_tls_connections", stats.connections,
+          "Of the connections to `listen`, those by TLS, handshake done.");
+    page_family(page, "einsumd_tls_handshakes_total", PAGE_COUNTER,
+                "TLS handshakes, by how they ended.");
+    page_u64(page, "result=\"done\"", stats.handshakes);
+    page_u64(page, "result=\"failed\"", stats.handshakes_failed);
+    page_u64(page, "result=\"late\"", stats.handshakes_late);
+    gauge(page, "einsumd_tls_certificate_expires_seconds", (uint64_t)stats.certificate_expires,
+          "When the certificate in force expires, since the epoch; 0 without TLS.");
 }
 
 static void write_queue(struct scrape *scrape)
@@ -456,6 +483,7 @@ enum status scrape_write(struct service_context *context, enum page_format forma
     write_requests(scrape);
     write_calls(scrape);
     write_connections(scrape);
+    write_access(scrape);
     write_queue(scrape);
     write_batches(scrape);
     write_memory(scrape);

@@ -12,6 +12,7 @@
 
 struct batcher;
 struct config;
+struct gate;
 struct gpus;
 struct record;
 struct health;
@@ -31,7 +32,8 @@ struct service_context {
     struct batcher *batcher;
     struct control *control; // runs what may block: loads, self-tests
     struct health *health;
-    struct listener *listener;
+    struct gate *gate;
+    struct listener *listener;      // the gate's, of `listen`
     struct listener *http_listener; // NULL, as the next: no HTTP
     struct http *http;
     struct gpus *gpus;       // looked at by the main thread; may be NULL

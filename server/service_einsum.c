@@ -363,6 +363,7 @@ static void on_stream_end(struct call *call)
 const struct method service_einsum_methods[] = {
     {
         .path = "/einsum.v1.Einsum/Einsum",
+        .needs = ACCESS_INFER,
         .message_with_call = true,
         .on_message = on_einsum_message,
         .on_wake = unary_on_wake,
@@ -371,6 +372,7 @@ const struct method service_einsum_methods[] = {
     },
     {
         .path = "/einsum.v1.Einsum/OutputProject",
+        .needs = ACCESS_INFER,
         .message_with_call = true,
         .on_message = on_output_project_message,
         .on_wake = unary_on_wake,
@@ -379,6 +381,7 @@ const struct method service_einsum_methods[] = {
     },
     {
         .path = "/einsum.v1.Einsum/EinsumStream",
+        .needs = ACCESS_INFER,
         .on_start = on_stream_start,
         .on_message = on_stream_message,
         .on_sent = on_stream_sent,

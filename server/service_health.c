@@ -254,10 +254,11 @@ static void watch_on_end(struct call *call)
 }
 
 const struct method service_health_methods[] = {
-    {.path = "/grpc.health.v1.Health/Check", .on_message = check_on_message},
-    {.path = "/grpc.health.v1.Health/List", .on_message = list_on_message},
+    {.path = "/grpc.health.v1.Health/Check", .needs = ACCESS_OPEN, .on_message = check_on_message},
+    {.path = "/grpc.health.v1.Health/List", .needs = ACCESS_OPEN, .on_message = list_on_message},
     {
         .path = "/grpc.health.v1.Health/Watch",
+        .needs = ACCESS_OPEN,
         .on_message = watch_on_message,
         .on_sent = watch_on_sent,
         .on_wake = watch_on_wake,

@@ -100,6 +100,7 @@ static void on_model_infer(struct call *call, grpc_byte_buffer *message)
 const struct method service_inference_methods[] = {
     {
         .path = "/inference.GRPCInferenceService/ModelInfer",
+        .needs = ACCESS_INFER,
         .message_with_call = true,
         .on_message = on_model_infer,
         .on_wake = unary_on_wake,

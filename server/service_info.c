@@ -334,9 +334,10 @@ static void on_self_test_end(struct call *call)
 }
 
 const struct method service_info_methods[] = {
-    {.path = "/einsum.v1.Einsum/ServerInfo", .on_message = on_server_info},
+    {.path = "/einsum.v1.Einsum/ServerInfo", .needs = ACCESS_READ, .on_message = on_server_info},
     {
         .path = "/einsum.v1.Einsum/SelfTest",
+        .needs = ACCESS_INFER,
         .on_message = on_self_test,
         .on_wake = on_self_test_wake,
         .on_end = on_self_test_end,

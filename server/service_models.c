@@ -318,12 +318,12 @@ static void on_model_statistics(struct call *call, grpc_byte_buffer *bytes)
 #define PATH(method) "/inference.GRPCInferenceService/" method
 
 const struct method service_models_methods[] = {
-    {.path = PATH("ServerLive"), .on_message = on_server_live},
-    {.path = PATH("ServerReady"), .on_message = on_server_ready},
-    {.path = PATH("ServerMetadata"), .on_message = on_server_metadata},
-    {.path = PATH("ModelReady"), .on_message = on_model_ready},
-    {.path = PATH("ModelMetadata"), .on_message = on_model_metadata},
-    {.path = PATH("ModelConfig"), .on_message = on_model_config},
-    {.path = PATH("ModelStatistics"), .on_message = on_model_statistics},
+    {.path = PATH("ServerLive"), .needs = ACCESS_OPEN, .on_message = on_server_live},
+    {.path = PATH("ServerReady"), .needs = ACCESS_OPEN, .on_message = on_server_ready},
+    {.path = PATH("ServerMetadata"), .needs = ACCESS_READ, .on_message = on_server_metadata},
+    {.path = PATH("ModelReady"), .needs = ACCESS_READ, .on_message = on_model_ready},
+    {.path = PATH("ModelMetadata"), .needs = ACCESS_READ, .on_message = on_model_metadata},
+    {.path = PATH("ModelConfig"), .needs = ACCESS_READ, .on_message = on_model_config},
+    {.path = PATH("ModelStatistics"), .needs = ACCESS_READ, .on_message = on_model_statistics},
     {0},
 };

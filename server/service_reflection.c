@@ -395,12 +395,14 @@ static void on_sent(struct call *call)
 const struct method service_reflection_methods[] = {
     {
         .path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        .needs = ACCESS_READ,
         .on_message = on_message,
         .on_sent = on_sent,
         .on_drain = call_finish_draining,
     },
     {
         .path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        .needs = ACCESS_READ,
         .on_message = on_message,
         .on_sent = on_sent,
         .on_drain = call_finish_draining,

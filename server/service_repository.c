@@ -347,15 +347,17 @@ static void on_change_end(struct call *call)
 #define PATH(method) "/inference.GRPCInferenceService/" method
 
 const struct method service_repository_methods[] = {
-    {.path = PATH("RepositoryIndex"), .on_message = on_repository_index},
+    {.path = PATH("RepositoryIndex"), .needs = ACCESS_READ, .on_message = on_repository_index},
     {
         .path = PATH("RepositoryModelLoad"),
+        .needs = ACCESS_ADMIN,
         .on_message = on_model_load,
         .on_wake = on_model_load_wake,
         .on_end = on_change_end,
     },
     {
         .path = PATH("RepositoryModelUnload"),
+        .needs = ACCESS_ADMIN,
         .on_message = on_model_unload,
         .on_wake = on_model_unload_wake,
         .on_end = on_change_end,

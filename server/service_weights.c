@@ -348,10 +348,11 @@ static void on_load_end(struct call *call)
 }
 
 const struct method service_weights_methods[] = {
-    {.path = "/einsum.v1.Einsum/ListWeights", .on_message = on_list_weights},
-    {.path = "/einsum.v1.Einsum/GetWeight", .on_message = on_get_weight},
+    {.path = "/einsum.v1.Einsum/ListWeights", .needs = ACCESS_READ, .on_message = on_list_weights},
+    {.path = "/einsum.v1.Einsum/GetWeight", .needs = ACCESS_READ, .on_message = on_get_weight},
     {
         .path = "/einsum.v1.Einsum/LoadWeights",
+        .needs = ACCESS_ADMIN,
         .on_message = on_load_weights,
         .on_wake = on_load_wake,
         .on_sent = on_load_sent,
@@ -359,6 +360,7 @@ const struct method service_weights_methods[] = {
     },
     {
         .path = "/einsum.v1.Einsum/UnloadWeights",
+        .needs = ACCESS_ADMIN,
         .on_message = on_unload_weights,
         .on_wake = on_unload_wake,
         .on_end = on_unload_end,

@@ -392,9 +392,10 @@ static void on_readable(uv_poll_t *poll, int status, int events)
         on_request(connection);
 }
 
-static void take_connection(void *context, int fd)
+static void take_connection(void *context, const struct listener_taken *taken)
 {
     struct sharing *sharing = context;
+    int fd = taken->fd;
     struct connection *connection = calloc(1, sizeof *connection);
     if (!connection || uv_poll_init(sharing->options.loop, &connection->readable, fd) != 0) {
         free(connection);

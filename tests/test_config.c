@@ -12,6 +12,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "server/access.h"
+
 static void parse_ok(struct config *config, const char *text)
 {
     struct error err = {.text = ""};
@@ -86,6 +88,29 @@ START_TEST(defaults_are_as_documented)
 }
 END_TEST
 
+START_TEST(tcp_gives_nothing_once_something_says_who_gets_in)
+{
+    static const struct {
+        const char *text;
+        uint32_t scopes;
+    } cases[] = {
+        {"{}", ACCESS_INFER | ACCESS_READ},
+        {"{\"tokens_file\": \"t\"}", 0},
+        {"{\"tls_certificate\": \"c\", \"tls_key\": \"k\"}", ACCESS_INFER | ACCESS_READ},
+        {"{\"tls_certificate\": \"c\", \"tls_key\": \"k\", \"tls_client_ca\": \"a\"}", 0},
+        {"{\"tokens_file\": \"t\", \"tcp_scopes\": [\"read\"]}", ACCESS_READ},
+        {"{\"tcp_scopes\": []}", 0},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
+        struct config config;
+        parse_ok(&config, cases[i].text);
+        ck_assert_uint_eq(config_tcp_scopes(&config), cases[i].scopes);
+        ck_assert_uint_eq(config_scopes(config.unix_scopes, config.unix_scopes_n), ACCESS_ALL);
+        config_deinit(&config);
+    }
+}
+END_TEST
+
 START_TEST(deinit_leaves_nothing_and_may_be_repeated)
 {
     struct config config, empty;
@@ -106,6 +131,13 @@ static const char everything[] =
     " \"shared_connection_regions_max\": 16, \"shared_regions_max\": 29,"
     " \"shared_region_bytes_max\": 8192, \"shared_bytes_max\": 16384,"
     " \"shared_memory_cuda\": true, \"ring_entries_max\": 128, \"ring_spin_us\": 30,"
+    " \"tls_certificate\": \"/t/c.pem\", \"tls_key\": \"/t/k.pem\", \"tls_client_ca\": "
+    "\"/t/a.pem\","
+    " \"tls_handshake_ms\": 340, \"tls_threads\": 35, \"access_look_ms\": 360, \"tokens_file\": "
+    "\"/t/t.json\","
+    " \"unix_scopes\": [\"infer\"], \"tcp_scopes\": [\"read\", \"admin\"],"
+    " \"tls_client_scopes\": [\"admin\"], \"insecure_listen\": true,"
+    " \"health_listen\": [\"0.0.0.0:3\", \"unix:/run/h.sock\"],"
     " \"http_listen\": \"127.0.0.1:2\", \"http_connections_max\": 31,"
     " \"request_log\": \"errors\", \"request_log_sample\": 32,"
     " \"trace_endpoint\": \"http://a:1/v1/traces\", \"trace_sample\": 33,"
@@ -127,6 +159,25 @@ static const char everything[] =
     "   {\"weights\": \"pro.*\", \"cache\": \"rope.safetensors\", \"cache_tensor\": \"t\"}],"
     " \"load_threads\": 21, \"drain_grace_ms\": 22, \"lame_duck_ms\": 23,"
     " \"self_test_at_start\": false, \"log_level\": \"debug\", \"log_format\": \"json\"}";
+
+static void ck_access(const struct config *config)
+{
+    ck_assert_str_eq(config->tls_certificate, "/t/c.pem");
+    ck_assert_str_eq(config->tls_key, "/t/k.pem");
+    ck_assert_str_eq(config->tls_client_ca, "/t/a.pem");
+    ck_assert_uint_eq(config->tls_handshake_ms, 340);
+    ck_assert_uint_eq(config->tls_threads, 35);
+    ck_assert_uint_eq(config->access_look_ms, 360);
+    ck_assert_str_eq(config->tokens_file, "/t/t.json");
+    ck_assert_uint_eq(config_scopes(config->unix_scopes, config->unix_scopes_n), ACCESS_INFER);
+    ck_assert_uint_eq(config_tcp_scopes(config), ACCESS_READ | ACCESS_ADMIN);
+    ck_assert_uint_eq(config_scopes(config->tls_client_scopes, config->tls_client_scopes_n),
+                      ACCESS_ADMIN);
+    ck_assert(config->insecure_listen);
+    ck_assert_uint_eq(config->health_listen_n, 2);
+    ck_assert_str_eq(config->health_listen[0], "0.0.0.0:3");
+    ck_assert_str_eq(config->health_listen[1], "unix:/run/h.sock");
+}
 
 static void ck_shared(const struct config *config)
 {
@@ -200,6 +251,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->rpc_threads, 5);
     ck_assert_uint_eq(config->calls_max, 25);
     ck_assert_uint_eq(config->transport_bytes_max, 26);
+    ck_access(config);
     ck_shared(config);
     ck_looking_on(config);
     ck_assert_str_eq(config->engine, "null");
@@ -348,6 +400,9 @@ static const struct {
     {"shared_bytes_max", 4096, 1ull << 40},
     {"ring_entries_max", 1, 4096},
     {"ring_spin_us", 0, 10000},
+    {"tls_handshake_ms", 100, 86400000},
+    {"tls_threads", 0, 256},
+    {"access_look_ms", 50, 86400000},
 };
 
 START_TEST(integers_take_their_range_and_nothing_else)
@@ -467,6 +522,20 @@ static const struct {
     {"{\"listen\": [\"unix:/a\"], \"shared_memory_listen\": \"unix:/a\"}", "shared_memory_listen",
      "the same as listen[0]"},
     {"{\"listen\": [\"unix:/a:0\", \"unix:/a:0\"]}", "listen[1]", "the same as listen[0]"},
+    {"{\"tls_certificate\": \"c\"}", "tls_key", "with tls_certificate"},
+    {"{\"tls_key\": \"k\"}", "tls_certificate", "with tls_key"},
+    {"{\"tls_client_ca\": \"a\"}", "tls_client_ca", "needs tls_certificate and tls_key"},
+    {"{\"tcp_scopes\": [\"auto\", \"infer\"]}", "tcp_scopes", "\"auto\" alone"},
+    {"{\"tcp_scopes\": [\"root\"]}", "tcp_scopes[0]",
+     "one of \"infer\", \"read\", \"admin\", \"auto\""},
+    {"{\"unix_scopes\": [\"auto\"]}", "unix_scopes[0]", "one of \"infer\", \"read\", \"admin\""},
+    {"{\"shared_memory_listen\": \"unix:/a\", \"unix_scopes\": [\"read\"]}", "shared_memory_listen",
+     "needs \"infer\" in unix_scopes"},
+    {"{\"health_listen\": [\"a\"]}", "health_listen[0]", "expected \"HOST:PORT\""},
+    {"{\"listen\": [\"a:1\"], \"health_listen\": [\"b:1\", \"a:1\"]}", "health_listen[1]",
+     "the same as listen[0]"},
+    {"{\"http_listen\": \"a:1\", \"health_listen\": [\"a:1\"]}", "health_listen[0]",
+     "the same as http_listen"},
     {"{\"request_log\": \"some\"}", "request_log", "one of \"off\", \"errors\", \"all\""},
     {"{\"request_log_sample\": 0}", "request_log_sample", "got 0"},
     {"{\"trace_endpoint\": \"collector:4318\"}", "trace_endpoint", "expected \"http://"},
@@ -773,6 +842,7 @@ static Suite *config_suite(void)
     Suite *suite = suite_create("config");
     TCase *text = tcase_create("text");
     tcase_add_test(text, defaults_are_as_documented);
+    tcase_add_test(text, tcp_gives_nothing_once_something_says_who_gets_in);
     tcase_add_test(text, deinit_leaves_nothing_and_may_be_repeated);
     tcase_add_test(text, every_key_reaches_its_member);
     tcase_add_loop_test(text, what_is_printed_loads_as_the_same, 0, 2);

@@ -76,12 +76,17 @@ class Client:
         stock: bool = False,
         options: Iterable[tuple[str, Any]] = (),
         compression: grpc.Compression | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
     ):
         options = [("grpc.use_local_subchannel_pool", 1), *options]
         if not stock:
             options.append(("grpc.max_receive_message_length", -1))
         self.address = address
-        self.channel = grpc.insecure_channel(address, options, compression)
+        self.channel = (
+            grpc.secure_channel(address, credentials, options, compression)
+            if credentials
+            else grpc.insecure_channel(address, options, compression)
+        )
         grpc.channel_ready_future(self.channel).result(TIMEOUT_S)
         self.schema = schema or Schema(self.channel, reflection)
 

@@ -76,6 +76,7 @@ class Daemon:
             "engine": ENGINE,
             "compute_threads": 2,
             "rpc_threads": 2,
+            "tcp_scopes": ["infer", "read", "admin"],  # by default loading is off on TCP
         }
         self.config = defaults | config | {"log_format": "json"}
         directory.mkdir(parents=True, exist_ok=True)

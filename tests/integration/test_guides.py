@@ -73,6 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         listen=["127.0.0.1:0", f"unix:{folder}/einsumd.sock"],
         http_listen="127.0.0.1:0",
         shared_memory_listen=f"unix:{folder}/shared.sock",
+        tcp_scopes=["auto"],
         weights_roots=[str(root)],
         weights=[{"path": "DeepSeek-V4-Flash"}],
         ropes=[{"weights": "*", "theta": 10000}],

@@ -169,6 +169,11 @@ class Client:
     shared_memory_bytes that the client shares with each daemon
     transport           with it: "auto", "shm", "ring", or "tcp" and "unix" to do without
     spin                how long to look for an answer on the ring before sleeping
+    tls_ca              PEM file of who signs the daemon's certificate, or "default" for gRPC's own
+                        roots; None: no TLS
+    tls_certificate, tls_key  PEM files of this caller's own, where the daemon asks for them
+    tls_server_name     in its certificate; None: the endpoint's host
+    token, token_file   sent with each call, at most one of them; the file is read when it changes
     connections         that calls go round
     attempts            of one call that is answered RESOURCE_EXHAUSTED or UNAVAILABLE
     allow_copies        whether tensors in layouts that the wire has not may be copied, as
@@ -186,6 +191,12 @@ class Client:
         shared_memory_bytes: int = 64 << 20,
         transport: str = "auto",
         spin: float = 50e-6,
+        tls_ca: str | None = None,
+        tls_certificate: str | None = None,
+        tls_key: str | None = None,
+        tls_server_name: str | None = None,
+        token: str | None = None,
+        token_file: str | None = None,
         connections: int = 1,
         attempts: int = 4,
         retry_pause: float = 0.02,
@@ -214,6 +225,12 @@ class Client:
             "shared_memory_bytes": shared_memory_bytes,
             "transport": TRANSPORTS[transport],
             "spin_us": round(spin * 1e6),
+            "tls_ca": tls_ca,
+            "tls_certificate": tls_certificate,
+            "tls_key": tls_key,
+            "tls_server_name": tls_server_name,
+            "token": token,
+            "token_file": token_file,
             "connections": connections,
             "attempts_max": attempts,
             "retry_pause_ms": milliseconds(retry_pause, "retry_pause"),
