@@ -25,6 +25,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "json_limited.h"
 #include "kernels/einsum.h"
 #include "rope.h"
 #include "selftest.h"
@@ -548,7 +549,9 @@ static enum status set_default(const struct key *key, void *base, const char *pa
 {
     if (!key->default_json)
         return error_field(err, STATUS_INVALID_ARGUMENT, path, "must be given");
-    json_t *value = json_loads(key->default_json, JSON_DECODE_ANY, NULL);
+    bool no_memory;
+    json_t *value = json_load_whole(key->default_json, strlen(key->default_json), JSON_DECODE_ANY,
+                                    NULL, &no_memory);
     if (!value)
         return out_of_memory(err);
     enum status status = set_key(key, base, path, value, err);
@@ -905,7 +908,10 @@ enum status config_parse(struct config *config, const char *text, size_t bytes, 
 {
     memset(config, 0, sizeof *config);
     json_error_t where;
-    json_t *json = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &where);
+    bool no_memory;
+    json_t *json = json_load_whole(text, bytes, JSON_REJECT_DUPLICATES, &where, &no_memory);
+    if (no_memory)
+        return out_of_memory(err);
     if (!json)
         return error_set(err, STATUS_INVALID_ARGUMENT, "line %d, column %d: %s", where.line,
                          where.column, where.text);

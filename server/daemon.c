@@ -5,11 +5,13 @@
 // though: a taken one is found out before a long load.
 #include "daemon.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 #include <uv.h>
 
@@ -32,6 +34,7 @@
 enum {
     ADDRESSES_BYTES = 2048,
     DEVICE_CHECK_MS = 200,
+    WATCHED_MAX = 1 << 16,  // descriptors
     STOP_SLACK_MS = 10000, // of giving back what was taken, once all is answered
     LOAD_LOG_SECONDS = 2,
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
@@ -571,20 +574,72 @@ static void on_drained(uv_async_t *handle)
 
 // ---- the loop
 
-// Fails only where the process has no file descriptors at all, before it has done anything.
-static void create_loop(struct daemon *daemon)
+static void close_handle(uv_handle_t *handle, void *unused)
+{
+    (void)unused;
+    if (!uv_is_closing(handle))
+        uv_close(handle, NULL);
+}
+
+static void destroy_loop(struct daemon *daemon)
+{
+    uv_walk(&daemon->loop, close_handle, NULL);
+    uv_run(&daemon->loop, UV_RUN_DEFAULT);
+    ASSERT(uv_loop_close(&daemon->loop) == 0);
+}
+
+static void on_watched(uv_poll_t *poll, int status, int events)
+{
+    (void)poll, (void)status, (void)events;
+}
+
+// libuv aborts if its table of what the loop watches, by descriptor, cannot grow. So it grows now, as
+// far as descriptors go: the table keeps its size.
+static void reserve_watchers(uv_loop_t *loop)
+{
+    long files = sysconf(_SC_OPEN_MAX);
+    int last = files > 0 && files < WATCHED_MAX ? (int)files - 1 : WATCHED_MAX - 1;
+    int low = eventfd(0, EFD_CLOEXEC);
+    int high = low < 0 ? -1 : fcntl(low, F_DUPFD_CLOEXEC, last);
+    uv_poll_t poll;
+    if (high >= 0 && uv_poll_init(loop, &poll, high) == 0) {
+        uv_poll_start(&poll, UV_READABLE, on_watched);
+        uv_close((uv_handle_t *)&poll, NULL);
+        uv_run(loop, UV_RUN_NOWAIT);
+    }
+    if (high >= 0)
+        close(high);
+    if (low >= 0)
+        close(low);
+}
+
+NODISCARD static enum status create_loop(struct daemon *daemon, struct error *err)
 {
     uv_loop_t *loop = &daemon->loop;
-    bool created =
-        uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->closing) == 0 &&
-        uv_timer_init(loop, &daemon->lame_duck) == 0 && uv_timer_init(loop, &daemon->grace) == 0 &&
-        uv_timer_init(loop, &daemon->device_check) == 0 &&
-        uv_timer_init(loop, &daemon->alive) == 0 &&
-        uv_async_init(loop, &daemon->drained, on_drained) == 0 &&
-        uv_signal_init(loop, &daemon->on_term) == 0 && uv_signal_init(loop, &daemon->on_int) == 0 &&
-        uv_signal_init(loop, &daemon->on_hup) == 0;
-    ASSERT(created);
+    int failed = uv_loop_init(loop);
+    if (failed)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "the main loop cannot be set up: %s",
+                         uv_strerror(failed));
+    uv_timer_init(loop, &daemon->closing);
+    uv_timer_init(loop, &daemon->lame_duck);
+    uv_timer_init(loop, &daemon->grace);
+    uv_timer_init(loop, &daemon->device_check);
+    uv_timer_init(loop, &daemon->alive);
+    failed = uv_async_init(loop, &daemon->drained, on_drained);
+    if (!failed)
+        failed = uv_signal_init(loop, &daemon->on_term);
+    if (!failed)
+        failed = uv_signal_init(loop, &daemon->on_int);
+    if (!failed)
+        failed = uv_signal_init(loop, &daemon->on_hup);
+    if (failed) {
+        destroy_loop(daemon);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "the main loop cannot be set up: %s",
+                         uv_strerror(failed));
+    }
     daemon->on_term.data = daemon->on_int.data = daemon;
+    reserve_watchers(loop);
+    return STATUS_OK;
 }
 
 // Signals were blocked while threads were made, so that they come here and nowhere else.
@@ -605,20 +660,6 @@ static void run_loop(struct daemon *daemon)
     pthread_sigmask(SIG_UNBLOCK, &handled, NULL);
     uv_run(&daemon->loop, UV_RUN_DEFAULT);
     pthread_sigmask(SIG_BLOCK, &handled, NULL);
-}
-
-static void close_handle(uv_handle_t *handle, void *unused)
-{
-    (void)unused;
-    if (!uv_is_closing(handle))
-        uv_close(handle, NULL);
-}
-
-static void destroy_loop(struct daemon *daemon)
-{
-    uv_walk(&daemon->loop, close_handle, NULL);
-    uv_run(&daemon->loop, UV_RUN_DEFAULT);
-    ASSERT(uv_loop_close(&daemon->loop) == 0);
 }
 
 // ---- stop
@@ -745,7 +786,11 @@ enum daemon_exit daemon_run(struct config *config)
     daemon->context.started_ns = now_ns();
     daemon->exit = DAEMON_EXIT_DRAINED;
     resolve_threads(config);
-    create_loop(daemon);
+    if (create_loop(daemon, &err) != STATUS_OK) {
+        log_failure(&err);
+        free(daemon);
+        return DAEMON_EXIT_FAILED;
+    }
     if (start(daemon, &err) == STATUS_OK) {
         announce(daemon);
         run_loop(daemon);

@@ -60,6 +60,13 @@ bool service_task_done(const struct service_task *task)
     return atomic_load_explicit(&task->done, memory_order_acquire);
 }
 
+void service_no_memory(struct call *call, const char *what)
+{
+    struct error err;
+    error_set(&err, STATUS_RESOURCE_EXHAUSTED, "no memory for %s", what);
+    call_finish(call, NULL, &err);
+}
+
 void *service_unpack(struct call *call, const ProtobufCMessageDescriptor *descriptor,
                      grpc_byte_buffer *bytes)
 {

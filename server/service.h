@@ -73,6 +73,9 @@ void service_task_start(struct service_task *task, struct call *call,
                         void (*work)(struct service_task *task));
 bool service_task_done(const struct service_task *task);
 
+// Finishes the call: there is no memory for `what`.
+void service_no_memory(struct call *call, const char *what);
+
 // Unpacks, or finishes the call with the reason why not and returns NULL. message_free.
 void *service_unpack(struct call *call, const ProtobufCMessageDescriptor *descriptor,
                      grpc_byte_buffer *bytes);
