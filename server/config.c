@@ -262,6 +262,8 @@ static const struct key config_keys[] = {
     {U32(lame_duck_ms, 0, DAY_MS, "0", "milliseconds",
          "after SIGTERM, of serving on as NOT_SERVING; halfway the port and idle connections "
          "close")},
+    {U32(watchdog_ms, 0, DAY_MS, "30000", "milliseconds",
+         "that a batch or thread may hang, then NOT_SERVING, and soon exit status 4; 0: no watch")},
     {BOOL(self_test_at_start, "true", "compare every weight with known answers before serving")},
     {ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
     {ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},

@@ -28,13 +28,14 @@
 #include "supervisor.h"
 #include "trace.h"
 #include "verify.h"
+#include "watchdog.h"
 #include "weights.h"
 #include "wire.h"
 
 enum {
     ADDRESSES_BYTES = 2048,
     DEVICE_CHECK_MS = 200,
-    WATCHED_MAX = 1 << 16,  // descriptors
+    WATCHED_MAX = 1 << 16, // descriptors
     STOP_SLACK_MS = 10000, // of giving back what was taken, once all is answered
     LOAD_LOG_SECONDS = 2,
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
@@ -53,6 +54,7 @@ struct daemon {
     uv_async_t drained; // from the rpc thread that ended the last call
     struct batcher_waker waker;
     struct rpc *rpc;
+    struct watchdog *watchdog; // NULL: off
     struct service_context context;
     enum daemon_exit exit;
     bool draining, drain_started;
@@ -488,10 +490,49 @@ static void on_device_check(uv_timer_t *timer)
     begin_drain(daemon, "device lost");
 }
 
+// What hangs is given up here, or, should that fail, by the supervisor.
 static void on_alive(uv_timer_t *timer)
 {
-    (void)timer;
-    supervisor_alive();
+    struct daemon *daemon = CONTAINER_OF(timer, struct daemon, alive);
+    if (!atomic_load_explicit(&daemon->context.hung, memory_order_relaxed))
+        supervisor_alive();
+}
+
+static void on_hung_changed(void *argument, const char *hung)
+{
+    struct daemon *daemon = argument;
+    atomic_store_explicit(&daemon->context.hung, hung, memory_order_relaxed);
+    batcher_set_hung(daemon->context.batcher, hung != NULL);
+    if (!hung)
+        LOG(WARN, "what hung goes on");
+    if (!daemon->draining)
+        health_set(daemon->context.health, hung ? HEALTH_NOT_SERVING : HEALTH_SERVING);
+}
+
+// Its threads cannot be joined, so nothing is given back: the kernel does, and callers see their
+// connections end.
+NORETURN static void on_hung_for_good(void *argument, const char *hung)
+{
+    (void)argument;
+    LOG(ERROR, "given up", LOG_STR("reason", hung), LOG_U64("exit_code", DAEMON_EXIT_HUNG));
+    _exit(DAEMON_EXIT_HUNG);
+}
+
+NODISCARD static enum status start_watchdog(struct daemon *daemon, struct error *err)
+{
+    if (daemon->config->watchdog_ms == 0)
+        return STATUS_OK;
+    const struct watchdog_options options = {
+        .loop = &daemon->loop,
+        .ms = daemon->config->watchdog_ms,
+        .batcher = daemon->context.batcher,
+        .rpc = daemon->rpc,
+        .rings = daemon->context.rings,
+        .on_change = on_hung_changed,
+        .on_over = on_hung_for_good,
+        .context = daemon,
+    };
+    return watchdog_start(&options, &daemon->watchdog, err);
 }
 
 static void on_grace_over(uv_timer_t *timer)
@@ -678,6 +719,8 @@ static void stop(struct daemon *daemon)
         listener_stop(context->listener);
     if (context->sharing)
         sharing_stop(context->sharing);
+    if (daemon->watchdog)
+        watchdog_stop(daemon->watchdog); // what it looks at goes
     if (daemon->rpc) {
         if (!daemon->drain_started) { // the start failed at its last step
             rpc_drain(daemon->rpc);
@@ -700,6 +743,7 @@ static void stop(struct daemon *daemon)
     if (context->rings)
         rings_destroy(context->rings);
     destroy_loop(daemon);
+    watchdog_destroy(daemon->watchdog);
     if (context->listener)
         listener_destroy(context->listener);
     if (context->http)
@@ -755,6 +799,8 @@ NODISCARD static enum status start(struct daemon *daemon, struct error *err)
         status = start_tracing(daemon, err);
     if (status == STATUS_OK)
         status = start_serving(daemon, err);
+    if (status == STATUS_OK)
+        status = start_watchdog(daemon, err);
     return status;
 }
 

@@ -291,6 +291,7 @@ static void *thread_main(void *argument)
         if (event.type == GRPC_QUEUE_SHUTDOWN)
             return NULL;
         rpc_thread_here = thread;
+        beat_turn(&thread->beat);
         if (event.type == GRPC_OP_COMPLETE)
             handle(thread, event.tag, event.success);
         // Armed slots fail when the server starts to drain, so every thread comes by here then.
@@ -301,6 +302,7 @@ static void *thread_main(void *argument)
         // What this thread has woken itself comes without a tag.
         while (atomic_load_explicit(&thread->woken, memory_order_relaxed))
             run_woken(thread);
+        beat_turn(&thread->beat);
         rpc_thread_here =
             NULL; // gRPC, too, runs code of ours, which must not take it for this loop
     }
@@ -531,6 +533,16 @@ bool rpc_connection_busy(const struct rpc *rpc, int fd)
 {
     const _Atomic uint32_t *calls = connection_calls(rpc, connection_number(fd));
     return !calls || atomic_load(calls) > 0;
+}
+
+uint32_t rpc_threads(const struct rpc *rpc)
+{
+    return rpc->options.threads;
+}
+
+const struct beat *rpc_beat(const struct rpc *rpc, uint32_t thread)
+{
+    return &rpc->threads[thread].beat;
 }
 
 void rpc_watch_idle(struct rpc *rpc)

@@ -7,6 +7,9 @@ const char *service_not_ready(const struct service_context *context)
 {
     if (batcher_device_lost(context->batcher))
         return "device lost";
+    const char *hung = atomic_load_explicit(&context->hung, memory_order_relaxed);
+    if (hung)
+        return hung;
     return atomic_load_explicit(&context->draining, memory_order_relaxed) ? "draining" : NULL;
 }
 

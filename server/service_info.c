@@ -136,6 +136,8 @@ static const char *state_name(const struct service_context *context)
 {
     if (batcher_device_lost(context->batcher))
         return "device_lost";
+    if (atomic_load_explicit(&context->hung, memory_order_relaxed))
+        return "hung";
     return service_not_ready(context) ? "draining" : "serving";
 }
 
