@@ -9,10 +9,12 @@
 #include <jansson.h>
 #include <math.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -352,6 +354,30 @@ START_TEST(a_socket_that_nobody_reads_is_not_waited_for)
 }
 END_TEST
 
+START_TEST(a_line_that_was_torn_does_not_spoil_the_next)
+{
+    capture_begin();
+    signal(SIGXFSZ, SIG_IGN);
+    const struct rlimit full = {.rlim_cur = 100, .rlim_max = RLIM_INFINITY};
+    const struct rlimit room = {.rlim_cur = RLIM_INFINITY, .rlim_max = RLIM_INFINITY};
+    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &full), 0);
+    uint64_t before = log_lines_dropped();
+    LOG(INFO, "a whole one");
+    for (int i = 0; i < 4; i++)
+        LOG(INFO, "for these the disk has no room", LOG_U64("line", (uint64_t)i));
+    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &room), 0);
+    LOG(INFO, "room again");
+    char *text = capture_end();
+    ck_assert_uint_eq(log_lines_dropped() - before, 4);
+    const char *last = strstr(text, "room again");
+    ck_assert_ptr_nonnull(last);
+    while (last > text && last[-1] != '\n')
+        last--;
+    ck_assert_msg(strncmp(last, "20", 2) == 0, "glued to what was torn: %s", last);
+    free(text);
+}
+END_TEST
+
 enum { THREADS = 8, LINES_PER_THREAD = 200 };
 
 static void *log_many(void *argument)
@@ -414,6 +440,7 @@ static Suite *log_suite(void)
     tcase_add_test(tcase, a_line_that_cannot_be_written_is_counted);
     tcase_add_test(tcase, a_pipe_that_nobody_reads_is_not_waited_for);
     tcase_add_test(tcase, a_socket_that_nobody_reads_is_not_waited_for);
+    tcase_add_test(tcase, a_line_that_was_torn_does_not_spoil_the_next);
     tcase_add_test(tcase, lines_of_threads_do_not_mix);
     suite_add_tcase(suite, tcase);
     return suite;
