@@ -578,6 +578,8 @@ static enum status reserve(struct batcher *batcher, struct job *job, bool *waits
     if (status)
         return status;
 
+    if (atomic_load_explicit(&batcher->hung, memory_order_relaxed))
+        return error_set(err, STATUS_UNAVAILABLE, "the engine does not answer");
     pthread_mutex_lock(&batcher->lock);
     if (batcher_device_lost(batcher)) {
         pthread_mutex_unlock(&batcher->lock);
@@ -766,6 +768,11 @@ bool batcher_scarce(struct batcher *batcher)
 bool batcher_device_lost(struct batcher *batcher)
 {
     return atomic_load_explicit(&batcher->device_lost, memory_order_acquire);
+}
+
+void batcher_set_hung(struct batcher *batcher, bool hung)
+{
+    atomic_store_explicit(&batcher->hung, hung, memory_order_relaxed);
 }
 
 void batcher_stats(struct batcher *batcher, struct batcher_stats *stats)

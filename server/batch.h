@@ -97,6 +97,21 @@ bool batcher_scarce(struct batcher *batcher);
 // True once the engine has reported the device lost. Every later reserve fails.
 bool batcher_device_lost(struct batcher *batcher);
 
+// Any thread. While set, every reserve fails with UNAVAILABLE: what was launched does not come back.
+void batcher_set_hung(struct batcher *batcher, bool hung);
+
+// Of the batches that run the one that ought to come back first, for who watches.
+struct batcher_running {
+    uint32_t requests; // 0: none runs
+    uint32_t tokens, bucket, weights;
+    char weight[WEIGHT_NAME_BYTES]; // of the first request
+    const char *kernel;             // that it asked for; static
+    uint64_t since_ns; // its launch, or, where batches run in turn, the end of the last if later
+};
+void batcher_running(struct batcher *batcher, struct batcher_running *running);
+// Works while somebody has the scheduler's turn.
+const struct beat *batcher_beat(const struct batcher *batcher);
+
 // Why jobs were refused.
 enum batcher_full {
     FULL_NOT,

@@ -14,6 +14,7 @@
 #include <pthread.h>
 
 #include "batch.h"
+#include "beat.h"
 
 enum { CONNECTIONS_TOLD_APART = 4096 }; // by number modulo this
 
@@ -39,6 +40,7 @@ struct batch {
     uint64_t share_start_last;  // of all its jobs
 
     uint64_t launched_ns;
+    uint64_t watched_ns;             // the same while it runs; guarded by lock. 0: it does not
     uint32_t weights_n;              // in the launch
     struct engine_segment *segments; // of the jobs left at launch, in order of weight
     struct engine_batch launch;      // what the engine got
@@ -54,9 +56,11 @@ struct batcher {
     pthread_mutex_t turn;            // held by whoever schedules; guards the next two
     struct batch **lanes;            // the batch that runs on each
     uint64_t active_last_ns;         // a launch or a batch's end
+    struct beat beat;                // of the turn
     pthread_t scheduler;
     _Atomic bool device_lost; // set under the lock
-    _Atomic uint32_t free_n;  // length of `free`; set under the lock
+    _Atomic bool hung;
+    _Atomic uint32_t free_n; // length of `free`; set under the lock
 
     pthread_mutex_t lock; // guards the batches and all that follows
     struct batch *free;
@@ -77,6 +81,7 @@ struct batcher {
     uint64_t scheduler_sleeps_until_ns; // valid while it does
     uint64_t run_ns_average;            // of a batch, the last ones weighing most
     uint64_t busy_since_ns;             // valid while a lane is busy
+    uint64_t done_last_ns;              // the last end of a batch
     struct batcher_stats stats;
 };
 

@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #include "access.h"
+#include "json_limited.h"
 #include "kernels/einsum.h"
 #include "rope.h"
 #include "selftest.h"
@@ -303,6 +304,8 @@ static const struct key config_keys[] = {
     {U32(lame_duck_ms, 0, DAY_MS, "0", "milliseconds",
          "after SIGTERM, of serving on as NOT_SERVING; halfway the port and idle connections "
          "close")},
+    {U32(watchdog_ms, 0, DAY_MS, "30000", "milliseconds",
+         "that a batch or thread may hang, then NOT_SERVING, and soon exit status 4; 0: no watch")},
     {BOOL(self_test_at_start, "true", "compare every weight with known answers before serving")},
     {ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
     {ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},
@@ -591,7 +594,9 @@ static enum status set_default(const struct key *key, void *base, const char *pa
 {
     if (!key->default_json)
         return error_field(err, STATUS_INVALID_ARGUMENT, path, "must be given");
-    json_t *value = json_loads(key->default_json, JSON_DECODE_ANY, NULL);
+    bool no_memory;
+    json_t *value = json_load_whole(key->default_json, strlen(key->default_json), JSON_DECODE_ANY,
+                                    NULL, &no_memory);
     if (!value)
         return out_of_memory(err);
     enum status status = set_key(key, base, path, value, err);
@@ -1018,7 +1023,10 @@ enum status config_parse(struct config *config, const char *text, size_t bytes, 
 {
     memset(config, 0, sizeof *config);
     json_error_t where;
-    json_t *json = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &where);
+    bool no_memory;
+    json_t *json = json_load_whole(text, bytes, JSON_REJECT_DUPLICATES, &where, &no_memory);
+    if (no_memory)
+        return out_of_memory(err);
     if (!json)
         return error_set(err, STATUS_INVALID_ARGUMENT, "line %d, column %d: %s", where.line,
                          where.column, where.text);

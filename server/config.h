@@ -143,6 +143,7 @@ struct config {
     // running
     uint32_t drain_grace_ms;    // after SIGTERM, for requests in flight; default 30000
     uint32_t lame_duck_ms;      // after SIGTERM, serving on as NOT_SERVING; default 0
+    uint32_t watchdog_ms;       // see watchdog.h; 0: off; default 30000
     bool self_test_at_start;    // default true
     enum log_level log_level;   // "debug", "info" (default), "warn", "error"
     enum log_format log_format; // "plain" (default), "json"

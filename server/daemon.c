@@ -5,11 +5,13 @@
 // though: a taken one is found out before a long load.
 #include "daemon.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 #include <uv.h>
 
@@ -27,12 +29,14 @@
 #include "supervisor.h"
 #include "trace.h"
 #include "verify.h"
+#include "watchdog.h"
 #include "weights.h"
 #include "wire.h"
 
 enum {
     ADDRESSES_BYTES = 2048,
     DEVICE_CHECK_MS = 200,
+    WATCHED_MAX = 1 << 16, // descriptors
     STOP_SLACK_MS = 10000, // of giving back what was taken, once all is answered
     LOAD_LOG_SECONDS = 2,
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
@@ -51,6 +55,7 @@ struct daemon {
     uv_async_t drained; // from the rpc thread that ended the last call
     struct batcher_waker waker;
     struct rpc *rpc;
+    struct watchdog *watchdog; // NULL: off
     struct service_context context;
     enum daemon_exit exit;
     bool draining, drain_started;
@@ -480,10 +485,49 @@ static void on_device_check(uv_timer_t *timer)
     begin_drain(daemon, "device lost");
 }
 
+// What hangs is given up here, or, should that fail, by the supervisor.
 static void on_alive(uv_timer_t *timer)
 {
-    (void)timer;
-    supervisor_alive();
+    struct daemon *daemon = CONTAINER_OF(timer, struct daemon, alive);
+    if (!atomic_load_explicit(&daemon->context.hung, memory_order_relaxed))
+        supervisor_alive();
+}
+
+static void on_hung_changed(void *argument, const char *hung)
+{
+    struct daemon *daemon = argument;
+    atomic_store_explicit(&daemon->context.hung, hung, memory_order_relaxed);
+    batcher_set_hung(daemon->context.batcher, hung != NULL);
+    if (!hung)
+        LOG(WARN, "what hung goes on");
+    if (!daemon->draining)
+        health_set(daemon->context.health, hung ? HEALTH_NOT_SERVING : HEALTH_SERVING);
+}
+
+// Its threads cannot be joined, so nothing is given back: the kernel does, and callers see their
+// connections end.
+NORETURN static void on_hung_for_good(void *argument, const char *hung)
+{
+    (void)argument;
+    LOG(ERROR, "given up", LOG_STR("reason", hung), LOG_U64("exit_code", DAEMON_EXIT_HUNG));
+    _exit(DAEMON_EXIT_HUNG);
+}
+
+NODISCARD static enum status start_watchdog(struct daemon *daemon, struct error *err)
+{
+    if (daemon->config->watchdog_ms == 0)
+        return STATUS_OK;
+    const struct watchdog_options options = {
+        .loop = &daemon->loop,
+        .ms = daemon->config->watchdog_ms,
+        .batcher = daemon->context.batcher,
+        .rpc = daemon->rpc,
+        .rings = daemon->context.rings,
+        .on_change = on_hung_changed,
+        .on_over = on_hung_for_good,
+        .context = daemon,
+    };
+    return watchdog_start(&options, &daemon->watchdog, err);
 }
 
 static void on_grace_over(uv_timer_t *timer)
@@ -559,20 +603,72 @@ static void on_drained(uv_async_t *handle)
 
 // ---- the loop
 
-// Fails only where the process has no file descriptors at all, before it has done anything.
-static void create_loop(struct daemon *daemon)
+static void close_handle(uv_handle_t *handle, void *unused)
+{
+    (void)unused;
+    if (!uv_is_closing(handle))
+        uv_close(handle, NULL);
+}
+
+static void destroy_loop(struct daemon *daemon)
+{
+    uv_walk(&daemon->loop, close_handle, NULL);
+    uv_run(&daemon->loop, UV_RUN_DEFAULT);
+    ASSERT(uv_loop_close(&daemon->loop) == 0);
+}
+
+static void on_watched(uv_poll_t *poll, int status, int events)
+{
+    (void)poll, (void)status, (void)events;
+}
+
+// libuv aborts if its table of what the loop watches, by descriptor, cannot grow. So it grows now, as
+// far as descriptors go: the table keeps its size.
+static void reserve_watchers(uv_loop_t *loop)
+{
+    long files = sysconf(_SC_OPEN_MAX);
+    int last = files > 0 && files < WATCHED_MAX ? (int)files - 1 : WATCHED_MAX - 1;
+    int low = eventfd(0, EFD_CLOEXEC);
+    int high = low < 0 ? -1 : fcntl(low, F_DUPFD_CLOEXEC, last);
+    uv_poll_t poll;
+    if (high >= 0 && uv_poll_init(loop, &poll, high) == 0) {
+        uv_poll_start(&poll, UV_READABLE, on_watched);
+        uv_close((uv_handle_t *)&poll, NULL);
+        uv_run(loop, UV_RUN_NOWAIT);
+    }
+    if (high >= 0)
+        close(high);
+    if (low >= 0)
+        close(low);
+}
+
+NODISCARD static enum status create_loop(struct daemon *daemon, struct error *err)
 {
     uv_loop_t *loop = &daemon->loop;
-    bool created =
-        uv_loop_init(loop) == 0 && uv_timer_init(loop, &daemon->closing) == 0 &&
-        uv_timer_init(loop, &daemon->lame_duck) == 0 && uv_timer_init(loop, &daemon->grace) == 0 &&
-        uv_timer_init(loop, &daemon->device_check) == 0 &&
-        uv_timer_init(loop, &daemon->alive) == 0 &&
-        uv_async_init(loop, &daemon->drained, on_drained) == 0 &&
-        uv_signal_init(loop, &daemon->on_term) == 0 && uv_signal_init(loop, &daemon->on_int) == 0 &&
-        uv_signal_init(loop, &daemon->on_hup) == 0;
-    ASSERT(created);
+    int failed = uv_loop_init(loop);
+    if (failed)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "the main loop cannot be set up: %s",
+                         uv_strerror(failed));
+    uv_timer_init(loop, &daemon->closing);
+    uv_timer_init(loop, &daemon->lame_duck);
+    uv_timer_init(loop, &daemon->grace);
+    uv_timer_init(loop, &daemon->device_check);
+    uv_timer_init(loop, &daemon->alive);
+    failed = uv_async_init(loop, &daemon->drained, on_drained);
+    if (!failed)
+        failed = uv_signal_init(loop, &daemon->on_term);
+    if (!failed)
+        failed = uv_signal_init(loop, &daemon->on_int);
+    if (!failed)
+        failed = uv_signal_init(loop, &daemon->on_hup);
+    if (failed) {
+        destroy_loop(daemon);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "the main loop cannot be set up: %s",
+                         uv_strerror(failed));
+    }
     daemon->on_term.data = daemon->on_int.data = daemon;
+    reserve_watchers(loop);
+    return STATUS_OK;
 }
 
 // Signals were blocked while threads were made, so that they come here and nowhere else.
@@ -595,20 +691,6 @@ static void run_loop(struct daemon *daemon)
     pthread_sigmask(SIG_BLOCK, &handled, NULL);
 }
 
-static void close_handle(uv_handle_t *handle, void *unused)
-{
-    (void)unused;
-    if (!uv_is_closing(handle))
-        uv_close(handle, NULL);
-}
-
-static void destroy_loop(struct daemon *daemon)
-{
-    uv_walk(&daemon->loop, close_handle, NULL);
-    uv_run(&daemon->loop, UV_RUN_DEFAULT);
-    ASSERT(uv_loop_close(&daemon->loop) == 0);
-}
-
 // ---- stop
 
 static void log_failure(const struct error *err)
@@ -625,6 +707,8 @@ static void stop(struct daemon *daemon)
         gate_stop(daemon->context.gate);
     if (context->sharing)
         sharing_stop(context->sharing);
+    if (daemon->watchdog)
+        watchdog_stop(daemon->watchdog); // what it looks at goes
     if (daemon->rpc) {
         if (!daemon->drain_started) { // the start failed at its last step
             rpc_drain(daemon->rpc);
@@ -647,6 +731,7 @@ static void stop(struct daemon *daemon)
     if (context->rings)
         rings_destroy(context->rings);
     destroy_loop(daemon);
+    watchdog_destroy(daemon->watchdog);
     if (daemon->context.gate)
         gate_destroy(daemon->context.gate);
     if (context->http)
@@ -702,6 +787,8 @@ NODISCARD static enum status start(struct daemon *daemon, struct error *err)
         status = start_tracing(daemon, err);
     if (status == STATUS_OK)
         status = start_serving(daemon, err);
+    if (status == STATUS_OK)
+        status = start_watchdog(daemon, err);
     return status;
 }
 
@@ -737,7 +824,11 @@ enum daemon_exit daemon_run(struct config *config)
     daemon->context.started_ns = now_ns();
     daemon->exit = DAEMON_EXIT_DRAINED;
     resolve_threads(config);
-    create_loop(daemon);
+    if (create_loop(daemon, &err) != STATUS_OK) {
+        log_failure(&err);
+        free(daemon);
+        return DAEMON_EXIT_FAILED;
+    }
     if (start(daemon, &err) == STATUS_OK) {
         announce(daemon);
         run_loop(daemon);

@@ -4,9 +4,10 @@
 #include "config.h"
 
 enum daemon_exit {
-    DAEMON_EXIT_DRAINED = 0,    // SIGTERM or SIGINT, everything answered
-    DAEMON_EXIT_FAILED = 1,     // could not start
-    DAEMON_EXIT_DEVICE_LOST = 3 // a supervisor should start it again
+    DAEMON_EXIT_DRAINED = 0,     // SIGTERM or SIGINT, everything answered
+    DAEMON_EXIT_FAILED = 1,      // could not start
+    DAEMON_EXIT_DEVICE_LOST = 3, // a supervisor should start it again
+    DAEMON_EXIT_HUNG = 4,        // likewise, and nothing in flight was answered
 };
 
 // Serves until it is told to stop. `config` is owned by the caller; every "automatic" in it is

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "listener.h"
 #include "log.h"
 #include "scrape.h"
 #include "service.h"
@@ -231,9 +232,11 @@ void http_take(void *argument, const struct listener_taken *taken)
         close(fd); // gone already
         return;
     }
-    // It closes the socket itself if it fails.
-    if (MHD_add_connection(http->daemon, fd, (struct sockaddr *)&address, bytes) != MHD_YES)
+    // It closes the socket itself if it fails, but the listener has a duplicate.
+    if (MHD_add_connection(http->daemon, fd, (struct sockaddr *)&address, bytes) != MHD_YES) {
+        listener_end_connection(http->options.context->http_listener, fd);
         return;
+    }
     if (!uv_is_active((uv_handle_t *)&http->sweep))
         uv_timer_start(&http->sweep, on_sweep, SWEEP_MS, SWEEP_MS);
     run(http);

@@ -43,11 +43,17 @@ enum status inference_find_model(struct weights *weights, const char *field, con
 void inference_models_add(void *context, struct weight *weight)
 {
     struct inference_models *models = context;
-    if (models->n == models->max) {
-        models->max = models->max ? 2 * models->max : 64;
-        models->weights = reallocarray(models->weights, models->max, sizeof(struct weight *));
-        ASSERT(models->weights);
+    if (models->n == models->max && !models->incomplete) {
+        size_t more = models->max ? 2 * models->max : 64;
+        struct weight **grown = reallocarray(models->weights, more, sizeof(struct weight *));
+        models->incomplete = !grown;
+        if (grown) {
+            models->weights = grown;
+            models->max = more;
+        }
     }
+    if (models->incomplete)
+        return;
     models->weights[models->n++] = weight_ref(weight);
 }
 

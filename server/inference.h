@@ -19,6 +19,7 @@ NODISCARD enum status inference_find_model(struct weights *weights, const char *
 struct inference_models {
     struct weight **weights;
     size_t n, max;
+    bool incomplete; // no memory for the rest
 };
 void inference_models_add(void *models, struct weight *weight); // as weights_visit calls it
 void inference_models_deinit(struct inference_models *models);

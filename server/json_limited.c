@@ -4,6 +4,8 @@
 #include "json_limited.h"
 
 #include <inttypes.h>
+#include <pthread.h>
+#include <stdlib.h>
 
 struct scan {
     const struct json_limits *limits;
@@ -79,6 +81,40 @@ static enum status scan_text(const char *text, size_t bytes, const struct json_l
     return status;
 }
 
+// ---- memory
+
+// jansson cuts a token short that it finds no memory for, and goes on: a number of fewer digits, a
+// name without its end. So what it asked for in vain is remembered.
+static __thread bool asked_in_vain;
+
+static void *json_alloc(size_t bytes)
+{
+    void *memory = malloc(bytes);
+    asked_in_vain |= !memory;
+    return memory;
+}
+
+static void watch_memory(void)
+{
+    json_set_alloc_funcs(json_alloc, free);
+}
+
+json_t *json_load_whole(const char *text, size_t bytes, size_t flags, json_error_t *fault,
+                        bool *out_of_memory)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_memory);
+    asked_in_vain = false;
+    json_t *root = json_loadb(text, bytes, flags, fault);
+    *out_of_memory = asked_in_vain;
+    if (!asked_in_vain)
+        return root;
+    json_decref(root);
+    return NULL;
+}
+
+// ---- limits
+
 enum status json_load_limited(const char *text, size_t bytes, const struct json_limits *limits,
                               const char *label, json_t **root, struct error *err)
 {
@@ -86,7 +122,10 @@ enum status json_load_limited(const char *text, size_t bytes, const struct json_
     if (status != STATUS_OK)
         return status;
     json_error_t fault;
-    *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &fault);
+    bool out_of_memory;
+    *root = json_load_whole(text, bytes, JSON_REJECT_DUPLICATES, &fault, &out_of_memory);
+    if (out_of_memory)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "%s: out of memory", label);
     if (!*root)
         return error_set(err, STATUS_FAILED_PRECONDITION, "%s: JSON, line %d column %d: %s", label,
                          fault.line, fault.column, fault.text);

@@ -1,6 +1,6 @@
 // JSON of unknown origin. jansson turns one byte of input into some fifty of memory, and recurses
 // for each bracket; a scan over the text refuses what would cost too much before jansson sees it.
-// Any thread; keeps no state.
+// Any thread.
 #pragma once
 
 #include <jansson.h>
@@ -15,7 +15,12 @@ struct json_limits {
     uint64_t array_values_max; // in any one array
 };
 
-// Duplicate keys are errors. `label` names the text in errors, all of them FAILED_PRECONDITION.
+// json_loadb, but for what jansson makes of a lack of memory: NULL then, and `out_of_memory`.
+json_t *json_load_whole(const char *text, size_t bytes, size_t flags, json_error_t *fault,
+                        bool *out_of_memory);
+
+// Duplicate keys are errors. `label` names the text in errors, FAILED_PRECONDITION unless there is
+// no memory.
 NODISCARD enum status json_load_limited(const char *text, size_t bytes,
                                         const struct json_limits *limits, const char *label,
                                         json_t **root, struct error *err);

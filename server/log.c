@@ -1,6 +1,6 @@
 // The log: formats one event into one line on the stack and hands it to the kernel with one
-// write(2). Any thread; nothing is locked, so lines of different threads never mix and never wait
-// for each other here.
+// write(2), if the kernel takes it at once. Any thread; lines of different threads never mix. Nothing
+// is locked but for a pipe or terminal, which must be asked for room first.
 //
 //     | opening | field | field | ... | tail |        LINE_BYTES in all
 //      time,      each whole, or cut    kept free for the closing mark and newline
@@ -11,14 +11,18 @@
 
 #include <errno.h>
 #include <math.h>
+#include <poll.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-enum { LINE_BYTES = 4096, TAIL_BYTES = 32 };
+enum { LINE_BYTES = 4096, TAIL_BYTES = 32 }; // PIPE_BUF: a pipe takes a line whole, or not
 
 struct line {
     char bytes[LINE_BYTES];
@@ -36,6 +40,10 @@ static const char *const level_names[] = {
 // Written by log_configure before the first thread, read-only from then on.
 static enum log_level configured_level = LOG_LEVEL_INFO;
 static enum log_format configured_format = LOG_FORMAT_PLAIN;
+static enum { SINK_WRITE, SINK_ASK, SINK_SEND } sink;
+
+static pthread_mutex_t ask_lock = PTHREAD_MUTEX_INITIALIZER;
+static atomic_bool torn; // the last line has no end: a disk had room for a part of it
 
 static atomic_uint_fast64_t lines_dropped;
 
@@ -45,6 +53,17 @@ void log_configure(enum log_level level, enum log_format format)
     ASSERT(format == LOG_FORMAT_PLAIN || format == LOG_FORMAT_JSON);
     configured_level = level;
     configured_format = format;
+}
+
+void log_never_wait(void)
+{
+    struct stat stat;
+    if (fstat(STDERR_FILENO, &stat) != 0)
+        return;
+    if (S_ISSOCK(stat.st_mode))
+        sink = SINK_SEND;
+    else if (S_ISFIFO(stat.st_mode) || S_ISCHR(stat.st_mode))
+        sink = SINK_ASK;
 }
 
 bool log_enabled(enum log_level level)
@@ -265,6 +284,34 @@ static void line_end(struct line *line, enum log_format format)
     line->used += bytes;
 }
 
+static ssize_t write_once(const char *bytes, size_t bytes_n)
+{
+    ssize_t written;
+    do
+        written = sink == SINK_SEND
+                      ? send(STDERR_FILENO, bytes, bytes_n, MSG_DONTWAIT | MSG_NOSIGNAL)
+                      : write(STDERR_FILENO, bytes, bytes_n);
+    while (written < 0 && errno == EINTR);
+    return written;
+}
+
+static bool sink_has_room(void)
+{
+    struct pollfd sink_fd = {.fd = STDERR_FILENO, .events = POLLOUT};
+    return poll(&sink_fd, 1, 0) == 1 && sink_fd.revents == POLLOUT;
+}
+
+// True: the line is out, whole.
+static bool write_line(const struct line *line)
+{
+    if (atomic_load_explicit(&torn, memory_order_relaxed) && write_once("\n", 1) == 1)
+        atomic_store_explicit(&torn, false, memory_order_relaxed);
+    ssize_t written = write_once(line->bytes, line->used);
+    if (written > 0 && (size_t)written < line->used)
+        atomic_store_explicit(&torn, true, memory_order_relaxed);
+    return written == (ssize_t)line->used;
+}
+
 void log_write(enum log_level level, const char *message, const struct log_field *fields,
                size_t fields_n)
 {
@@ -279,11 +326,15 @@ void log_write(enum log_level level, const char *message, const struct log_field
         add_field(&line, format, &fields[i]);
     line_end(&line, format);
 
-    ssize_t written;
-    do
-        written = write(STDERR_FILENO, line.bytes, line.used);
-    while (written < 0 && errno == EINTR);
-    if (written < 0 || (size_t)written != line.used)
+    bool written;
+    if (sink == SINK_ASK) { // nobody may take the room between the question and the line
+        pthread_mutex_lock(&ask_lock);
+        written = sink_has_room() && write_line(&line);
+        pthread_mutex_unlock(&ask_lock);
+    } else {
+        written = write_line(&line);
+    }
+    if (!written)
         atomic_fetch_add_explicit(&lines_dropped, 1, memory_order_relaxed);
     errno = errno_before;
 }

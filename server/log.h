@@ -42,10 +42,13 @@ struct log_field {
 
 // Before the first thread. Until then: plain, info.
 void log_configure(enum log_level level, enum log_format format);
+// Before the first thread, for standard error as it is then: from here on a line for which a pipe, a
+// socket or a terminal has no room, since nobody reads, is dropped.
+void log_never_wait(void);
 bool log_enabled(enum log_level level);
 
 // Strings may hold any bytes: they are escaped, and cut when the line would pass 4 KiB. Never
-// fails, never blocks on a full disk: a line that cannot be written is dropped and counted.
+// fails: a line that cannot be written is dropped and counted.
 void log_write(enum log_level level, const char *message, const struct log_field *fields,
                size_t fields_n);
 uint64_t log_lines_dropped(void);

@@ -26,7 +26,8 @@ static const char usage[] =
     "SIGTERM and SIGINT drain: new calls are refused, those in flight are answered, then einsumd\n"
     "exits. A second one cuts them off.\n"
     "\n"
-    "exit codes: 0 drained, 1 could not start, 2 usage or configuration, 3 the device was lost\n"
+    "exit codes: 0 drained, 1 could not start, 2 usage or configuration, 3 the device was lost,\n"
+    "4 a batch or thread hung\n"
     "\n"
     "Try it:  einsumctl make-checkpoint --model v4-flash --layers 4 checkpoint\n"
     "         echo '{\"weights_roots\": [\"'$PWD'\"], \"weights\": [{\"path\": \"checkpoint\"}]}' "
@@ -146,6 +147,7 @@ int main(int argc, char **argv)
         tune_malloc();
         block_signals();
         log_configure(config->log_level, config->log_format);
+        log_never_wait();
         code = (int)daemon_run(config);
         break;
     }

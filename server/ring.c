@@ -28,6 +28,7 @@
 
 #include "../client/einsum_shared.h"
 #include "batch.h"
+#include "beat.h"
 #include "config.h"
 #include "cut.h"
 #include "futex.h"
@@ -106,6 +107,7 @@ struct rings {
     struct wire_request wire; // the one at hand
     uint64_t idle_since_ns;
     struct einsum_spin spin;
+    struct beat beat;
 };
 
 // ---- waking
@@ -605,7 +607,10 @@ static void *run(void *argument)
     struct rings *rings = argument;
     rings->idle_since_ns = now_ns();
     for (;;) {
-        if (pass(rings) > 0) {
+        beat_turn(&rings->beat);
+        uint32_t taken = pass(rings);
+        beat_turn(&rings->beat);
+        if (taken > 0) {
             uint64_t now = now_ns();
             einsum_spin_adapt(&rings->spin, now - rings->idle_since_ns);
             rings->idle_since_ns = now;
@@ -864,6 +869,11 @@ void rings_destroy(struct rings *rings)
     pthread_mutex_destroy(&rings->handed_lock);
     pthread_mutex_destroy(&rings->lock);
     free(rings);
+}
+
+const struct beat *rings_beat(const struct rings *rings)
+{
+    return &rings->beat;
 }
 
 struct rings_stats rings_stats(const struct rings *rings)

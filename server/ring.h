@@ -39,6 +39,7 @@ struct rings_stats {
     uint32_t rings;
     uint64_t requests; // taken
 };
+const struct beat *rings_beat(const struct rings *rings);  // works while a pass is made
 struct rings_stats rings_stats(const struct rings *rings); // any thread
 
 // What follows: one thread, the connection's. Makes a ring at an offset of a region, of which it

@@ -297,6 +297,7 @@ static void *thread_main(void *argument)
         if (event.type == GRPC_QUEUE_SHUTDOWN)
             return NULL;
         rpc_thread_here = thread;
+        beat_turn(&thread->beat);
         if (event.type == GRPC_OP_COMPLETE)
             handle(thread, event.tag, event.success);
         // Armed slots fail when the server starts to drain, so every thread comes by here then.
@@ -307,6 +308,7 @@ static void *thread_main(void *argument)
         // What this thread has woken itself comes without a tag.
         while (atomic_load_explicit(&thread->woken, memory_order_relaxed))
             run_woken(thread);
+        beat_turn(&thread->beat);
         rpc_thread_here =
             NULL; // gRPC, too, runs code of ours, which must not take it for this loop
     }
@@ -551,6 +553,16 @@ bool rpc_connection_busy(const struct rpc *rpc, int fd)
 {
     const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
     return !connection || atomic_load(&connection->calls) > 0;
+}
+
+uint32_t rpc_threads(const struct rpc *rpc)
+{
+    return rpc->options.threads;
+}
+
+const struct beat *rpc_beat(const struct rpc *rpc, uint32_t thread)
+{
+    return &rpc->threads[thread].beat;
 }
 
 void rpc_watch_idle(struct rpc *rpc)

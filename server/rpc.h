@@ -8,6 +8,7 @@
 #include "call.h"
 #include "metrics.h"
 
+struct beat;
 struct rpc;
 
 struct rpc_options {
@@ -38,6 +39,9 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer);
 
 // Any thread. Whether calls are live on the connection that was added as `fd`.
 bool rpc_connection_busy(const struct rpc *rpc, int fd);
+// What its threads are about: works while one handles an event.
+uint32_t rpc_threads(const struct rpc *rpc);
+const struct beat *rpc_beat(const struct rpc *rpc, uint32_t thread);
 // Main thread.
 void rpc_watch_idle(struct rpc *rpc);
 

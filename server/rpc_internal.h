@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "beat.h"
 #include "message.h"
 #include "rpc.h"
 
@@ -37,6 +38,7 @@ struct rpc_thread {
     grpc_channel *waker_channel;
     grpc_call *waker;
     struct tag wake_tag;
+    struct beat beat;
     _Atomic(struct call *) woken; // stack of calls to wake, linked by wake_next
 
     // The thread's own.

@@ -213,6 +213,7 @@ static void account_launch_locked(struct batcher *batcher, struct batch *batch, 
         batch_answering_locked(batcher, batch);
         return;
     }
+    batch->watched_ns = batch->launched_ns;
     if (batcher->lanes_free-- == batcher->options.lanes)
         batcher->busy_since_ns = batch->launched_ns;
     batcher->running_tokens += batch->launch.tokens;
@@ -278,6 +279,8 @@ static void account_phases_locked(struct batcher_stats *stats, const struct engi
 
 static void account_done_locked(struct batcher *batcher, struct batch *batch, uint64_t now)
 {
+    batch->watched_ns = 0;
+    batcher->done_last_ns = now;
     batcher->running_tokens -= batch->launch.tokens;
     if (++batcher->lanes_free == batcher->options.lanes)
         batcher->stats.busy_ns += now - batcher->busy_since_ns;
@@ -376,10 +379,12 @@ static void relax(void)
 static struct batch *watch_lanes(struct batcher *batcher, uint64_t until_ns)
 {
     struct batch *done = NULL;
+    beat_turn(&batcher->beat);
     do {
         relax();
         done = collect_done(batcher);
     } while (!done && !waker_is_set(batcher->waker) && now_ns() < until_ns);
+    beat_turn(&batcher->beat);
     return done;
 }
 
@@ -418,6 +423,7 @@ static bool sleep_until_needed(struct batcher *batcher, struct batch **done)
 // `done`: batches that have ended already.
 static void take_turn(struct batcher *batcher, struct batch *done)
 {
+    beat_turn(&batcher->beat);
     if (!done)
         done = collect_done(batcher);
     while (launch_next(batcher))
@@ -428,6 +434,7 @@ static void take_turn(struct batcher *batcher, struct batch *done)
         done = next;
     }
     serve_waiting(batcher);
+    beat_turn(&batcher->beat);
 }
 
 static void *scheduler_run(void *argument)
@@ -487,6 +494,46 @@ void batcher_turn(struct batcher *batcher)
     pthread_mutex_unlock(&batcher->lock);
     if (wake)
         batcher_wake(batcher->waker);
+}
+
+// --- who watches
+
+static const struct batch *longest_running_locked(const struct batcher *batcher)
+{
+    const struct batch *longest = NULL;
+    for (uint32_t i = 0; i < batcher->options.batches; i++) {
+        const struct batch *batch = &batcher->batches[i];
+        if (batch->watched_ns > 0 && (!longest || batch->watched_ns < longest->watched_ns))
+            longest = batch;
+    }
+    return longest;
+}
+
+void batcher_running(struct batcher *batcher, struct batcher_running *running)
+{
+    struct engine_info info;
+    batcher->options.ops->describe(batcher->options.engine, &info);
+    *running = (struct batcher_running){0};
+    pthread_mutex_lock(&batcher->lock);
+    const struct batch *batch = longest_running_locked(batcher);
+    if (batch) { // its jobs are answered only once its end was noted under the lock
+        const struct job *job = batch->jobs[0];
+        running->requests = batch->jobs_n;
+        running->tokens = batch->launch.tokens;
+        running->bucket = batcher->options.buckets[batch->launch.bucket];
+        running->weights = batch->weights_n;
+        memcpy(running->weight, job->weight->name, sizeof running->weight);
+        running->kernel = job->kernel ? info.kernels[job->kernel - 1] : "auto";
+        running->since_ns = batch->watched_ns;
+        if (batcher->options.ops->serial && batcher->done_last_ns > running->since_ns)
+            running->since_ns = batcher->done_last_ns;
+    }
+    pthread_mutex_unlock(&batcher->lock);
+}
+
+const struct beat *batcher_beat(const struct batcher *batcher)
+{
+    return &batcher->beat;
 }
 
 enum status scheduler_start(struct batcher *batcher, struct error *err)

@@ -7,6 +7,9 @@ const char *service_not_ready(const struct service_context *context)
 {
     if (batcher_device_lost(context->batcher))
         return "device lost";
+    const char *hung = atomic_load_explicit(&context->hung, memory_order_relaxed);
+    if (hung)
+        return hung;
     return atomic_load_explicit(&context->draining, memory_order_relaxed) ? "draining" : NULL;
 }
 
@@ -58,6 +61,13 @@ void service_task_start(struct service_task *task, struct call *call,
 bool service_task_done(const struct service_task *task)
 {
     return atomic_load_explicit(&task->done, memory_order_acquire);
+}
+
+void service_no_memory(struct call *call, const char *what)
+{
+    struct error err;
+    error_set(&err, STATUS_RESOURCE_EXHAUSTED, "no memory for %s", what);
+    call_finish(call, NULL, &err);
 }
 
 void *service_unpack(struct call *call, const ProtobufCMessageDescriptor *descriptor,

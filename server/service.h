@@ -50,6 +50,7 @@ struct service_context {
     _Atomic uint64_t copied_bytes; // of outputs copied out of batches and not yet sent
     _Atomic uint64_t cut_bytes;    // of requests larger than a batch: messages and outputs
     _Atomic bool draining;
+    _Atomic(const char *) hung;  // what does not go on, static; NULL: nothing
     uint64_t scrapes, scrape_ns; // of scrape.c
 };
 
@@ -58,7 +59,8 @@ void service_read_metadata(struct call *call, struct record *record);
 // The trailer, if it was asked for. Before call_finish.
 void service_add_timing(struct call *call, const struct record *record);
 
-// NULL while requests are served; else why not: "draining", "device lost".
+// NULL while requests are served; else why not: "draining", "device lost",
+// "the engine hangs".
 const char *service_not_ready(const struct service_context *context);
 
 // Slow work on behalf of a call, part of its state: done on a control thread, while the call is
@@ -74,6 +76,9 @@ struct service_task {
 void service_task_start(struct service_task *task, struct call *call,
                         void (*work)(struct service_task *task));
 bool service_task_done(const struct service_task *task);
+
+// Finishes the call: there is no memory for `what`.
+void service_no_memory(struct call *call, const char *what);
 
 // Unpacks, or finishes the call with the reason why not and returns NULL. message_free.
 void *service_unpack(struct call *call, const ProtobufCMessageDescriptor *descriptor,

@@ -136,6 +136,8 @@ static const char *state_name(const struct service_context *context)
 {
     if (batcher_device_lost(context->batcher))
         return "device_lost";
+    if (atomic_load_explicit(&context->hung, memory_order_relaxed))
+        return "hung";
     return service_not_ready(context) ? "draining" : "serving";
 }
 
@@ -215,17 +217,24 @@ struct self_test {
     bool wgmma; // see verify_weight
     struct verdict *verdicts;
     size_t verdicts_n, verdicts_max;
+    bool incomplete; // no memory for the rest
     size_t judged_n; // written by the task
 };
 
 static void add_weight(void *context, struct weight *weight)
 {
     struct self_test *test = context;
-    if (test->verdicts_n == test->verdicts_max) {
-        test->verdicts_max = test->verdicts_max ? 2 * test->verdicts_max : 64;
-        test->verdicts = realloc(test->verdicts, test->verdicts_max * sizeof *test->verdicts);
-        ASSERT(test->verdicts);
+    if (test->verdicts_n == test->verdicts_max && !test->incomplete) {
+        size_t more = test->verdicts_max ? 2 * test->verdicts_max : 64;
+        struct verdict *grown = realloc(test->verdicts, more * sizeof *grown);
+        test->incomplete = !grown;
+        if (grown) {
+            test->verdicts = grown;
+            test->verdicts_max = more;
+        }
     }
+    if (test->incomplete)
+        return;
     test->verdicts[test->verdicts_n++] = (struct verdict){.weight = weight_ref(weight)};
 }
 
@@ -242,22 +251,29 @@ static void run_self_test(struct service_task *task)
     }
 }
 
+NODISCARD static enum status all_chosen(const struct self_test *test, struct error *err)
+{
+    if (test->incomplete)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for a self-test");
+    return STATUS_OK;
+}
+
 NODISCARD static enum status choose_weights(struct self_test *test, struct weights *weights,
                                             const char *name, struct error *err)
 {
     if (name[0] == '\0') {
         weights_visit(weights, add_weight, test);
-        if (test->verdicts_n > 0)
-            return STATUS_OK;
-        return error_set(err, STATUS_FAILED_PRECONDITION,
-                         "no weight is resident, so there is nothing to test");
+        if (test->verdicts_n == 0 && !test->incomplete)
+            return error_set(err, STATUS_FAILED_PRECONDITION,
+                             "no weight is resident, so there is nothing to test");
+        return all_chosen(test, err);
     }
     struct weight *weight = weights_get(weights, name, strlen(name));
     if (!weight)
         return error_field(err, STATUS_NOT_FOUND, "weight", "\"%s\" is not resident", name);
     add_weight(test, weight);
     weight_unref(weight);
-    return STATUS_OK;
+    return all_chosen(test, err);
 }
 
 static void on_self_test(struct call *call, grpc_byte_buffer *bytes)
@@ -268,7 +284,11 @@ static void on_self_test(struct call *call, grpc_byte_buffer *bytes)
     if (!request)
         return;
     struct self_test *test = calloc(1, sizeof *test);
-    ASSERT(test);
+    if (!test) {
+        service_no_memory(call, "a self-test");
+        message_free(&request->base);
+        return;
+    }
     call_set_state(call, test);
     struct error err;
     enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
@@ -307,7 +327,10 @@ static void on_self_test_wake(struct call *call)
         return;
     Einsum__V1__SelfTestResult *results = calloc(test->verdicts_n, sizeof *results);
     Einsum__V1__SelfTestResult **pointers = calloc(test->verdicts_n, sizeof *pointers);
-    ASSERT(results && pointers);
+    if (!results || !pointers) {
+        service_no_memory(call, "the results of a self-test");
+        goto free_messages;
+    }
     Einsum__V1__SelfTestResponse response = EINSUM__V1__SELF_TEST_RESPONSE__INIT;
     response.passed = test->judged_n == test->verdicts_n;
     for (size_t i = 0; i < test->judged_n; i++) {
@@ -318,6 +341,8 @@ static void on_self_test_wake(struct call *call)
     response.results = pointers;
     response.n_results = test->judged_n;
     call_finish(call, message_pack(&response.base), NULL);
+
+free_messages:
     free(pointers);
     free(results);
 }

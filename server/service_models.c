@@ -280,7 +280,10 @@ static void finish_model_statistics(struct call *call, const struct inference_mo
 {
     struct statistics *statistics = calloc(list->n + 1, sizeof *statistics);
     Inference__ModelStatistics **pointers = calloc(list->n + 1, sizeof *pointers);
-    ASSERT(statistics && pointers);
+    if (!statistics || !pointers || list->incomplete) {
+        service_no_memory(call, "a list of models");
+        goto free_messages;
+    }
     for (size_t i = 0; i < list->n; i++) {
         describe_statistics(&statistics[i], list->weights[i]);
         pointers[i] = &statistics[i].message;
@@ -289,6 +292,8 @@ static void finish_model_statistics(struct call *call, const struct inference_mo
     response.model_stats = pointers;
     response.n_model_stats = list->n;
     call_finish(call, message_pack(&response.base), NULL);
+
+free_messages:
     free(pointers);
     free(statistics);
 }
@@ -309,7 +314,7 @@ static void on_model_statistics(struct call *call, grpc_byte_buffer *bytes)
             inference_models_add(&list, weight);
         weight_unref(weight);
     }
-    if (all || list.n > 0)
+    if (all || list.n > 0 || list.incomplete)
         finish_model_statistics(call, &list);
     inference_models_deinit(&list);
     message_free(&request->base);

@@ -30,7 +30,10 @@ static void finish_repository_index(struct call *call)
     Inference__RepositoryIndexResponse__ModelIndex *models = calloc(list.n + 1, sizeof *models);
     Inference__RepositoryIndexResponse__ModelIndex **pointers =
         calloc(list.n + 1, sizeof *pointers);
-    ASSERT(models && pointers);
+    if (!models || !pointers || list.incomplete) {
+        service_no_memory(call, "a list of models");
+        goto free_messages;
+    }
     for (size_t i = 0; i < list.n; i++) {
         inference__repository_index_response__model_index__init(&models[i]);
         models[i].name = list.weights[i]->name;
@@ -44,6 +47,8 @@ static void finish_repository_index(struct call *call)
     response.models = pointers;
     response.n_models = list.n;
     call_finish(call, message_pack(&response.base), NULL);
+
+free_messages:
     free(pointers);
     free(models);
     inference_models_deinit(&list);
@@ -263,7 +268,10 @@ NODISCARD static enum status read_load(struct change *change, struct error *err)
 static void on_model_load(struct call *call, grpc_byte_buffer *bytes)
 {
     struct change *change = calloc(1, sizeof *change);
-    ASSERT(change);
+    if (!change) {
+        service_no_memory(call, "a load");
+        return;
+    }
     call_set_state(call, change);
     change->request =
         service_unpack(call, &inference__repository_model_load_request__descriptor, bytes);
@@ -283,7 +291,11 @@ static void on_model_unload(struct call *call, grpc_byte_buffer *bytes)
     if (!request)
         return;
     struct change *change = calloc(1, sizeof *change);
-    ASSERT(change);
+    if (!change) {
+        service_no_memory(call, "an unload");
+        message_free(&request->base);
+        return;
+    }
     call_set_state(call, change);
     struct weight *weight = NULL;
     struct error err;

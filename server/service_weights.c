@@ -19,6 +19,7 @@ enum { PROGRESS_INTERVAL_MS = 100 };
 struct weight_list {
     Einsum__V1__Weight **weights;
     size_t weights_n, weights_max;
+    bool incomplete; // no memory for the rest
 };
 
 struct weight_entry {
@@ -70,18 +71,28 @@ static void describe_weight(struct weight_entry *entry, struct weight *weight)
             entry->recipes[message->n_recipes++] = (Einsum__V1__Recipe)recipe;
 }
 
+// False: no memory.
+static bool list_grow(struct weight_list *list)
+{
+    if (list->weights_n < list->weights_max)
+        return true;
+    size_t more = list->weights_max ? 2 * list->weights_max : 64;
+    Einsum__V1__Weight **grown = realloc(list->weights, more * sizeof(Einsum__V1__Weight *));
+    if (!grown)
+        return false;
+    list->weights = grown;
+    list->weights_max = more;
+    return true;
+}
+
 static void list_add(void *context, struct weight *weight)
 {
     struct weight_list *list = context;
-    if (list->weights_n == list->weights_max) {
-        size_t more = list->weights_max ? 2 * list->weights_max : 64;
-        Einsum__V1__Weight **grown = realloc(list->weights, more * sizeof(Einsum__V1__Weight *));
-        ASSERT(grown);
-        list->weights = grown;
-        list->weights_max = more;
-    }
-    struct weight_entry *entry = malloc(sizeof *entry);
-    ASSERT(entry);
+    struct weight_entry *entry =
+        !list->incomplete && list_grow(list) ? malloc(sizeof *entry) : NULL;
+    list->incomplete = !entry;
+    if (!entry)
+        return;
     describe_weight(entry, weight);
     list->weights[list->weights_n++] = &entry->message;
 }
@@ -108,7 +119,10 @@ static void on_list_weights(struct call *call, grpc_byte_buffer *bytes)
     Einsum__V1__ListWeightsResponse response = EINSUM__V1__LIST_WEIGHTS_RESPONSE__INIT;
     response.weights = list.weights;
     response.n_weights = list.weights_n;
-    call_finish(call, message_pack(&response.base), NULL);
+    if (list.incomplete)
+        service_no_memory(call, "a list of weights");
+    else
+        call_finish(call, message_pack(&response.base), NULL);
     list_deinit(&list);
     message_free(request);
 }
@@ -145,17 +159,21 @@ struct unload {
     // Written by the task.
     char **names;
     size_t names_n;
+    bool incomplete; // no memory for the rest
 };
 
 static void add_name(void *context, const char *name)
 {
     struct unload *unload = context;
-    char **grown = realloc(unload->names, (unload->names_n + 1) * sizeof *grown);
-    char *copy = strdup(name);
-    ASSERT(grown && copy);
-    unload->names = grown;
-    unload->names[unload->names_n++] = copy;
     LOG(INFO, "weight unloaded", LOG_STR("name", name));
+    char **grown = realloc(unload->names, (unload->names_n + 1) * sizeof *grown);
+    if (grown)
+        unload->names = grown;
+    char *copy = grown ? strdup(name) : NULL;
+    if (copy)
+        unload->names[unload->names_n++] = copy;
+    else
+        unload->incomplete = true;
 }
 
 static void run_unload(struct service_task *task)
@@ -170,7 +188,10 @@ static void run_unload(struct service_task *task)
 static void on_unload_weights(struct call *call, grpc_byte_buffer *bytes)
 {
     struct unload *unload = calloc(1, sizeof *unload);
-    ASSERT(unload);
+    if (!unload) {
+        service_no_memory(call, "an unload");
+        return;
+    }
     call_set_state(call, unload);
     unload->request = service_unpack(call, &einsum__v1__unload_weights_request__descriptor, bytes);
     if (!unload->request)
@@ -193,10 +214,12 @@ static void on_unload_wake(struct call *call)
     Einsum__V1__UnloadWeightsResponse response = EINSUM__V1__UNLOAD_WEIGHTS_RESPONSE__INIT;
     response.names = unload->names;
     response.n_names = unload->names_n;
-    if (unload->task.error.status == STATUS_OK)
-        call_finish(call, message_pack(&response.base), NULL);
-    else
+    if (unload->task.error.status != STATUS_OK)
         call_finish(call, NULL, &unload->task.error);
+    else if (unload->incomplete)
+        service_no_memory(call, "the names of what is unloaded now");
+    else
+        call_finish(call, message_pack(&response.base), NULL);
 }
 
 static void on_unload_end(struct call *call)
@@ -307,7 +330,10 @@ static grpc_byte_buffer *pack_load(const struct load *load, const struct weight_
 static void on_load_weights(struct call *call, grpc_byte_buffer *bytes)
 {
     struct load *load = calloc(1, sizeof *load);
-    ASSERT(load);
+    if (!load) {
+        service_no_memory(call, "a load");
+        return;
+    }
     load->request = service_unpack(call, &einsum__v1__load_weights_request__descriptor, bytes);
     call_set_state(call, load);
     if (!load->request)
@@ -322,10 +348,12 @@ static void on_load_wake(struct call *call)
         return; // on_load_sent looks again
     if (!service_task_done(&load->task))
         load->sending = call_send(call, pack_load(load, NULL));
-    else if (load->task.error.status == STATUS_OK)
-        call_finish(call, pack_load(load, &load->loaded), NULL);
-    else
+    else if (load->task.error.status != STATUS_OK)
         call_finish(call, NULL, &load->task.error);
+    else if (load->loaded.incomplete)
+        service_no_memory(call, "the list of what is loaded now");
+    else
+        call_finish(call, pack_load(load, &load->loaded), NULL);
 }
 
 static void on_load_sent(struct call *call)

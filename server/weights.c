@@ -129,6 +129,40 @@ static struct weight *weight_create(struct weights *weights, const struct weight
     return weight;
 }
 
+// ---- lists of weights
+
+// Whoever visits the weights keeps the list that it found, and so needs no memory for a copy.
+struct list {
+    _Atomic uint32_t references;
+    struct weight *weights[];
+};
+
+// NULL: no memory.
+static struct weight **list_create(size_t weights_n)
+{
+    struct list *list = calloc(1, sizeof *list + weights_n * sizeof(struct weight *));
+    if (!list)
+        return NULL;
+    atomic_init(&list->references, 1);
+    return list->weights;
+}
+
+static void list_ref(struct weight **weights)
+{
+    struct list *list = CONTAINER_OF(weights, struct list, weights);
+    atomic_fetch_add_explicit(&list->references, 1, memory_order_relaxed);
+}
+
+// NULL is allowed. The weights themselves are counted apart.
+static void list_unref(struct weight **weights)
+{
+    if (!weights)
+        return;
+    struct list *list = CONTAINER_OF(weights, struct list, weights);
+    if (atomic_fetch_sub_explicit(&list->references, 1, memory_order_acq_rel) == 1)
+        free(list);
+}
+
 // ---- the registry
 
 enum status weights_create(const struct engine_ops *ops, struct engine *engine,
@@ -167,7 +201,7 @@ void weights_destroy(struct weights *weights)
         ASSERT(atomic_load_explicit(&weights->list[i]->references, memory_order_acquire) == 1);
         weight_unref(weights->list[i]);
     }
-    free(weights->list);
+    list_unref(weights->list);
     for (size_t i = 0; i < weights->rope_rules_n; i++) {
         rope_unref(weights->rope_rules[i].rope);
         free(weights->rope_rules[i].pattern);
@@ -247,16 +281,17 @@ void weights_visit(struct weights *weights, void (*visit)(void *context, struct 
     // The callbacks run without the lock: they may take long, or call back in here.
     pthread_rwlock_rdlock(&weights->lock);
     uint32_t list_n = weights->list_n;
-    struct weight **list = malloc((list_n + 1) * sizeof(struct weight *));
-    ASSERT(list); // half a megabyte at most
+    struct weight **list = weights->list;
+    if (list)
+        list_ref(list);
     for (uint32_t i = 0; i < list_n; i++)
-        list[i] = weight_ref(weights->list[i]);
+        weight_ref(list[i]);
     pthread_rwlock_unlock(&weights->lock);
     for (uint32_t i = 0; i < list_n; i++) {
         visit(context, list[i]);
         weight_unref(list[i]);
     }
-    free(list);
+    list_unref(list);
 }
 
 static uint32_t max_u32(uint32_t a, uint32_t b)
@@ -280,7 +315,7 @@ struct weights_totals weights_totals(struct weights *weights)
     return totals;
 }
 
-// Makes `list` the registry's (takes it) and gives back the one before (to be freed).
+// Makes `list` the registry's (takes it) and gives back the one before (to be let go of).
 static struct weight **swap_list(struct weights *weights, struct weight **list, uint32_t list_n)
 {
     pthread_rwlock_wrlock(&weights->lock);
@@ -572,7 +607,7 @@ static enum status load_catalog(struct weights *weights, const struct weights_lo
     size_t added_n = catalog->entries_n, merged_max = weights->list_n + added_n;
     struct weight **added = calloc(added_n + 1, sizeof(struct weight *));
     struct weight **replaced = calloc(added_n + 1, sizeof(struct weight *));
-    struct weight **merged = calloc(merged_max + 1, sizeof(struct weight *));
+    struct weight **merged = list_create(merged_max);
     if (!added || !replaced || !merged) {
         status = error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
         goto free_lists;
@@ -589,7 +624,7 @@ static enum status load_catalog(struct weights *weights, const struct weights_lo
         weight_unref(replaced[i]);
 
 free_lists:
-    free(merged); // the list before the swap, if there was one
+    list_unref(merged); // the list before the swap, if there was one
     free(replaced);
     free(added);
     return status;
@@ -635,7 +670,7 @@ enum status weights_unload(struct weights *weights, const char *pattern,
 
     enum status status = STATUS_OK;
     pthread_mutex_lock(&weights->change_lock);
-    struct weight **kept = calloc((size_t)weights->list_n + 1, sizeof(struct weight *));
+    struct weight **kept = list_create(weights->list_n);
     struct weight **dropped = calloc((size_t)weights->list_n + 1, sizeof(struct weight *));
     if (!kept || !dropped) {
         status = error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
@@ -667,6 +702,6 @@ enum status weights_unload(struct weights *weights, const char *pattern,
 unlock:
     pthread_mutex_unlock(&weights->change_lock);
     free(dropped);
-    free(kept); // the list before the swap, if there was one
+    list_unref(kept); // the list before the swap, if there was one
     return status;
 }

@@ -81,6 +81,7 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.load_threads, 0);
     ck_assert_uint_eq(config.drain_grace_ms, 30000);
     ck_assert_uint_eq(config.lame_duck_ms, 0);
+    ck_assert_uint_eq(config.watchdog_ms, 30000);
     ck_assert(config.self_test_at_start);
     ck_assert_int_eq(config.log_level, LOG_LEVEL_INFO);
     ck_assert_int_eq(config.log_format, LOG_FORMAT_PLAIN);
@@ -158,6 +159,7 @@ static const char everything[] =
     "    \"beta_fast\": 31.5, \"beta_slow\": 1.5, \"positions_max\": 1048575},"
     "   {\"weights\": \"pro.*\", \"cache\": \"rope.safetensors\", \"cache_tensor\": \"t\"}],"
     " \"load_threads\": 21, \"drain_grace_ms\": 22, \"lame_duck_ms\": 23,"
+    " \"watchdog_ms\": 24,"
     " \"self_test_at_start\": false, \"log_level\": \"debug\", \"log_format\": \"json\"}";
 
 static void ck_access(const struct config *config)
@@ -277,6 +279,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->load_threads, 21);
     ck_assert_uint_eq(config->drain_grace_ms, 22);
     ck_assert_uint_eq(config->lame_duck_ms, 23);
+    ck_assert_uint_eq(config->watchdog_ms, 24);
     ck_assert(!config->self_test_at_start);
     ck_assert_int_eq(config->log_level, LOG_LEVEL_DEBUG);
     ck_assert_int_eq(config->log_format, LOG_FORMAT_JSON);
@@ -393,6 +396,7 @@ static const struct {
     {"load_threads", 0, 256},
     {"drain_grace_ms", 0, 86400000},
     {"lame_duck_ms", 0, 86400000},
+    {"watchdog_ms", 0, 86400000},
     {"shared_connections_max", 1, 65536},
     {"shared_connection_regions_max", 1, 16},
     {"shared_regions_max", 1, 65536},

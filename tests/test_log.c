@@ -9,10 +9,13 @@
 #include <jansson.h>
 #include <math.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 enum { LINE_BYTES_MAX = 4096 };
@@ -302,6 +305,79 @@ START_TEST(a_line_that_cannot_be_written_is_counted)
 }
 END_TEST
 
+// Logs until a line is dropped, to something that nobody reads.
+static void ck_never_waits(int to)
+{
+    int saved = dup(STDERR_FILENO);
+    ck_assert_int_eq(dup2(to, STDERR_FILENO), STDERR_FILENO);
+    log_never_wait();
+    uint64_t before = log_lines_dropped();
+    alarm(30);
+    for (int i = 0; i < 100000 && log_lines_dropped() == before; i++)
+        LOG(INFO, "nobody reads this", LOG_U64("line", (uint64_t)i));
+    alarm(0);
+    uint64_t dropped = log_lines_dropped() - before;
+    ck_assert_int_eq(dup2(saved, STDERR_FILENO), STDERR_FILENO);
+    close(saved);
+    ck_assert_uint_eq(dropped, 1);
+}
+
+START_TEST(a_pipe_that_nobody_reads_is_not_waited_for)
+{
+    int ends[2];
+    ck_assert_int_eq(pipe(ends), 0);
+    ck_never_waits(ends[1]);
+    // What got in is whole lines.
+    char bytes[1 << 17];
+    ssize_t got = read(ends[0], bytes, sizeof bytes);
+    ck_assert_int_gt(got, 0);
+    ck_assert_int_eq(bytes[got - 1], '\n');
+    close(ends[0]);
+    close(ends[1]);
+}
+END_TEST
+
+START_TEST(a_socket_that_nobody_reads_is_not_waited_for)
+{
+    int ends[2];
+    ck_assert_int_eq(socketpair(AF_UNIX, SOCK_STREAM, 0, ends), 0);
+    ck_never_waits(ends[1]);
+    close(ends[0]);
+    uint64_t before = log_lines_dropped();
+    int saved = dup(STDERR_FILENO);
+    ck_assert_int_eq(dup2(ends[1], STDERR_FILENO), STDERR_FILENO);
+    LOG(INFO, "the reader is gone"); // and no SIGPIPE comes of it
+    ck_assert_int_eq(dup2(saved, STDERR_FILENO), STDERR_FILENO);
+    close(saved);
+    ck_assert_uint_eq(log_lines_dropped() - before, 1);
+    close(ends[1]);
+}
+END_TEST
+
+START_TEST(a_line_that_was_torn_does_not_spoil_the_next)
+{
+    capture_begin();
+    signal(SIGXFSZ, SIG_IGN);
+    const struct rlimit full = {.rlim_cur = 100, .rlim_max = RLIM_INFINITY};
+    const struct rlimit room = {.rlim_cur = RLIM_INFINITY, .rlim_max = RLIM_INFINITY};
+    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &full), 0);
+    uint64_t before = log_lines_dropped();
+    LOG(INFO, "a whole one");
+    for (int i = 0; i < 4; i++)
+        LOG(INFO, "for these the disk has no room", LOG_U64("line", (uint64_t)i));
+    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &room), 0);
+    LOG(INFO, "room again");
+    char *text = capture_end();
+    ck_assert_uint_eq(log_lines_dropped() - before, 4);
+    const char *last = strstr(text, "room again");
+    ck_assert_ptr_nonnull(last);
+    while (last > text && last[-1] != '\n')
+        last--;
+    ck_assert_msg(strncmp(last, "20", 2) == 0, "glued to what was torn: %s", last);
+    free(text);
+}
+END_TEST
+
 enum { THREADS = 8, LINES_PER_THREAD = 200 };
 
 static void *log_many(void *argument)
@@ -362,6 +438,9 @@ static Suite *log_suite(void)
     tcase_add_test(tcase, not_finite_numbers_have_a_spelling);
     tcase_add_test(tcase, numbers_read_back_exactly);
     tcase_add_test(tcase, a_line_that_cannot_be_written_is_counted);
+    tcase_add_test(tcase, a_pipe_that_nobody_reads_is_not_waited_for);
+    tcase_add_test(tcase, a_socket_that_nobody_reads_is_not_waited_for);
+    tcase_add_test(tcase, a_line_that_was_torn_does_not_spoil_the_next);
     tcase_add_test(tcase, lines_of_threads_do_not_mix);
     suite_add_tcase(suite, tcase);
     return suite;

@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 BUILD_DIR = Path(os.environ.get("EINSUMD_BUILD_DIR", REPOSITORY / "build/release")).resolve()
 EINSUMD = BUILD_DIR / "einsumd"
 EINSUMCTL = BUILD_DIR / "einsumctl"
+EINSUMD_FAULTS = BUILD_DIR / "tests/einsumd_faults"  # its "null" engine: engine_faulty.c
 
 
 def default_scale() -> float:
@@ -67,6 +68,7 @@ class Daemon:
         extra_environment: dict[str, str] | None = None,
         wait: bool = True,
         wrapper: Sequence[str] = (),
+        program: Path = EINSUMD,
         **config: Any,
     ):
         """`directory` gets the configuration; `config` holds its keys; `wrapper` is a command that
@@ -88,7 +90,7 @@ class Daemon:
         self._ended = False
         self.told_to_stop = False
         self.process = subprocess.Popen(
-            [*wrapper, EINSUMD, "--config", self.config_path],
+            [*wrapper, program, "--config", self.config_path],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
