@@ -21,7 +21,7 @@ build_packages=(
 test_packages=(
     check libopenblas-dev           # unit tests, the benchmarks' baseline
     clang libclang-rt-dev           # libFuzzer and its sanitizers
-    clang-format clang-tidy cppcheck shellcheck
+    clang-format clang-tidy cppcheck shellcheck valgrind
     python3 python3-venv prometheus # integration tests; of prometheus, promtool as well
     gnuplot-nox                     # einsumctl bench --plot
     libb64-0d                       # perf_analyzer

@@ -107,8 +107,9 @@ static void write_daemon(struct scrape *scrape)
     page_u64(page, labels, 1);
     page_family(page, "einsumd_uptime_seconds", PAGE_GAUGE, "Since the start.");
     page_f64(page, "", seconds(now_ns() - context->started_ns));
-    gauge(page, "einsumd_ready", service_not_ready(context) == NULL,
-          "1 while /readyz says so; 0 while draining, or without the device.");
+    gauge(
+        page, "einsumd_ready", service_not_ready(context) == NULL,
+        "1 while /readyz says so; 0 while draining, without the device, or while something hangs.");
     gauge(page, "einsumd_device_lost", batcher_device_lost(context->batcher),
           "1 once the device has failed for good.");
     counter(page, "einsumd_log_lines_dropped_total", log_lines_dropped(),

@@ -7,6 +7,7 @@
 #     release        build, unit tests (ctest), integration tests (pytest)
 #     packages       what `cmake --install` makes of it: library, man pages, completion, unit
 #     asan, tsan     the same under AddressSanitizer with UBSan, and under ThreadSanitizer
+#     valgrind       unit tests of the release build under memcheck
 #     fuzz           every libFuzzer target for N seconds, 60 by default
 #     lint           tests/lint.sh
 #
@@ -157,6 +158,9 @@ else
     if ! $quick; then
         run_preset asan
         run_preset tsan
+        progress "valgrind"
+        tests/valgrind.sh >"$logs/valgrind.log" 2>&1
+        count_lines valgrind "$logs/valgrind.log"
         progress "fuzz: every target for $fuzz_seconds s"
         tests/fuzz/run.sh "$fuzz_seconds" >"$logs/fuzz.log" 2>&1
         count_lines fuzz "$logs/fuzz.log"
