@@ -97,6 +97,10 @@ bool batcher_scarce(struct batcher *batcher);
 // True once the engine has reported the device lost. Every later reserve fails.
 bool batcher_device_lost(struct batcher *batcher);
 
+// Any thread. Hold for what comes from then on.
+void batcher_set_limits(struct batcher *batcher, uint32_t queue_requests_max,
+                        uint32_t max_queue_delay_us);
+
 // Why jobs were refused.
 enum batcher_full {
     FULL_NOT,

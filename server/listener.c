@@ -388,6 +388,11 @@ enum status listener_start(struct listener *listener, void (*take)(void *context
     return STATUS_OK;
 }
 
+void listener_set_connections_max(struct listener *listener, uint32_t connections_max)
+{
+    listener->connections_max = connections_max;
+}
+
 void listener_stop(struct listener *listener)
 {
     if (listener->stopped)

@@ -40,7 +40,7 @@ struct log_field {
                       ARRAY_LEN(((const struct log_field[]){{0}, ##__VA_ARGS__})) - 1);            \
     } while (0)
 
-// Before the first thread. Until then: plain, info.
+// Any thread; holds for lines that are begun from then on. Until then: plain, info.
 void log_configure(enum log_level level, enum log_format format);
 bool log_enabled(enum log_level level);
 

@@ -236,7 +236,9 @@ static void run_woken(struct rpc_thread *thread)
 static void sweep(struct rpc_thread *thread)
 {
     uint64_t now = now_ns();
-    uint64_t limit = (uint64_t)thread->rpc->options.reply_timeout_ms * 1000000u;
+    uint64_t limit =
+        (uint64_t)atomic_load_explicit(&thread->rpc->reply_timeout_ms, memory_order_relaxed) *
+        1000000u;
     for (struct call *call = thread->live; call; call = call->next) {
         if (call->write_started_ns == 0 || now - call->write_started_ns < limit)
             continue;
@@ -484,6 +486,7 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
     rpc->connection_calls = connection_calls;
     rpc->connections_n = connections_n;
     rpc->shutdown_tag = (struct tag){.kind = TAG_SHUTDOWN};
+    atomic_init(&rpc->reply_timeout_ms, options->reply_timeout_ms);
     atomic_init(&rpc->live_calls, 1); // the server's own, until its shutdown tag pops
 
     gpr_set_log_function(on_grpc_log);
@@ -520,6 +523,11 @@ shut_down:
     grpc_server_shutdown_and_notify(rpc->server, threads[0].queue, &rpc->shutdown_tag);
     free_rpc(rpc);
     return status;
+}
+
+void rpc_set_reply_timeout(struct rpc *rpc, uint32_t timeout_ms)
+{
+    atomic_store_explicit(&rpc->reply_timeout_ms, timeout_ms, memory_order_relaxed);
 }
 
 void rpc_add_connection(struct rpc *rpc, int fd)

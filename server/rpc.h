@@ -32,6 +32,8 @@ struct rpc_options {
 NODISCARD enum status rpc_create(const struct rpc_options *options, struct rpc **rpc,
                                  struct error *err);
 
+// Any thread.
+void rpc_set_reply_timeout(struct rpc *rpc, uint32_t timeout_ms);
 // Any thread: takes a connected socket.
 void rpc_add_connection(struct rpc *rpc, int fd);
 

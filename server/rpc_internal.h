@@ -93,6 +93,7 @@ struct call {
 
 struct rpc {
     struct rpc_options options;
+    _Atomic uint32_t reply_timeout_ms;
     grpc_server *server;
     struct rpc_thread *threads;
     struct tag shutdown_tag;
