@@ -45,6 +45,7 @@ struct ctl_args {
 struct ctl {
     const char *endpoint;
     uint32_t timeout_ms; // 0: not given
+    uint32_t retry_ms;   // likewise
     bool json;
     struct einsum_client *client; // after ctl_connect
 };

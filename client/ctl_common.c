@@ -161,6 +161,7 @@ void ctl_client_options(const struct ctl *ctl, struct einsum_client_options *opt
 {
     einsum_client_options_init(options);
     options->user_agent = "einsumctl/" EINSUMD_VERSION;
+    options->retry_ms = ctl->retry_ms;
     if (!ctl->timeout_ms)
         return;
     options->deadline_ms = ctl->timeout_ms;

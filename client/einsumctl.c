@@ -21,11 +21,21 @@ static const struct ctl_option shared_options[] = {
     {"server", "ADDR", "the same"},
     {"json", NULL, "print one JSON document to stdout"},
     {"timeout", "MS", "deadline of each call; default 30000, of loads and self-tests none"},
+    {"retry-ms", "MS",
+     "try again for so long what is refused or reaches nobody; default 4 attempts, some 140 ms"},
     {"help", NULL, "this text, or a command's"},
     {"version", NULL, "print the version"},
     {0},
 };
-enum { SHARED_ENDPOINT, SHARED_SERVER, SHARED_JSON, SHARED_TIMEOUT, SHARED_HELP, SHARED_VERSION };
+enum {
+    SHARED_ENDPOINT,
+    SHARED_SERVER,
+    SHARED_JSON,
+    SHARED_TIMEOUT,
+    SHARED_RETRY,
+    SHARED_HELP,
+    SHARED_VERSION
+};
 
 // ---- help ---------------------------------------------------------------------------------------
 
@@ -70,7 +80,8 @@ static void print_command_help(const struct ctl_command *command)
         printf("\noptions:\n");
         print_options(command->options);
     }
-    printf("\n--endpoint, --json and --timeout as for every command: einsumctl --help\n");
+    printf(
+        "\n--endpoint, --json, --timeout and --retry-ms as for every command: einsumctl --help\n");
 }
 
 // ---- parsing ------------------------------------------------------------------------------------
@@ -189,6 +200,9 @@ static bool set_shared(struct parse *parse, struct ctl *ctl)
     ctl->json = parse->shared[SHARED_JSON] != NULL;
     const char *timeout = parse->shared[SHARED_TIMEOUT];
     if (timeout && ctl_number_list("timeout", timeout, 1, UINT32_MAX, &ctl->timeout_ms, 1) != 1)
+        return refuse(parse, CTL_USAGE);
+    const char *retry = parse->shared[SHARED_RETRY];
+    if (retry && ctl_number_list("retry-ms", retry, 1, 86400000, &ctl->retry_ms, 1) != 1)
         return refuse(parse, CTL_USAGE);
     return true;
 }
