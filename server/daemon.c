@@ -33,6 +33,7 @@
 enum {
     ADDRESSES_BYTES = 2048,
     DEVICE_CHECK_MS = 200,
+    CUT_OFF_MS = 1000,     // of waiting that callers take their last answer
     STOP_SLACK_MS = 10000, // of giving back what was taken, once all is answered
     LOAD_LOG_SECONDS = 2,
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
@@ -513,11 +514,24 @@ static void on_alive(uv_timer_t *timer)
     supervisor_alive();
 }
 
+static void on_cut_off(uv_timer_t *timer)
+{
+    const struct daemon *daemon = CONTAINER_OF(timer, struct daemon, grace);
+    rpc_cancel_calls(daemon->rpc);
+}
+
+// With an answer, as far as it is taken.
+static void cut_off(struct daemon *daemon)
+{
+    rpc_end_calls(daemon->rpc);
+    uv_timer_start(&daemon->grace, on_cut_off, CUT_OFF_MS, 0);
+}
+
 static void on_grace_over(uv_timer_t *timer)
 {
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, grace);
     LOG(WARN, "requests cut off at the end of the grace period");
-    rpc_cancel_calls(daemon->rpc);
+    cut_off(daemon);
 }
 
 static bool connection_busy(void *rpc, int fd)
@@ -574,7 +588,7 @@ static void on_stop_signal(uv_signal_t *handle, int signal_number)
         begin_drain(daemon, signal_number == SIGTERM ? "SIGTERM" : "SIGINT");
     } else if (daemon->drain_started) { // told twice: no more waiting
         LOG(WARN, "told to stop again, requests in flight are cut off");
-        rpc_cancel_calls(daemon->rpc);
+        cut_off(daemon);
     }
 }
 

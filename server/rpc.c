@@ -260,6 +260,23 @@ static void drain_live_calls(struct rpc_thread *thread)
     }
 }
 
+// The job of a call may come back later, and then finds it finished.
+static void end_live_calls(struct rpc_thread *thread)
+{
+    thread->ended_calls = true;
+    struct error err;
+    error_set(&err, STATUS_UNAVAILABLE, "draining: not finished within drain_grace_ms");
+    struct call *next;
+    for (struct call *call = thread->live; call; call = next) {
+        next = call->next;
+        if (call->over || call->finish_asked)
+            continue;
+        if (call->method && call->method->on_cancel)
+            call->method->on_cancel(call);
+        call_finish(call, NULL, &err);
+    }
+}
+
 static void handle(struct rpc_thread *thread, const struct tag *tag, bool success)
 {
     switch (tag->kind) {
@@ -298,6 +315,9 @@ static void *thread_main(void *argument)
         // Armed slots fail when the server starts to drain, so every thread comes by here then.
         if (!thread->draining && atomic_load_explicit(&thread->rpc->draining, memory_order_acquire))
             drain_live_calls(thread);
+        if (!thread->ended_calls &&
+            atomic_load_explicit(&thread->rpc->end_calls, memory_order_acquire))
+            end_live_calls(thread);
         if (thread->live && now_ns() - thread->swept_ns > (uint64_t)SWEEP_MS * 1000000u)
             sweep(thread);
         // What this thread has woken itself comes without a tag.
@@ -550,6 +570,18 @@ void rpc_drain(struct rpc *rpc)
 {
     atomic_store_explicit(&rpc->draining, true, memory_order_release);
     grpc_server_shutdown_and_notify(rpc->server, rpc->threads[0].queue, &rpc->shutdown_tag);
+}
+
+void rpc_end_calls(struct rpc *rpc)
+{
+    if (atomic_exchange_explicit(&rpc->end_calls, true, memory_order_acq_rel))
+        return;
+    for (uint32_t i = 0; i < rpc->options.threads; i++) {
+        struct rpc_thread *thread = &rpc->threads[i];
+        grpc_call_error posted =
+            grpc_call_start_batch(thread->waker, NULL, 0, &thread->wake_tag, NULL);
+        ASSERT(posted == GRPC_CALL_OK);
+    }
 }
 
 void rpc_cancel_calls(struct rpc *rpc)

@@ -48,7 +48,8 @@ struct rpc_thread {
     uint32_t live_n, live_max;
     // Slots that wait, by registered method; behind those in use, the generic slots.
     uint32_t armed[RPC_REGISTERED_MAX + 1];
-    bool draining; // on_drain has been run
+    bool draining;    // on_drain has been run
+    bool ended_calls; // as rpc_end_calls asks
     uint64_t swept_ns;
 };
 
@@ -103,6 +104,7 @@ struct rpc {
     uint32_t metrics_calls[RPC_METHODS_MAX]; // of each method, counted through all tables
     grpc_server_credentials *credentials;
     _Atomic bool draining;
+    _Atomic bool end_calls;
     _Atomic bool watch_idle;
     _Atomic uint32_t *connection_calls; // live ones, by connection_number
     size_t connections_n;               // numbers in it; a connection beyond is never idle
