@@ -230,6 +230,14 @@ uint64_t einsum_client_pause_ns(const struct einsum_client_options *options, uin
     return pause / 2 + (pause >> 25) * random; // from a half of it to all of it
 }
 
+bool einsum_client_may_retry(const struct einsum_client_options *options, uint32_t attempts,
+                             uint32_t attempts_max, uint64_t started_ns, uint64_t due_ns)
+{
+    if (options->retry_ms == 0 || attempts_max == 1)
+        return attempts < attempts_max;
+    return due_ns - started_ns <= options->retry_ms * UINT64_C(1000000);
+}
+
 static bool poll_retry(struct einsum_client_later *later, uint64_t now_ns)
 {
     struct einsum_client_call *call = call_of_later(later);
@@ -256,13 +264,15 @@ static bool retry_later(struct einsum_client_call *call)
     const struct einsum_client_error *error = &call->error;
     bool again = error->status == EINSUM_CLIENT_UNAVAILABLE ||
                  (error->status == EINSUM_CLIENT_RESOURCE_EXHAUSTED && error->from_server);
-    if (!again || error->retry_after_ms < 0 || call->attempts >= call->attempts_max)
+    if (!again || error->retry_after_ms < 0)
         return false;
-    uint64_t due =
-        einsum_client_now_ns() + einsum_client_pause_ns(&call->client->options, call->attempts,
-                                                        error->retry_after_ms,
-                                                        einsum_client_random(call->client));
-    if (due >= call->deadline_ns)
+    const struct einsum_client_options *options = &call->client->options;
+    uint64_t due = einsum_client_now_ns() +
+                   einsum_client_pause_ns(options, call->attempts, error->retry_after_ms,
+                                          einsum_client_random(call->client));
+    if (due >= call->deadline_ns ||
+        !einsum_client_may_retry(options, call->attempts, call->attempts_max, call->started_ns,
+                                 due))
         return false;
     call->later = (struct einsum_client_later){.due_ns = due, .poll = poll_retry};
     einsum_client_wait(call->client, &call->later);

@@ -241,6 +241,9 @@ struct einsum_client_effort {
     uint32_t attempts_max;
 };
 
+// Whether another attempt may start at `due_ns`, after `attempts` of at most `attempts_max`.
+bool einsum_client_may_retry(const struct einsum_client_options *options, uint32_t attempts,
+                             uint32_t attempts_max, uint64_t started_ns, uint64_t due_ns);
 // The pause before attempt number `attempts` + 1, by advice or exponential, with jitter.
 uint64_t einsum_client_pause_ns(const struct einsum_client_options *options, uint32_t attempts,
                                 int64_t retry_after_ms, uint64_t random);

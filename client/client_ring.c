@@ -124,13 +124,15 @@ static bool try_again(struct einsum_client_shared *shared, struct einsum_client_
     const struct einsum_client_error *error = &call->error;
     bool again = error->status == EINSUM_CLIENT_UNAVAILABLE ||
                  (error->status == EINSUM_CLIENT_RESOURCE_EXHAUSTED && error->from_server);
-    if (!again || call->attempts >= options->attempts_max || shared->stopping)
+    if (!again || shared->stopping)
         return false;
     shared->random = shared->random * 6364136223846793005u + 1442695040888963407u;
     uint64_t due_ns =
         einsum_client_now_ns() +
         einsum_client_pause_ns(options, call->attempts, error->retry_after_ms, shared->random);
-    if (due_ns >= call->deadline_ns)
+    if (due_ns >= call->deadline_ns ||
+        !einsum_client_may_retry(options, call->attempts, options->attempts_max, call->started_ns,
+                                 due_ns))
         return false;
     call->due_ns = due_ns;
     call->next = shared->paused;

@@ -44,7 +44,7 @@ struct ctl_args {
 
 struct ctl {
     const char *endpoint;
-    uint32_t timeout_ms;                                                           // 0: not given
+    uint32_t timeout_ms, retry_ms;                                                 // 0: not given
     const char *tls_ca, *tls_certificate, *tls_key, *tls_server_name, *token_file; // NULL: likewise
     bool json;
     struct einsum_client *client; // after ctl_connect

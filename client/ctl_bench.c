@@ -53,7 +53,8 @@ static const struct ctl_option options[] = {
     [OPT_DIGEST] = {"digest", NULL, "ask for digests in place of outputs"},
     [OPT_ATTENTION] = {"attention", NULL,
                        "send attention's output and positions, to weights that take them"},
-    [OPT_RETRY] = {"retry", NULL, "try again what the server refuses; default count it"},
+    [OPT_RETRY] = {"retry", NULL,
+                   "try again what the server refuses, as --retry-ms does; default count it"},
     [OPT_SEED] = {"seed", "N", "default 1"},
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
     [OPT_TRANSPORT] = CTL_OPTION_TRANSPORT,
@@ -128,7 +129,7 @@ static bool read_options(const struct ctl_args *args, struct bench_command *comm
         !ctl_number(args, OPT_SPIN, 0, 10000, &spin_us))
         return false;
     command->client.spin_us = (uint32_t)spin_us;
-    if (!ctl_has(args, OPT_RETRY))
+    if (!ctl_has(args, OPT_RETRY) && !command->ctl->retry_ms)
         command->client.attempts_max = 1;
     uint64_t streams = connections < concurrency ? connections : concurrency;
     bench->streams = ctl_has(args, OPT_STREAM) ? (uint32_t)streams : 0;

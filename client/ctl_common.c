@@ -166,6 +166,7 @@ void ctl_client_options(const struct ctl *ctl, struct einsum_client_options *opt
     options->tls_key = ctl->tls_key;
     options->tls_server_name = ctl->tls_server_name;
     options->token_file = ctl->token_file;
+    options->retry_ms = ctl->retry_ms;
     if (!ctl->timeout_ms)
         return;
     options->deadline_ms = ctl->timeout_ms;

@@ -401,6 +401,7 @@ static enum einsum_client_status check_options(const struct einsum_client_option
         {"attempts_max", options->attempts_max, 1, 1000},
         {"retry_pause_ms", options->retry_pause_ms, 1, 3600000},
         {"retry_pause_ms_max", options->retry_pause_ms_max, options->retry_pause_ms, 3600000},
+        {"retry_ms", options->retry_ms, 0, 86400000},
         {"stall_ms", options->stall_ms, 100, 3600000},
         {"transport", (uint64_t)options->transport, 0, EINSUM_CLIENT_TRANSPORT_RING},
         {"shared_memory_bytes", options->shared_memory_bytes, 1 << 20, 1ull << 40},

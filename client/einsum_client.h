@@ -35,8 +35,10 @@
 //
 // Retries. An answer of RESOURCE_EXHAUSTED or UNAVAILABLE is tried again, after the pause that the
 // server advises (trailer grpc-retry-pushback-ms or google.rpc.RetryInfo) or else an exponential
-// one, both with jitter, up to attempts_max and never past the deadline. Advice of "never"
-// (negative pushback) ends it. gRPC's own retries are off: two layers that both retry multiply. The
+// one, both with jitter, up to attempts_max, or for retry_ms, and never past the deadline. Advice of
+// "never" (negative pushback) ends it. By default that is some 140 ms without advice: enough for one
+// daemon of several, and too little for a lone one that restarts, which takes a second or as long
+// as its weights need. Such callers set retry_ms and a deadline beyond it. gRPC's own retries are off: two layers that both retry multiply. The
 // operation is pure, so that trying again is safe; loads and unloads are tried once.
 //
 // Shared memory. With options.shared_memory a client of a daemon on the same host puts tensors into
@@ -156,6 +158,9 @@ struct einsum_client_options {
     uint64_t shared_memory_bytes;           // that the client shares; default 64 MiB
     uint32_t spin_us; // that who waits for the ring looks for an answer before it sleeps, while
                       // answers come that fast; default 50
+    // A call is tried again for so long after its start, in place of attempts_max; default 0: by
+    // attempts_max. What is tried once, by attempts_max 1 or as loads are, still is.
+    uint32_t retry_ms;
 };
 EINSUM_CLIENT_API void einsum_client_options_init(struct einsum_client_options *options);
 

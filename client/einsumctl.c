@@ -22,6 +22,8 @@ static const struct ctl_option shared_options[] = {
     {"server", "ADDR", "the same"},
     {"json", NULL, "print one JSON document to stdout"},
     {"timeout", "MS", "deadline of each call; default 30000, of loads and self-tests none"},
+    {"retry-ms", "MS",
+     "try again for so long what is refused or reaches nobody; default 4 attempts, some 140 ms"},
     {"tls-ca", "FILE",
      "PEM of who signs the server's certificate, or \"default\"; not given: no TLS"},
     {"tls-cert", "FILE", "PEM of this caller's certificate"},
@@ -37,6 +39,7 @@ enum {
     SHARED_SERVER,
     SHARED_JSON,
     SHARED_TIMEOUT,
+    SHARED_RETRY,
     SHARED_TLS_CA,
     SHARED_TLS_CERT,
     SHARED_TLS_KEY,
@@ -89,7 +92,7 @@ static void print_command_help(const struct ctl_command *command)
         printf("\noptions:\n");
         print_options(command->options);
     }
-    printf("\n--endpoint, --tls-ca, --token-file, --json, --timeout and others as for every "
+    printf("\n--endpoint, --tls-ca, --token-file, --json, --timeout, --retry-ms and others as for every "
            "command: einsumctl --help\n");
 }
 
@@ -217,6 +220,9 @@ static bool set_shared(struct parse *parse, struct ctl *ctl)
                                                        : NULL;
     const char *timeout = parse->shared[SHARED_TIMEOUT];
     if (timeout && ctl_number_list("timeout", timeout, 1, UINT32_MAX, &ctl->timeout_ms, 1) != 1)
+        return refuse(parse, CTL_USAGE);
+    const char *retry = parse->shared[SHARED_RETRY];
+    if (retry && ctl_number_list("retry-ms", retry, 1, 86400000, &ctl->retry_ms, 1) != 1)
         return refuse(parse, CTL_USAGE);
     return true;
 }

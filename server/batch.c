@@ -422,7 +422,7 @@ static enum status refuse(const struct batcher_options *options, enum batcher_fu
     if (full == FULL_REQUESTS)
         error_set(err, STATUS_RESOURCE_EXHAUSTED,
                   "the queue is full: %" PRIu32 " requests wait (queue_requests_max)",
-                  options->queue_requests_max);
+                  __atomic_load_n(&options->queue_requests_max, __ATOMIC_RELAXED)); // no lock here
     else if (full == FULL_BYTES)
         error_set(err, STATUS_RESOURCE_EXHAUSTED,
                   "the queue is full: %" PRIu64 " bytes wait (batches * batch_input_bytes)",
@@ -773,6 +773,16 @@ bool batcher_device_lost(struct batcher *batcher)
 void batcher_set_hung(struct batcher *batcher, bool hung)
 {
     atomic_store_explicit(&batcher->hung, hung, memory_order_relaxed);
+}
+
+void batcher_set_limits(struct batcher *batcher, uint32_t queue_requests_max,
+                        uint32_t max_queue_delay_us)
+{
+    ASSERT(queue_requests_max >= 1);
+    pthread_mutex_lock(&batcher->lock);
+    __atomic_store_n(&batcher->options.queue_requests_max, queue_requests_max, __ATOMIC_RELAXED);
+    batcher->options.max_queue_delay_us = max_queue_delay_us;
+    pthread_mutex_unlock(&batcher->lock);
 }
 
 void batcher_stats(struct batcher *batcher, struct batcher_stats *stats)

@@ -111,6 +111,9 @@ struct batcher_running {
 void batcher_running(struct batcher *batcher, struct batcher_running *running);
 // Works while somebody has the scheduler's turn.
 const struct beat *batcher_beat(const struct batcher *batcher);
+// Any thread. Hold for what comes from then on.
+void batcher_set_limits(struct batcher *batcher, uint32_t queue_requests_max,
+                        uint32_t max_queue_delay_us);
 
 // Why jobs were refused.
 enum batcher_full {

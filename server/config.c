@@ -1,11 +1,12 @@
-// The configuration: from JSON to struct config, by way of one table. Main thread, at start; what
-// comes out is read-only.
+// The configuration: from JSON to struct config, by way of one table. What comes out is read-only,
+// but for the numbers of keys that are RELOADABLE: see config_now.
 //
 //     table row: name, kind, where in the struct, range, default, unit, meaning
 //          |
 //          +-- read    apply_table: the file's value, or the default, through the same setter
 //          +-- refuse  describe_expected: what the row takes, in every error and in the help
 //          +-- print   table_to_json, config_print_help
+//          +-- reload  tables_equal, config_check_change
 //          +-- free    table_free
 //
 // Invariant: a key is spelled like its member in struct config, and only its row knows it; what
@@ -66,6 +67,7 @@ struct key {
     const char *default_json; // NULL: must be given
     const char *unit;
     const char *section; // set on the first key of a section
+    bool reloadable;     // may change while serving
     const char *meaning;
 };
 
@@ -131,6 +133,7 @@ static const char *const tcp_scopes[] = {
 #define OBJECT(member, table, preset, means)                                                       \
     AT(member), .kind = KIND_OBJECT, .object = (table), .default_json = (preset), .meaning = (means)
 #define SECTION(title) .section = (title)
+#define RELOADABLE .reloadable = true
 
 #define OF config_weights
 static const struct key weights_keys[] = {
@@ -177,14 +180,14 @@ static const struct key config_keys[] = {
      STRING(listen, 1, 511, "[\"127.0.0.1:50061\"]",
             "\"HOST:PORT\", \"[V6]:PORT\" (port 0: any free one) or \"unix:/PATH\"")},
     {MODE(unix_socket_mode, "\"0660\"", "permissions of unix sockets")},
-    {U32(connections_max, 1, 65536, "1024", "connections",
-         "open at once; past these, new ones are closed")},
+    {RELOADABLE, U32(connections_max, 1, 65536, "1024", "connections",
+                     "open at once; past these, new ones are closed")},
     {U32(connection_requests_max, 1, 65536, "256", "requests",
          "open at once on one connection (HTTP/2 streams)")},
     {U32(calls_max, 1, 1 << 20, "4096", "calls",
          "of any kind open at once; past these, RESOURCE_EXHAUSTED")},
-    {U32(stream_requests_max, 1, 65536, "64", "requests",
-         "in flight on one EinsumStream; past these it is not read")},
+    {RELOADABLE, U32(stream_requests_max, 1, 65536, "64", "requests",
+                     "in flight on one EinsumStream; past these it is not read")},
     {U64(transport_bytes_max, 0, 1ull << 40, "0", "bytes",
          "in gRPC's own buffers, a last resort; 0: 1 GiB and 64 of the largest requests")},
     {U32(rpc_threads, 0, 256, "0", "threads", "that serve gRPC; 0: one per 4 cores, at least 1")},
@@ -245,14 +248,16 @@ static const struct key config_keys[] = {
             "none")},
     {U32(http_connections_max, 1, 65536, "64", "connections",
          "to it open at once, each for one request; past these, new ones are closed")},
-    {ENUM(request_log, request_logs, "\"off\"",
+    {RELOADABLE,
+     ENUM(request_log, request_logs, "\"off\"",
           "which requests have a line of their own in the log, in log_format, whatever log_level")},
-    {U32(request_log_sample, 1, 1 << 30, "1", "requests",
-         "that went well, of which one is logged; those that did not all are")},
+    {RELOADABLE, U32(request_log_sample, 1, 1 << 30, "1", "requests",
+                     "that went well, of which one is logged; those that did not all are")},
     {STRING(trace_endpoint, 0, 511, "\"\"",
             "\"http://HOST:PORT/v1/traces\" of a collector that takes OTLP over HTTP; \"\": no "
             "tracing")},
-    {U32(trace_sample, 0, 1 << 30, "0", "requests",
+    {RELOADABLE,
+     U32(trace_sample, 0, 1 << 30, "0", "requests",
          "that came without a sampled traceparent, of which one is traced; 0: none is")},
 
     {SECTION("the engine"),
@@ -272,43 +277,48 @@ static const struct key config_keys[] = {
      U32(buckets, 1, EINSUM_TOKENS_MAX, "[]", "tokens",
          "ascending, what batches are padded to, the last batch_tokens_max; none: powers of two")},
     {U32(batch_requests_max, 1, 65536, "256", "requests", "of one batch")},
-    {U32(max_queue_delay_us, 0, 1000000, "0", "microseconds",
+    {RELOADABLE,
+     U32(max_queue_delay_us, 0, 1000000, "0", "microseconds",
          "that a batch may wait for company after its first request; 0: it leaves at once")},
     {U32(batches, 0, 64, "0", "buffers",
          "of batches running, forming and being answered; 0: lanes + 3")},
     {U64(batch_input_bytes, 0, 1ull << 40, "0", "bytes",
          "of input in one buffer; 0: batch_tokens_max of the largest weight at start")},
     {U64(batch_output_bytes, 0, 1ull << 40, "0", "bytes", "of output in one buffer; 0: likewise")},
-    {U32(queue_requests_max, 1, 1 << 20, "1024", "requests",
-         "decoded and not yet launched; past these, RESOURCE_EXHAUSTED")},
+    {RELOADABLE, U32(queue_requests_max, 1, 1 << 20, "1024", "requests",
+                     "decoded and not yet launched; past these, RESOURCE_EXHAUSTED")},
     {U64(cut_bytes_max, 0, 1ull << 40, "0", "bytes",
          "held by all requests that are cut; past these, RESOURCE_EXHAUSTED; 0: four of the "
          "largest")},
-    {U32(deadline_ms_max, 1, DAY_MS, "60000", "milliseconds",
-         "cap on any request's deadline, and the deadline of those without")},
-    {U32(reply_timeout_ms, 1, DAY_MS, "10000", "milliseconds",
-         "after which a caller that does not read its reply is cut off")},
+    {RELOADABLE, U32(deadline_ms_max, 1, DAY_MS, "60000", "milliseconds",
+                     "cap on any request's deadline, and the deadline of those without")},
+    {RELOADABLE, U32(reply_timeout_ms, 1, DAY_MS, "10000", "milliseconds",
+                     "after which a caller that does not read its reply is cut off")},
 
     {SECTION("weights"), LIST(0, CONFIG_ROOTS_MAX, weights_roots),
      STRING(weights_roots, 1, STRING_BYTES_MAX, "[]",
             "the only directories from which weights are read, at start and by LoadWeights")},
-    {LIST(0, CONFIG_WEIGHTS_MAX, weights),
+    {RELOADABLE, LIST(0, CONFIG_WEIGHTS_MAX, weights),
      OBJECT(weights, &weights_table, "[]", "what to load at start")},
-    {LIST(0, CONFIG_ROPES_MAX, ropes),
+    {RELOADABLE, LIST(0, CONFIG_ROPES_MAX, ropes),
      OBJECT(ropes, &rope_table, "[]",
             "how positions turn; OutputProject needs one for its weight")},
     {U32(load_threads, 0, 256, "0", "threads", "that load weights at start; 0: one per core")},
 
-    {SECTION("running"), U32(drain_grace_ms, 0, DAY_MS, "30000", "milliseconds",
-                             "after SIGTERM, for requests in flight")},
-    {U32(lame_duck_ms, 0, DAY_MS, "0", "milliseconds",
+    {SECTION("running"), RELOADABLE,
+     U32(drain_grace_ms, 0, DAY_MS, "30000", "milliseconds",
+         "after SIGTERM, for requests in flight")},
+    {RELOADABLE,
+     U32(lame_duck_ms, 0, DAY_MS, "0", "milliseconds",
          "after SIGTERM, of serving on as NOT_SERVING; halfway the port and idle connections "
          "close")},
-    {U32(watchdog_ms, 0, DAY_MS, "30000", "milliseconds",
+    {RELOADABLE,
+     U32(watchdog_ms, 0, DAY_MS, "30000", "milliseconds",
          "that a batch or thread may hang, then NOT_SERVING, and soon exit status 4; 0: no watch")},
-    {BOOL(self_test_at_start, "true", "compare every weight with known answers before serving")},
-    {ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
-    {ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},
+    {RELOADABLE,
+     BOOL(self_test_at_start, "true", "compare every weight with known answers before serving")},
+    {RELOADABLE, ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
+    {RELOADABLE, ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},
 };
 #undef OF
 static const struct table config_table = {config_keys, ARRAY_LEN(config_keys),
@@ -1100,6 +1110,133 @@ enum status config_load(struct config *config, const char *path, struct error *e
     return status;
 }
 
+// -- change --------------------------------------------------------------------------------------
+
+static json_t *key_to_json(const struct key *key, const void *base);
+static bool tables_equal(const struct table *table, const void *a, const void *b);
+
+static bool values_equal(const struct key *key, const void *a, const void *b)
+{
+    switch (key->kind) {
+    case KIND_BOOL:
+    case KIND_U32:
+    case KIND_U64:
+    case KIND_REAL:
+    case KIND_MODE:
+    case KIND_ENUM:
+        return memcmp(a, b, value_bytes(key)) == 0;
+    case KIND_STRING:
+    case KIND_CHOICE:
+        return strcmp(*(char *const *)a, *(char *const *)b) == 0;
+    case KIND_OBJECT:
+        return tables_equal(key->object, a, b);
+    }
+    ASSERT(false && "unknown kind of key");
+}
+
+static bool keys_equal(const struct key *key, const void *a, const void *b)
+{
+    bool equal = values_n(key, a) == values_n(key, b);
+    for (size_t i = 0; equal && i < values_n(key, a); i++)
+        equal = values_equal(key, value_at_const(key, a, i), value_at_const(key, b, i));
+    return equal;
+}
+
+static bool tables_equal(const struct table *table, const void *a, const void *b)
+{
+    bool equal = true;
+    for (size_t i = 0; equal && i < table->keys_n; i++)
+        equal = keys_equal(&table->keys[i], a, b);
+    return equal;
+}
+
+bool config_weights_equal(const struct config_weights *a, const struct config_weights *b)
+{
+    return tables_equal(&weights_table, a, b);
+}
+
+bool config_ropes_equal(const struct config *a, const struct config *b)
+{
+    bool equal = a->ropes_n == b->ropes_n;
+    for (size_t i = 0; equal && i < a->ropes_n; i++)
+        equal = tables_equal(&rope_table, &a->ropes[i], &b->ropes[i]);
+    return equal;
+}
+
+static void describe_key(const struct key *key, const void *base, char text[FOUND_BYTES])
+{
+    json_t *json = key_to_json(key, base);
+    describe_found(json, text);
+    json_decref(json);
+}
+
+enum status config_check_change(const struct config *now, const struct config *next,
+                                char changed[CONFIG_CHANGED_BYTES], struct error *err)
+{
+    changed[0] = '\0';
+    for (size_t i = 0; i < config_table.keys_n; i++) {
+        const struct key *key = &config_table.keys[i];
+        if (keys_equal(key, now, next))
+            continue;
+        if (!key->reloadable) {
+            char is[FOUND_BYTES], got[FOUND_BYTES];
+            describe_key(key, now, is);
+            describe_key(key, next, got);
+            return error_field(err, STATUS_FAILED_PRECONDITION, key->name,
+                               "needs a restart: %s is in force, got %s", is, got);
+        }
+        append(changed, CONFIG_CHANGED_BYTES, "%s%s", *changed ? ", " : "", key->name);
+    }
+    return STATUS_OK;
+}
+
+void config_take_reloadable(struct config *config, const struct config *next)
+{
+    for (size_t i = 0; i < config_table.keys_n; i++) {
+        const struct key *key = &config_table.keys[i];
+        if (!key->reloadable || key->items_max)
+            continue;
+        void *to = value_at(key, config, 0);
+        const void *from = value_at_const(key, next, 0);
+        if (key->kind == KIND_BOOL) {
+            __atomic_store_n((bool *)to, *(const bool *)from, __ATOMIC_RELAXED);
+        } else {
+            ASSERT(value_bytes(key) == sizeof(uint32_t) && key->kind != KIND_STRING);
+            __atomic_store_n((uint32_t *)to, *(const uint32_t *)from, __ATOMIC_RELAXED);
+        }
+    }
+}
+
+static enum status copy_strings(const struct table *table, void *base, struct error *err)
+{
+    enum status status = STATUS_OK;
+    for (size_t i = 0; i < table->keys_n; i++) {
+        const struct key *key = &table->keys[i];
+        for (size_t j = 0; j < values_n(key, base); j++) {
+            void *value = value_at(key, base, j);
+            // All of them, whatever fails: none may be left that belongs to the original.
+            if (key->kind == KIND_OBJECT && copy_strings(key->object, value, err) != STATUS_OK)
+                status = STATUS_RESOURCE_EXHAUSTED;
+            if (key->kind != KIND_STRING && key->kind != KIND_CHOICE)
+                continue;
+            char *copy = strdup(*(char **)value);
+            *(char **)value = copy;
+            if (!copy)
+                status = out_of_memory(err);
+        }
+    }
+    return status;
+}
+
+enum status config_copy(struct config *to, const struct config *from, struct error *err)
+{
+    *to = *from;
+    enum status status = copy_strings(&config_table, to, err);
+    if (status != STATUS_OK)
+        config_deinit(to);
+    return status;
+}
+
 // -- out -----------------------------------------------------------------------------------------
 
 static json_t *table_to_json(const struct table *table, const void *base);
@@ -1179,7 +1316,7 @@ static void print_help_of(const struct table *table, const char *prefix)
             printf("\n%s\n", key->section);
         printf("  %-30s %-20s %s\n", path, key->default_json ? key->default_json : "(required)",
                expected);
-        printf("      %s\n", key->meaning);
+        printf("      %s%s\n", key->meaning, key->reloadable ? " [reloadable]" : "");
         if (key->object) {
             char inner[PATH_BYTES];
             snprintf(inner, sizeof inner, "%.*s[]", PATH_BYTES - 8, path);
@@ -1192,6 +1329,7 @@ void config_print_help(void)
 {
     printf(
         "The configuration is one JSON object; every key is optional unless it says (required).\n"
+        "SIGHUP reads it again: keys marked [reloadable] may have changed.\n"
         "\n"
         "  %-30s %-20s %s\n"
         "      meaning\n",

@@ -33,6 +33,7 @@ enum {
     CONFIG_ROPES_MAX = 64,
     CONFIG_TENSORS_MAX = 16,
     CONFIG_BUCKETS_MAX = 64,
+    CONFIG_CHANGED_BYTES = 512,
 };
 
 struct config_weights { // one entry of "weights": what to load at start; as LoadWeightsRequest
@@ -55,6 +56,8 @@ struct config_rope { // one entry of "ropes": how attention's output of some wei
     char *cache, *cache_tensor; // never NULL
 };
 
+// Of a daemon that serves: read-only, but for reloadable keys, which are read by config_now. Its
+// lists of weights and ropes are those of the start; reload.h has the current ones.
 struct config {
     // where callers come in
     // "HOST:PORT", "[V6]:PORT" (port 0: any free one) or "unix:/PATH"; default "127.0.0.1:50061"
@@ -161,7 +164,21 @@ NODISCARD enum status config_init(struct config *config, struct error *err);
 NODISCARD enum status config_load(struct config *config, const char *path, struct error *err);
 NODISCARD enum status config_parse(struct config *config, const char *text, size_t bytes,
                                    struct error *err);
+// A copy has strings of its own.
+NODISCARD enum status config_copy(struct config *to, const struct config *from, struct error *err);
 void config_deinit(struct config *config);
+
+// The value of a reloadable key of the configuration in force, which the main thread may be
+// changing: any thread.
+#define config_now(config, key) __atomic_load_n(&(config)->key, __ATOMIC_RELAXED)
+// Both as they came from a file. FAILED_PRECONDITION names a key that differs and is not
+// reloadable; `changed` gets the names of those that differ and are.
+NODISCARD enum status config_check_change(const struct config *now, const struct config *next,
+                                          char changed[CONFIG_CHANGED_BYTES], struct error *err);
+// Stores what `next` has for reloadable keys, but for lists. Main thread.
+void config_take_reloadable(struct config *config, const struct config *next);
+bool config_weights_equal(const struct config_weights *a, const struct config_weights *b);
+bool config_ropes_equal(const struct config *a, const struct config *b);
 
 // Prints every key: type, unit, range, default, meaning.
 void config_print_help(void);

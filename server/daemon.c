@@ -22,6 +22,7 @@
 #include "http.h"
 #include "listener.h"
 #include "projection.h"
+#include "reload.h"
 #include "rope.h"
 #include "rpc.h"
 #include "service.h"
@@ -37,6 +38,7 @@ enum {
     ADDRESSES_BYTES = 2048,
     DEVICE_CHECK_MS = 200,
     WATCHED_MAX = 1 << 16, // descriptors
+    CUT_OFF_MS = 1000,     // of waiting that callers take their last answer
     STOP_SLACK_MS = 10000, // of giving back what was taken, once all is answered
     LOAD_LOG_SECONDS = 2,
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
@@ -49,9 +51,12 @@ enum {
 
 struct daemon {
     struct config *config;
+    const char *config_path; // NULL: none
+    struct config file;      // as it was read
     uv_loop_t loop;
     uv_signal_t on_term, on_int, on_hup;
     uv_timer_t closing, lame_duck, grace, device_check, alive;
+    uv_work_t nothing;
     uv_async_t drained; // from the rpc thread that ended the last call
     struct batcher_waker waker;
     struct rpc *rpc;
@@ -249,16 +254,7 @@ NODISCARD static enum status add_ropes(struct daemon *daemon, struct error *err)
     enum status status = STATUS_OK;
     for (size_t i = 0; i < config->ropes_n && status == STATUS_OK; i++) {
         const struct config_rope *entry = &config->ropes[i];
-        const struct rope_options options = {
-            .theta = entry->theta,
-            .factor = entry->factor,
-            .original_positions_max = entry->original_positions_max,
-            .beta_fast = entry->beta_fast,
-            .beta_slow = entry->beta_slow,
-            .positions_max = entry->positions_max,
-            .cache = entry->cache,
-            .cache_tensor = entry->cache_tensor,
-        };
+        const struct rope_options options = reload_rope_options(entry);
         struct error cause;
         status = weights_add_rope(daemon->context.weights, entry->weights, &options, &cause);
         if (status != STATUS_OK) // which of them
@@ -288,6 +284,7 @@ NODISCARD static enum status load_weights(struct daemon *daemon, struct error *e
             .tensor_parallel_rank = entry->tensor_parallel_rank,
             .tensor_parallel_size = entry->tensor_parallel_size,
             .output_dim = entry->output_dim,
+            .origin = reload_origin(i),
             .threads = config->load_threads,
             .progress = on_load_progress,
             .progress_context = &logged_ns,
@@ -429,6 +426,29 @@ NODISCARD static enum status start_tracing(struct daemon *daemon, struct error *
     return tracer_create(&options, &daemon->context.tracer, err);
 }
 
+static void on_reloaded(void *argument, const char *refused)
+{
+    struct daemon *daemon = argument;
+    char addresses[ADDRESSES_BYTES];
+    listener_addresses(daemon->context.listener, addresses, sizeof addresses);
+    supervisor_reloaded(addresses, refused);
+}
+
+NODISCARD static enum status create_reload(struct daemon *daemon, struct error *err)
+{
+    const struct reload_options options = {
+        .loop = &daemon->loop,
+        .path = daemon->config_path,
+        .file = &daemon->file,
+        .config = daemon->config,
+        .context = &daemon->context,
+        .rpc = daemon->rpc,
+        .on_done = on_reloaded,
+        .on_done_context = daemon,
+    };
+    return reload_create(&options, &daemon->context.reload, err);
+}
+
 NODISCARD static enum status start_serving(struct daemon *daemon, struct error *err)
 {
     static const struct method *const methods[] = {
@@ -455,6 +475,9 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .drained_context = daemon,
     };
     enum status status = rpc_create(&options, &daemon->rpc, err);
+    if (status != STATUS_OK)
+        return status;
+    status = create_reload(daemon, err);
     if (status != STATUS_OK)
         return status;
     health_set(context->health, HEALTH_SERVING);
@@ -530,11 +553,24 @@ NODISCARD static enum status start_watchdog(struct daemon *daemon, struct error 
     return watchdog_start(&options, &daemon->watchdog, err);
 }
 
+static void on_cut_off(uv_timer_t *timer)
+{
+    const struct daemon *daemon = CONTAINER_OF(timer, struct daemon, grace);
+    rpc_cancel_calls(daemon->rpc);
+}
+
+// With an answer, as far as it is taken.
+static void cut_off(struct daemon *daemon)
+{
+    rpc_end_calls(daemon->rpc);
+    uv_timer_start(&daemon->grace, on_cut_off, CUT_OFF_MS, 0);
+}
+
 static void on_grace_over(uv_timer_t *timer)
 {
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, grace);
     LOG(WARN, "requests cut off at the end of the grace period");
-    rpc_cancel_calls(daemon->rpc);
+    cut_off(daemon);
 }
 
 // Who follows health has left by now. Others, such as most proxies, learn it from a closed port and
@@ -584,15 +620,15 @@ static void on_stop_signal(uv_signal_t *handle, int signal_number)
         begin_drain(daemon, signal_number == SIGTERM ? "SIGTERM" : "SIGINT");
     } else if (daemon->drain_started) { // told twice: no more waiting
         LOG(WARN, "told to stop again, requests in flight are cut off");
-        rpc_cancel_calls(daemon->rpc);
+        cut_off(daemon);
     }
 }
 
 static void on_hangup(uv_signal_t *handle, int signal_number)
 {
-    (void)handle;
     (void)signal_number;
-    LOG(WARN, "SIGHUP ignored: the configuration is read at start only");
+    const struct daemon *daemon = handle->data;
+    reload_request(daemon->context.reload);
 }
 
 static void on_drained(uv_async_t *handle)
@@ -666,14 +702,22 @@ NODISCARD static enum status create_loop(struct daemon *daemon, struct error *er
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "the main loop cannot be set up: %s",
                          uv_strerror(failed));
     }
-    daemon->on_term.data = daemon->on_int.data = daemon;
+    daemon->on_term.data = daemon->on_int.data = daemon->on_hup.data = daemon;
     reserve_watchers(loop);
     return STATUS_OK;
 }
 
-// Signals were blocked while threads were made, so that they come here and nowhere else.
+static void do_nothing(uv_work_t *work)
+{
+    (void)work;
+}
+
+// Signals were blocked while threads were made, so that they come here and nowhere else: libuv's
+// pool is made by its first work, and what it let in would end the process once the loop is gone.
 static void run_loop(struct daemon *daemon)
 {
+    int queued = uv_queue_work(&daemon->loop, &daemon->nothing, do_nothing, NULL);
+    ASSERT(queued == 0);
     uv_signal_start(&daemon->on_term, on_stop_signal, SIGTERM);
     uv_signal_start(&daemon->on_int, on_stop_signal, SIGINT);
     uv_signal_start(&daemon->on_hup, on_hangup, SIGHUP);
@@ -749,6 +793,7 @@ static void stop(struct daemon *daemon)
     if (context->health)
         health_destroy(context->health);
     reflection_deinit();
+    reload_destroy(context->reload);
     if (context->batcher)
         batcher_destroy(context->batcher);
     if (context->weights)
@@ -756,6 +801,7 @@ static void stop(struct daemon *daemon)
     if (context->engine)
         context->engine_ops->close(context->engine);
     metrics_destroy(context->metrics);
+    config_deinit(&daemon->file);
     free(daemon);
 }
 
@@ -810,16 +856,18 @@ static void announce(const struct daemon *daemon)
     supervisor_ready(addresses);
 }
 
-enum daemon_exit daemon_run(struct config *config)
+enum daemon_exit daemon_run(struct config *config, const char *config_path)
 {
     struct error err;
     struct daemon *daemon = calloc(1, sizeof *daemon);
-    if (!daemon) {
+    if (!daemon || config_copy(&daemon->file, config, &err) != STATUS_OK) {
         error_set(&err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
         log_failure(&err);
+        free(daemon);
         return DAEMON_EXIT_FAILED;
     }
     daemon->config = config;
+    daemon->config_path = config_path;
     daemon->context.config = config;
     daemon->context.started_ns = now_ns();
     daemon->exit = DAEMON_EXIT_DRAINED;

@@ -11,5 +11,5 @@ enum daemon_exit {
 };
 
 // Serves until it is told to stop. `config` is owned by the caller; every "automatic" in it is
-// resolved here.
-enum daemon_exit daemon_run(struct config *config);
+// resolved here. `config_path` is where it came from, to be read again on SIGHUP; NULL: no file.
+enum daemon_exit daemon_run(struct config *config, const char *config_path);

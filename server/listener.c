@@ -443,6 +443,11 @@ enum status listener_start(struct listener *listener, listener_take *take, void 
     return STATUS_OK;
 }
 
+void listener_set_connections_max(struct listener *listener, uint32_t connections_max)
+{
+    listener->connections_max = connections_max;
+}
+
 void listener_stop(struct listener *listener)
 {
     if (listener->stopped)

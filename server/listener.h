@@ -38,6 +38,8 @@ NODISCARD enum status listener_create(uv_loop_t *loop, const struct listener_opt
 // From now on connections come in and go to `take`, on the main thread, which owns the socket.
 NODISCARD enum status listener_start(struct listener *listener, listener_take *take, void *context,
                                      struct error *err);
+// Main thread. Holds for connections that come from then on.
+void listener_set_connections_max(struct listener *listener, uint32_t connections_max);
 // No further ones. The unix sockets are unlinked. Again is harmless.
 void listener_stop(struct listener *listener);
 // Any thread. Ends the connection that `take` was given as `fd`, if it is still there: what was

@@ -37,9 +37,9 @@ static const char *const level_names[] = {
     [LOG_LEVEL_ERROR] = "error",
 };
 
-// Written by log_configure before the first thread, read-only from then on.
-static enum log_level configured_level = LOG_LEVEL_INFO;
-static enum log_format configured_format = LOG_FORMAT_PLAIN;
+static _Atomic enum log_level configured_level = LOG_LEVEL_INFO;
+static _Atomic enum log_format configured_format = LOG_FORMAT_PLAIN;
+// Written before the first thread, read-only from then on.
 static enum { SINK_WRITE, SINK_ASK, SINK_SEND } sink;
 
 static pthread_mutex_t ask_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -51,8 +51,8 @@ void log_configure(enum log_level level, enum log_format format)
 {
     ASSERT((size_t)level < ARRAY_LEN(level_names));
     ASSERT(format == LOG_FORMAT_PLAIN || format == LOG_FORMAT_JSON);
-    configured_level = level;
-    configured_format = format;
+    atomic_store_explicit(&configured_level, level, memory_order_relaxed);
+    atomic_store_explicit(&configured_format, format, memory_order_relaxed);
 }
 
 void log_never_wait(void)
@@ -68,7 +68,7 @@ void log_never_wait(void)
 
 bool log_enabled(enum log_level level)
 {
-    return level >= configured_level;
+    return level >= atomic_load_explicit(&configured_level, memory_order_relaxed);
 }
 
 uint64_t log_lines_dropped(void)
@@ -317,7 +317,7 @@ void log_write(enum log_level level, const char *message, const struct log_field
 {
     ASSERT((size_t)level < ARRAY_LEN(level_names));
     int errno_before = errno; // so that a line can be logged between a failure and its report
-    enum log_format format = configured_format;
+    enum log_format format = atomic_load_explicit(&configured_format, memory_order_relaxed);
     struct line line; // its 4 KiB are not worth clearing
     line.used = 0;
     line.cut = false;

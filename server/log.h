@@ -40,7 +40,7 @@ struct log_field {
                       ARRAY_LEN(((const struct log_field[]){{0}, ##__VA_ARGS__})) - 1);            \
     } while (0)
 
-// Before the first thread. Until then: plain, info.
+// Any thread; holds for lines that are begun from then on. Until then: plain, info.
 void log_configure(enum log_level level, enum log_format format);
 // Before the first thread, for standard error as it is then: from here on a line for which a pipe, a
 // socket or a terminal has no room, since nobody reads, is dropped.

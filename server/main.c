@@ -24,7 +24,9 @@ static const char usage[] =
     "  -h, --help          this text\n"
     "\n"
     "SIGTERM and SIGINT drain: new calls are refused, those in flight are answered, then einsumd\n"
-    "exits. A second one cuts them off.\n"
+    "exits. A second one cuts them off. SIGHUP reads the configuration again: all of it holds "
+    "from\n"
+    "then on, or the log says why the old one was kept.\n"
     "\n"
     "exit codes: 0 drained, 1 could not start, 2 usage or configuration, 3 the device was lost,\n"
     "4 a batch or thread hung\n"
@@ -120,6 +122,8 @@ static void block_signals(void)
 int main(int argc, char **argv)
 {
     struct arguments arguments = parse_arguments(argc, argv);
+    if (arguments.action == ACTION_SERVE)
+        block_signals(); // so early: a SIGHUP that comes now must not kill
     struct config *config = malloc(sizeof *config);
     struct error err;
     enum status status = STATUS_RESOURCE_EXHAUSTED;
@@ -145,10 +149,9 @@ int main(int argc, char **argv)
         break;
     case ACTION_SERVE:
         tune_malloc();
-        block_signals();
         log_configure(config->log_level, config->log_format);
         log_never_wait();
-        code = (int)daemon_run(config);
+        code = (int)daemon_run(config, arguments.config_path);
         break;
     }
     config_deinit(config);

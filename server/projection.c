@@ -253,7 +253,8 @@ bool projection_go_on(struct projection *projection)
 static uint64_t deadline_ns(const struct projection *projection, uint64_t timeout_us)
 {
     uint64_t given = call_deadline_ns(projection->call);
-    uint64_t cap_us = call_context(projection->call)->config->deadline_ms_max * UINT64_C(1000);
+    uint64_t cap_us =
+        config_now(call_context(projection->call)->config, deadline_ms_max) * UINT64_C(1000);
     if (timeout_us > 0 && timeout_us < cap_us)
         cap_us = timeout_us;
     uint64_t cap = projection->job.received_ns + cap_us * 1000;

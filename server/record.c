@@ -56,13 +56,14 @@ bool record_phase(const struct record *record, enum metrics_phase phase, uint64_
 static bool wants_line(const struct record *record, struct service_context *context)
 {
     const struct config *config = context->config;
-    if (config->request_log == CONFIG_REQUEST_LOG_OFF)
+    enum config_request_log which = config_now(config, request_log);
+    if (which == CONFIG_REQUEST_LOG_OFF)
         return false;
     if (record->status != STATUS_OK)
         return true;
-    return config->request_log == CONFIG_REQUEST_LOG_ALL &&
+    return which == CONFIG_REQUEST_LOG_ALL &&
            atomic_fetch_add_explicit(&context->requests_answered, 1, memory_order_relaxed) %
-                   config->request_log_sample ==
+                   config_now(config, request_log_sample) ==
                0;
 }
 

@@ -393,7 +393,7 @@ NODISCARD static enum status start(struct request *request,
     if (status != STATUS_OK || job->operand.tokens == 0)
         return status;
     job->received_ns = request->record.received_ns;
-    uint64_t most_ns = context->config->deadline_ms_max * 1000000ull;
+    uint64_t most_ns = config_now(context->config, deadline_ms_max) * 1000000ull;
     uint64_t timeout_ns = submission->timeout_ns;
     job->deadline_ns =
         job->received_ns + (timeout_ns && timeout_ns < most_ns ? timeout_ns : most_ns);

@@ -242,7 +242,9 @@ static void run_woken(struct rpc_thread *thread)
 static void sweep(struct rpc_thread *thread)
 {
     uint64_t now = now_ns();
-    uint64_t limit = (uint64_t)thread->rpc->options.reply_timeout_ms * 1000000u;
+    uint64_t limit =
+        (uint64_t)atomic_load_explicit(&thread->rpc->reply_timeout_ms, memory_order_relaxed) *
+        1000000u;
     for (struct call *call = thread->live; call; call = call->next) {
         if (call->write_started_ns == 0 || now - call->write_started_ns < limit)
             continue;
@@ -261,6 +263,23 @@ static void drain_live_calls(struct rpc_thread *thread)
         next = call->next;
         if (call->method && call->method->on_drain && !call->over)
             call->method->on_drain(call);
+    }
+}
+
+// The job of a call may come back later, and then finds it finished.
+static void end_live_calls(struct rpc_thread *thread)
+{
+    thread->ended_calls = true;
+    struct error err;
+    error_set(&err, STATUS_UNAVAILABLE, "draining: not finished within drain_grace_ms");
+    struct call *next;
+    for (struct call *call = thread->live; call; call = next) {
+        next = call->next;
+        if (call->over || call->finish_asked)
+            continue;
+        if (call->method && call->method->on_cancel)
+            call->method->on_cancel(call);
+        call_finish(call, NULL, &err);
     }
 }
 
@@ -303,6 +322,9 @@ static void *thread_main(void *argument)
         // Armed slots fail when the server starts to drain, so every thread comes by here then.
         if (!thread->draining && atomic_load_explicit(&thread->rpc->draining, memory_order_acquire))
             drain_live_calls(thread);
+        if (!thread->ended_calls &&
+            atomic_load_explicit(&thread->rpc->end_calls, memory_order_acquire))
+            end_live_calls(thread);
         if (thread->live && now_ns() - thread->swept_ns > (uint64_t)SWEEP_MS * 1000000u)
             sweep(thread);
         // What this thread has woken itself comes without a tag.
@@ -494,6 +516,7 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
     rpc->connections = connections;
     rpc->connections_n = connections_n;
     rpc->shutdown_tag = (struct tag){.kind = TAG_SHUTDOWN};
+    atomic_init(&rpc->reply_timeout_ms, options->reply_timeout_ms);
     atomic_init(&rpc->live_calls, 1); // the server's own, until its shutdown tag pops
 
     gpr_set_log_function(on_grpc_log);
@@ -530,6 +553,11 @@ shut_down:
     grpc_server_shutdown_and_notify(rpc->server, threads[0].queue, &rpc->shutdown_tag);
     free_rpc(rpc);
     return status;
+}
+
+void rpc_set_reply_timeout(struct rpc *rpc, uint32_t timeout_ms)
+{
+    atomic_store_explicit(&rpc->reply_timeout_ms, timeout_ms, memory_order_relaxed);
 }
 
 void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
@@ -574,6 +602,18 @@ void rpc_drain(struct rpc *rpc)
 {
     atomic_store_explicit(&rpc->draining, true, memory_order_release);
     grpc_server_shutdown_and_notify(rpc->server, rpc->threads[0].queue, &rpc->shutdown_tag);
+}
+
+void rpc_end_calls(struct rpc *rpc)
+{
+    if (atomic_exchange_explicit(&rpc->end_calls, true, memory_order_acq_rel))
+        return;
+    for (uint32_t i = 0; i < rpc->options.threads; i++) {
+        struct rpc_thread *thread = &rpc->threads[i];
+        grpc_call_error posted =
+            grpc_call_start_batch(thread->waker, NULL, 0, &thread->wake_tag, NULL);
+        ASSERT(posted == GRPC_CALL_OK);
+    }
 }
 
 void rpc_cancel_calls(struct rpc *rpc)

@@ -34,6 +34,8 @@ struct rpc_options {
 NODISCARD enum status rpc_create(const struct rpc_options *options, struct rpc **rpc,
                                  struct error *err);
 
+// Any thread.
+void rpc_set_reply_timeout(struct rpc *rpc, uint32_t timeout_ms);
 // Any thread: takes a connected socket, and `peer`, whose it is.
 void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer);
 
@@ -48,6 +50,9 @@ void rpc_watch_idle(struct rpc *rpc);
 // Main thread. Refuses new calls, tells clients to go elsewhere, runs on_drain of every live call;
 // on_drained follows when the last one has ended by itself or by rpc_cancel_calls.
 void rpc_drain(struct rpc *rpc);
+// After rpc_drain. Answers every live call UNAVAILABLE; again is harmless.
+void rpc_end_calls(struct rpc *rpc);
+// Resets what is left: callers that do not take even that.
 void rpc_cancel_calls(struct rpc *rpc);
 
 // After on_drained. Joins the threads and shuts gRPC down.

@@ -50,7 +50,8 @@ struct rpc_thread {
     uint32_t live_n, live_max;
     // Slots that wait, by registered method; behind those in use, the generic slots.
     uint32_t armed[RPC_REGISTERED_MAX + 1];
-    bool draining; // on_drain has been run
+    bool draining;    // on_drain has been run
+    bool ended_calls; // as rpc_end_calls asks
     uint64_t swept_ns;
 };
 
@@ -101,6 +102,7 @@ struct rpc_connection {
 
 struct rpc {
     struct rpc_options options;
+    _Atomic uint32_t reply_timeout_ms;
     grpc_server *server;
     struct rpc_thread *threads;
     struct tag shutdown_tag;
@@ -110,6 +112,7 @@ struct rpc {
     uint32_t metrics_calls[RPC_METHODS_MAX]; // of each method, counted through all tables
     grpc_server_credentials *credentials;
     _Atomic bool draining;
+    _Atomic bool end_calls;
     _Atomic bool watch_idle;
     struct rpc_connection *connections;
     size_t connections_n;            // numbers in it; a connection beyond is closed at once

@@ -14,6 +14,7 @@
 #include "gpus.h"
 #include "listener.h"
 #include "log.h"
+#include "reload.h"
 #include "service.h"
 #include "sharing.h"
 #include "tls.h"
@@ -116,6 +117,21 @@ static void write_daemon(struct scrape *scrape)
             "Log lines that could not be written.");
 }
 
+static void write_reloads(struct scrape *scrape)
+{
+    struct page *page = &scrape->page;
+    struct reload_stats stats = reload_stats(scrape->context->reload);
+    page_family(page, "einsumd_config_reloads_total", PAGE_COUNTER,
+                "Configurations read again on SIGHUP: applied, or refused and the old one kept.");
+    page_u64(page, "outcome=\"applied\"", stats.applied);
+    page_u64(page, "outcome=\"refused\"", stats.refused);
+    gauge(page, "einsumd_config_generation", stats.generation,
+          "Of the configuration in force: 1 at start, one more by each that was applied.");
+    page_family(page, "einsumd_config_applied_timestamp_seconds", PAGE_GAUGE,
+                "When it was applied, since the epoch.");
+    page_f64(page, "", stats.applied_time);
+}
+
 static bool any(const uint64_t *values, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -201,7 +217,7 @@ static void write_connections(struct scrape *scrape)
     const struct service_context *context = scrape->context;
     struct listener_stats listener = listener_stats(context->listener);
     gauge(page, "einsumd_connections", listener.connections, "Connections to `listen`, open.");
-    gauge(page, "einsumd_connections_limit", context->config->connections_max,
+    gauge(page, "einsumd_connections_limit", config_now(context->config, connections_max),
           "connections_max; past these, new ones are closed.");
     counter(page, "einsumd_connections_accepted_total", listener.accepted,
             "Connections taken since the start.");
@@ -267,7 +283,8 @@ static void write_queue(struct scrape *scrape)
     gauge(page, "einsumd_queue_tokens", batches->queued_tokens, "Their tokens.");
     gauge(page, "einsumd_queue_bytes", batches->queued_bytes,
           "Their input, but for what lies in shared memory.");
-    gauge(page, "einsumd_queue_requests_limit", config->queue_requests_max, "queue_requests_max.");
+    gauge(page, "einsumd_queue_requests_limit", config_now(config, queue_requests_max),
+          "queue_requests_max.");
     gauge(page, "einsumd_batch_buffers", config->batches,
           "Buffers of batches: forming, running, being answered.");
     gauge(page, "einsumd_batch_buffers_free", batches->buffers_free, "Of these, free.");
@@ -481,6 +498,7 @@ enum status scrape_write(struct service_context *context, enum page_format forma
     context->engine_ops->describe(context->engine, &scrape->engine);
     scrape->gpus_n = gpus_sample(context->gpus, &scrape->gpus);
     write_daemon(scrape);
+    write_reloads(scrape);
     write_requests(scrape);
     write_calls(scrape);
     write_connections(scrape);

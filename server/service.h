@@ -18,6 +18,7 @@ struct record;
 struct health;
 struct http;
 struct listener;
+struct reload;
 struct rings;
 struct sharing;
 struct tracer;
@@ -30,6 +31,7 @@ struct service_context {
     char kernel[ENGINE_KERNEL_TEXT]; // the engine's own choice, without its reasons
     struct weights *weights;
     struct batcher *batcher;
+    struct reload *reload;   // reads the configuration again
     struct control *control; // runs what may block: loads, self-tests
     struct health *health;
     struct gate *gate;

@@ -153,7 +153,7 @@ static void answer(struct stream *stream, grpc_byte_buffer *message, struct reco
 // Reads on, or ends the stream, as far as its state lets it.
 static void go_on(struct stream *stream)
 {
-    uint32_t in_flight_max = call_context(stream->call)->config->stream_requests_max;
+    uint32_t in_flight_max = config_now(call_context(stream->call)->config, stream_requests_max);
     if (stream->broken)
         return;
     if (!stream->half_closed && !stream->draining) {

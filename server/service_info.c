@@ -66,11 +66,11 @@ static Einsum__V1__Limits read_limits(const struct service_context *context)
     limits.batch_tokens_max = config->batch_tokens_max;
     limits.request_bytes_max = context->message_bytes_max;
     limits.reply_bytes_max = context->reply_bytes_max;
-    limits.queue_requests_max = config->queue_requests_max;
+    limits.queue_requests_max = config_now(config, queue_requests_max);
     limits.queue_bytes_max = config->batches * config->batch_input_bytes;
-    limits.connections_max = config->connections_max;
-    limits.stream_requests_max = config->stream_requests_max;
-    limits.deadline_ms_max = config->deadline_ms_max;
+    limits.connections_max = config_now(config, connections_max);
+    limits.stream_requests_max = config_now(config, stream_requests_max);
+    limits.deadline_ms_max = config_now(config, deadline_ms_max);
     limits.connection_requests_max = config->connection_requests_max;
     limits.cut_bytes_max = config->cut_bytes_max;
     return limits;

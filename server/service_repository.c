@@ -11,6 +11,7 @@
 #include "config.h"
 #include "inference.h"
 #include "log.h"
+#include "reload.h"
 #include "service.h"
 
 // There is one repository, and it has no name.
@@ -148,9 +149,9 @@ static bool on_progress(void *context, uint32_t weights_done, uint32_t weights_t
 }
 
 // Looks through the configuration's checkpoints, in order.
-NODISCARD static enum status load_configured(struct change *change, struct error *err)
+NODISCARD static enum status load_from(struct change *change, const struct config *config,
+                                       struct error *err)
 {
-    const struct config *config = call_context(change->task.call)->config;
     for (size_t i = 0; i < config->weights_n; i++) {
         const struct config_weights *entry = &config->weights[i];
         struct weights_load load = change->load;
@@ -167,6 +168,14 @@ NODISCARD static enum status load_configured(struct change *change, struct error
                        "\"%s\" is in none of the %zu checkpoints of the configuration; name "
                        "another by the parameter path",
                        change->name, config->weights_n);
+}
+
+NODISCARD static enum status load_configured(struct change *change, struct error *err)
+{
+    const struct config *file = reload_file_ref(call_context(change->task.call)->reload);
+    enum status status = load_from(change, file, err);
+    reload_file_unref(file);
+    return status;
 }
 
 static void run_load(struct service_task *task)

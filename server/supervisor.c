@@ -5,6 +5,8 @@
 #include <inttypes.h>
 #include <systemd/sd-daemon.h>
 
+#include "base.h"
+
 enum { LOADING_EXTENDS_S = 60 }; // progress comes every few seconds
 
 void supervisor_loading(uint32_t weights_done, uint32_t weights_total)
@@ -17,6 +19,22 @@ void supervisor_loading(uint32_t weights_done, uint32_t weights_total)
 void supervisor_ready(const char *addresses)
 {
     sd_notifyf(0, "READY=1\nSTATUS=serving on %s", addresses);
+}
+
+// systemd from version 253 on compares the time with that of its own request (Type=notify-reload).
+void supervisor_reloading(void)
+{
+    sd_notifyf(0, "RELOADING=1\nMONOTONIC_USEC=%" PRIu64 "\nSTATUS=reading the configuration again",
+               now_ns() / 1000);
+}
+
+void supervisor_reloaded(const char *addresses, const char *refused)
+{
+    if (refused)
+        sd_notifyf(0, "READY=1\nSTATUS=serving on %s, by the old configuration: %s", addresses,
+                   refused);
+    else
+        supervisor_ready(addresses);
 }
 
 void supervisor_stopping(uint64_t ms_max)

@@ -9,6 +9,10 @@
 void supervisor_loading(uint32_t weights_done, uint32_t weights_total);
 // From here on callers are answered.
 void supervisor_ready(const char *addresses);
+// The configuration is being read again; and how that ended: `refused` NULL, or why it was not
+// applied.
+void supervisor_reloading(void);
+void supervisor_reloaded(const char *addresses, const char *refused);
 // The end has begun, and takes no longer than this.
 void supervisor_stopping(uint64_t ms_max);
 

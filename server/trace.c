@@ -32,6 +32,7 @@ struct slot {
 
 struct tracer {
     struct tracer_options options;
+    _Atomic uint32_t sample;
     struct slot *slots;
     _Alignas(CACHE_LINE_BYTES) _Atomic uint64_t filled; // next position of a producer
     uint64_t taken;                                     // trace thread
@@ -123,13 +124,19 @@ static void random_bytes(void *bytes, size_t n)
     }
 }
 
+void tracer_set_sample(struct tracer *tracer, uint32_t sample)
+{
+    if (tracer)
+        atomic_store_explicit(&tracer->sample, sample, memory_order_relaxed);
+}
+
 bool tracer_takes(struct tracer *tracer, struct trace_context *context,
                   uint8_t span_id[TRACE_SPAN_ID_BYTES])
 {
     if (!tracer || (context->given && !context->sampled))
         return false;
     if (!context->given) {
-        uint32_t sample = tracer->options.sample;
+        uint32_t sample = atomic_load_explicit(&tracer->sample, memory_order_relaxed);
         if (sample == 0 ||
             atomic_fetch_add_explicit(&tracer->untold, 1, memory_order_relaxed) % sample != 0)
             return false;
@@ -447,6 +454,7 @@ enum status tracer_create(const struct tracer_options *options, struct tracer **
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for tracing");
     memset(tracer, 0, sizeof *tracer);
     tracer->options = *options;
+    atomic_init(&tracer->sample, options->sample);
     tracer->slots = calloc(QUEUE_SLOTS, sizeof *tracer->slots);
     if (!tracer->slots || !set_up_curl(tracer)) {
         free_tracer(tracer);

@@ -56,7 +56,9 @@ NODISCARD enum status tracer_create(const struct tracer_options *options, struct
 // Sends what is queued, for a short while. May be NULL.
 void tracer_destroy(struct tracer *tracer);
 
-// Any thread, all of these. Whether a request is to be traced: its caller says so, or it is the one in
+// Any thread, all of these. `tracer` may be NULL.
+void tracer_set_sample(struct tracer *tracer, uint32_t sample);
+// Whether a request is to be traced: its caller says so, or it is the one in
 // so many; then its context and span id are set.
 bool tracer_takes(struct tracer *tracer, struct trace_context *context,
                   uint8_t span_id[TRACE_SPAN_ID_BYTES]);

@@ -17,35 +17,11 @@
 
 #include "catalog.h"
 #include "rope.h"
+#include "weights_internal.h"
 
 enum {
-    WEIGHTS_MAX = 1 << 16, // resident
     LOAD_THREADS_MAX = 64,
     PROGRESS_PERIOD_NS = 10 * 1000 * 1000,
-};
-
-// Which weights use a rope.
-struct rope_rule {
-    char *pattern;
-    struct rope *rope;
-};
-
-struct weights {
-    const struct engine_ops *ops;
-    struct engine *engine;
-    struct roots roots;
-    uint32_t reduced_dim_max;
-
-    pthread_mutex_t change_lock; // held through a load or unload
-    // The largest generation of any weight unloaded so far. Names that are new start above it, so
-    // that a name which comes back never repeats a generation, and no list of past names is kept.
-    uint64_t generation_floor;    // guarded by change_lock
-    struct rope_rule *rope_rules; // in the order of asking; guarded by change_lock
-    size_t rope_rules_n;
-
-    pthread_rwlock_t lock;
-    struct weight **list; // in order of name; guarded by lock; written under change_lock too
-    uint32_t list_n;
 };
 
 // ---- names
@@ -102,18 +78,19 @@ void weight_unref(struct weight *weight)
     free(weight);
 }
 
-// Of the first rule that matches; NULL: none does. Under change_lock.
-static struct rope *rope_for(const struct weights *weights, const char *name)
+// Of the first rule that matches; NULL: none does.
+static struct rope *rope_for(const struct rope_rules *rules, const char *name)
 {
-    for (size_t i = 0; i < weights->rope_rules_n; i++)
-        if (fnmatch(weights->rope_rules[i].pattern, name, 0) == 0)
-            return rope_ref(weights->rope_rules[i].rope);
+    for (size_t i = 0; i < rules->rules_n; i++)
+        if (fnmatch(rules->rules[i].pattern, name, 0) == 0)
+            return rope_ref(rules->rules[i].rope);
     return NULL;
 }
 
 // With one reference, and nothing on the engine yet. `rope` NULL: by the rules.
 static struct weight *weight_create(struct weights *weights, const struct weights_load *load,
-                                    const struct catalog_entry *entry, struct rope *rope)
+                                    const struct catalog_entry *entry,
+                                    const struct rope_rules *rules, struct rope *rope)
 {
     struct weight *weight = calloc(1, sizeof *weight);
     if (!weight)
@@ -125,7 +102,8 @@ static struct weight *weight_create(struct weights *weights, const struct weight
     weight->format = entry->format;
     weight->tensor_parallel_rank = load->tensor_parallel_rank;
     weight->tensor_parallel_size = load->tensor_parallel_size ? load->tensor_parallel_size : 1;
-    weight->rope = rope ? rope_ref(rope) : rope_for(weights, weight->name);
+    weight->origin = load->origin;
+    weight->rope = rope ? rope_ref(rope) : rope_for(rules, weight->name);
     return weight;
 }
 
@@ -137,8 +115,7 @@ struct list {
     struct weight *weights[];
 };
 
-// NULL: no memory.
-static struct weight **list_create(size_t weights_n)
+struct weight **weights_list_create(size_t weights_n)
 {
     struct list *list = calloc(1, sizeof *list + weights_n * sizeof(struct weight *));
     if (!list)
@@ -153,8 +130,7 @@ static void list_ref(struct weight **weights)
     atomic_fetch_add_explicit(&list->references, 1, memory_order_relaxed);
 }
 
-// NULL is allowed. The weights themselves are counted apart.
-static void list_unref(struct weight **weights)
+void weights_list_unref(struct weight **weights)
 {
     if (!weights)
         return;
@@ -179,6 +155,7 @@ enum status weights_create(const struct engine_ops *ops, struct engine *engine,
     if (status != STATUS_OK)
         goto free_weights;
     ASSERT(pthread_mutex_init(&weights->change_lock, NULL) == 0);
+    ASSERT(pthread_cond_init(&weights->change_over, NULL) == 0);
     pthread_rwlockattr_t attributes;
     pthread_rwlockattr_init(&attributes);
     // By default an unbroken stream of lookups could hold off a load's swap for ever.
@@ -201,50 +178,78 @@ void weights_destroy(struct weights *weights)
         ASSERT(atomic_load_explicit(&weights->list[i]->references, memory_order_acquire) == 1);
         weight_unref(weights->list[i]);
     }
-    list_unref(weights->list);
-    for (size_t i = 0; i < weights->rope_rules_n; i++) {
-        rope_unref(weights->rope_rules[i].rope);
-        free(weights->rope_rules[i].pattern);
-    }
-    free(weights->rope_rules);
+    weights_list_unref(weights->list);
+    rope_rules_deinit(&weights->rope_rules);
     pthread_rwlock_destroy(&weights->lock);
+    pthread_cond_destroy(&weights->change_over);
     pthread_mutex_destroy(&weights->change_lock);
     roots_deinit(&weights->roots);
     free(weights);
 }
 
-// One more rule, which takes `rope`.
-NODISCARD static enum status append_rule(struct weights *weights, const char *pattern,
-                                         struct rope *rope, struct error *err)
+// A flag and not a lock held: a change may begin on one thread and end on another.
+void weights_begin_change(struct weights *weights)
 {
+    pthread_mutex_lock(&weights->change_lock);
+    while (weights->changing)
+        pthread_cond_wait(&weights->change_over, &weights->change_lock);
+    weights->changing = true;
+    pthread_mutex_unlock(&weights->change_lock);
+}
+
+void weights_end_change(struct weights *weights)
+{
+    pthread_mutex_lock(&weights->change_lock);
+    weights->changing = false;
+    pthread_cond_signal(&weights->change_over);
+    pthread_mutex_unlock(&weights->change_lock);
+}
+
+// ---- ropes
+
+enum status rope_rules_add(struct rope_rules *rules, const struct roots *roots, const char *pattern,
+                           const struct rope_options *options, struct error *err)
+{
+    struct rope *rope;
+    enum status status = rope_create(options, roots, &rope, err);
+    if (status != STATUS_OK)
+        return status;
     char *copy = strdup(pattern);
-    struct rope_rule *rules =
-        realloc(weights->rope_rules, (weights->rope_rules_n + 1) * sizeof *rules);
-    if (rules)
-        weights->rope_rules = rules;
-    if (!copy || !rules) {
+    struct rope_rule *grown = realloc(rules->rules, (rules->rules_n + 1) * sizeof *grown);
+    if (grown)
+        rules->rules = grown;
+    if (!copy || !grown) {
         free(copy);
         rope_unref(rope);
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
     }
-    rules[weights->rope_rules_n++] = (struct rope_rule){.pattern = copy, .rope = rope};
+    grown[rules->rules_n++] = (struct rope_rule){.pattern = copy, .rope = rope};
     return STATUS_OK;
+}
+
+void rope_rules_deinit(struct rope_rules *rules)
+{
+    for (size_t i = 0; i < rules->rules_n; i++) {
+        rope_unref(rules->rules[i].rope);
+        free(rules->rules[i].pattern);
+    }
+    free(rules->rules);
+    *rules = (struct rope_rules){0};
 }
 
 enum status weights_add_rope(struct weights *weights, const char *pattern,
                              const struct rope_options *options, struct error *err)
 {
-    struct rope *rope;
-    enum status status = rope_create(options, &weights->roots, &rope, err);
-    if (status != STATUS_OK)
-        return status;
-    pthread_mutex_lock(&weights->change_lock);
-    status = append_rule(weights, pattern, rope, err);
-    pthread_mutex_unlock(&weights->change_lock);
+    weights_begin_change(weights);
+    enum status status =
+        rope_rules_add(&weights->rope_rules, &weights->roots, pattern, options, err);
+    weights_end_change(weights);
     return status;
 }
 
-static struct weight *find_locked(const struct weights *weights, const char *name, size_t bytes)
+// ---- looking things up
+
+struct weight *weights_find_locked(const struct weights *weights, const char *name, size_t bytes)
 {
     uint32_t begin = 0, end = weights->list_n;
     while (begin < end) {
@@ -268,7 +273,7 @@ struct weight *weights_get(struct weights *weights, const char *name, size_t nam
     if (bytes == 0 || bytes >= WEIGHT_NAME_BYTES || memchr(name, '\0', bytes))
         return NULL;
     pthread_rwlock_rdlock(&weights->lock);
-    struct weight *weight = find_locked(weights, name, bytes);
+    struct weight *weight = weights_find_locked(weights, name, bytes);
     if (weight)
         weight_ref(weight);
     pthread_rwlock_unlock(&weights->lock);
@@ -291,7 +296,7 @@ void weights_visit(struct weights *weights, void (*visit)(void *context, struct 
         visit(context, list[i]);
         weight_unref(list[i]);
     }
-    list_unref(list);
+    weights_list_unref(list);
 }
 
 static uint32_t max_u32(uint32_t a, uint32_t b)
@@ -315,8 +320,7 @@ struct weights_totals weights_totals(struct weights *weights)
     return totals;
 }
 
-// Makes `list` the registry's (takes it) and gives back the one before (to be let go of).
-static struct weight **swap_list(struct weights *weights, struct weight **list, uint32_t list_n)
+struct weight **weights_swap_list(struct weights *weights, struct weight **list, uint32_t list_n)
 {
     pthread_rwlock_wrlock(&weights->lock);
     struct weight **before = weights->list;
@@ -517,9 +521,9 @@ static void load_all(struct loading *loading, uint32_t threads)
 }
 
 // Reads and re-lays all entries into new weights, which `list` gets. Frees them again on failure.
-static enum status load_entries(struct weights *weights, const struct weights_load *load,
-                                const struct catalog *catalog, struct rope *rope,
-                                struct weight **list, struct error *err)
+enum status weights_load_entries(struct weights *weights, const struct weights_load *load,
+                                 const struct catalog *catalog, const struct rope_rules *rules,
+                                 struct rope *rope, struct weight **list, struct error *err)
 {
     struct loading loading = {.weights = weights,
                               .load = load,
@@ -529,7 +533,7 @@ static enum status load_entries(struct weights *weights, const struct weights_lo
     bool complete = true;
     for (uint32_t i = 0; i < catalog->entries_n; i++) {
         loading.bytes_total += entry_bytes(&catalog->entries[i]);
-        list[i] = weight_create(weights, load, &catalog->entries[i], rope);
+        list[i] = weight_create(weights, load, &catalog->entries[i], rules, rope);
         complete = complete && list[i];
     }
     if (!complete) {
@@ -580,7 +584,7 @@ static enum status check_names(const struct weights *weights, const struct catal
     uint32_t resident_n = 0;
     for (uint32_t i = 0; i < catalog->entries_n; i++) {
         const char *name = catalog->entries[i].name;
-        if (!find_locked(weights, name, strlen(name)))
+        if (!weights_find_locked(weights, name, strlen(name)))
             continue;
         if (!replace)
             return error_set(err, STATUS_ALREADY_EXISTS,
@@ -600,31 +604,31 @@ static enum status check_names(const struct weights *weights, const struct catal
 static enum status load_catalog(struct weights *weights, const struct weights_load *load,
                                 const struct catalog *catalog, struct rope *rope, struct error *err)
 {
-    // Reading the list needs no lock here: only the holder of change_lock writes it.
+    // Reading the list needs no lock here: only a change writes it, and this is the one.
     enum status status = check_names(weights, catalog, load->replace, err);
     if (status != STATUS_OK)
         return status;
     size_t added_n = catalog->entries_n, merged_max = weights->list_n + added_n;
     struct weight **added = calloc(added_n + 1, sizeof(struct weight *));
     struct weight **replaced = calloc(added_n + 1, sizeof(struct weight *));
-    struct weight **merged = list_create(merged_max);
+    struct weight **merged = weights_list_create(merged_max);
     if (!added || !replaced || !merged) {
         status = error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
         goto free_lists;
     }
-    status = load_entries(weights, load, catalog, rope, added, err);
+    status = weights_load_entries(weights, load, catalog, &weights->rope_rules, rope, added, err);
     if (status != STATUS_OK)
         goto free_lists;
     uint32_t merged_n, replaced_n;
     merge(weights, added, catalog->entries_n, merged, &merged_n, replaced, &replaced_n);
-    merged = swap_list(weights, merged, merged_n);
+    merged = weights_swap_list(weights, merged, merged_n);
     for (uint32_t i = 0; i < added_n && load->loaded; i++)
         load->loaded(load->loaded_context, added[i]);
     for (uint32_t i = 0; i < replaced_n; i++)
         weight_unref(replaced[i]);
 
 free_lists:
-    list_unref(merged); // the list before the swap, if there was one
+    weights_list_unref(merged); // the list before the swap, if there was one
     free(replaced);
     free(added);
     return status;
@@ -638,7 +642,7 @@ enum status weights_load(struct weights *weights, const struct weights_load *loa
         load->rope ? rope_create(load->rope, &weights->roots, &rope, err) : STATUS_OK;
     if (status != STATUS_OK)
         return status;
-    pthread_mutex_lock(&weights->change_lock);
+    weights_begin_change(weights);
     struct catalog catalog;
     status = catalog_init(&catalog, &weights->roots, weights->reduced_dim_max, load, err);
     if (status == STATUS_OK) {
@@ -647,7 +651,7 @@ enum status weights_load(struct weights *weights, const struct weights_load *loa
             *loaded = catalog.entries_n;
         catalog_deinit(&catalog);
     }
-    pthread_mutex_unlock(&weights->change_lock);
+    weights_end_change(weights);
     rope_unref(rope);
     return status;
 }
@@ -669,12 +673,12 @@ enum status weights_unload(struct weights *weights, const char *pattern,
     canonical[bytes] = '\0';
 
     enum status status = STATUS_OK;
-    pthread_mutex_lock(&weights->change_lock);
-    struct weight **kept = list_create(weights->list_n);
+    weights_begin_change(weights);
+    struct weight **kept = weights_list_create(weights->list_n);
     struct weight **dropped = calloc((size_t)weights->list_n + 1, sizeof(struct weight *));
     if (!kept || !dropped) {
         status = error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
-        goto unlock;
+        goto end_change;
     }
     uint32_t kept_n = 0, dropped_n = 0;
     for (uint32_t i = 0; i < weights->list_n; i++) {
@@ -688,9 +692,9 @@ enum status weights_unload(struct weights *weights, const char *pattern,
     if (dropped_n == 0) {
         status = error_field(err, STATUS_NOT_FOUND, "names", "no resident weight matches '%s'",
                              canonical);
-        goto unlock;
+        goto end_change;
     }
-    kept = swap_list(weights, kept, kept_n);
+    kept = weights_swap_list(weights, kept, kept_n);
     for (uint32_t i = 0; i < dropped_n; i++) {
         if (dropped[i]->generation > weights->generation_floor)
             weights->generation_floor = dropped[i]->generation;
@@ -699,9 +703,9 @@ enum status weights_unload(struct weights *weights, const char *pattern,
         weight_unref(dropped[i]);
     }
 
-unlock:
-    pthread_mutex_unlock(&weights->change_lock);
+end_change:
+    weights_end_change(weights);
     free(dropped);
-    list_unref(kept); // the list before the swap, if there was one
+    weights_list_unref(kept); // the list before the swap, if there was one
     return status;
 }

@@ -35,6 +35,7 @@ struct weight {
     char source[WEIGHT_SOURCE_BYTES]; // file, below its root
     uint32_t tensor_parallel_rank, tensor_parallel_size;
     uint64_t generation;
+    uint64_t origin;   // of the load
     struct rope *rope; // a reference; NULL: it has none
     struct selftest_answers *answers;
     struct weight_counters counters; // the one part that changes
@@ -52,6 +53,7 @@ struct weights_load {
     uint32_t tensor_parallel_size; // 0 means 1
     uint32_t output_dim;           // of 2-D weights; 0 means 1024
     bool replace;
+    uint64_t origin;                 // the caller's own, by which weights_prepare drops them
     const struct rope_options *rope; // of every weight; NULL: the first that weights_add_rope gave
     uint32_t threads;                // that load side by side; 0 means 1
     // Called from loading threads as work proceeds; may be NULL. Returns false to give up
@@ -86,6 +88,35 @@ NODISCARD enum status weights_load(struct weights *weights, const struct weights
 NODISCARD enum status weights_unload(struct weights *weights, const char *pattern,
                                      void (*unloaded)(void *context, const char *name),
                                      void *context, struct error *err);
+
+// A change of the set as a whole: everything is loaded first, beside what is there, and one swap
+// makes it visible.
+struct weights_rope {
+    const char *pattern;
+    const struct rope_options *options;
+};
+struct weights_change {
+    const struct weights_load *loads; // with `rope` NULL; `replace`, `loaded` do not matter
+    size_t loads_n;
+    const uint64_t *drops; // the weights of these origins go
+    size_t drops_n;
+    const struct weights_rope *ropes; // in place of all that weights_add_rope gave
+    size_t ropes_n;
+    bool replace_ropes; // else those stay
+};
+struct weights_prepared;
+// Blocks until all is loaded; ALREADY_EXISTS if a name is that of a weight which stays. An error
+// says which of them, "weights[i]: " or "ropes[i].". Other loads and unloads wait until this one is
+// committed or destroyed, by any thread.
+NODISCARD enum status weights_prepare(struct weights *weights, const struct weights_change *change,
+                                      struct weights_prepared **prepared, struct error *err);
+// What would be new.
+void weights_prepared_visit(struct weights_prepared *prepared,
+                            void (*visit)(void *context, struct weight *weight), void *context);
+// The swap, and no more: cannot fail, and is quick. What is left of the change is then what went.
+void weights_commit(struct weights_prepared *prepared);
+// After commit frees what went, else what was loaded. NULL is harmless.
+void weights_prepared_destroy(struct weights_prepared *prepared);
 
 // Takes a reference; NULL if there is none of that name. `name` needs no terminator; any spelling
 // of it is accepted.

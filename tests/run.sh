@@ -1,10 +1,11 @@
 #!/bin/bash
 # Builds and tests everything:
 #
-#     tests/run.sh [--quick] [--packages] [--fuzz-seconds N]
+#     tests/run.sh [--quick] [--packages] [--slow] [--fuzz-seconds N]
 #
 #     dependencies   what is missing is installed; torch too, where a CUDA toolkit is
 #     release        build, unit tests (ctest), integration tests (pytest)
+#     slow           with --slow: a hundred kills and drains under load, ten minutes of soak
 #     packages       what `cmake --install` makes of it: library, man pages, completion, unit
 #     asan, tsan     the same under AddressSanitizer with UBSan, and under ThreadSanitizer
 #     valgrind       unit tests of the release build under memcheck
@@ -19,11 +20,13 @@ cd "$(dirname "$0")/.." || exit
 
 quick=false
 packages=false
+slow=false
 fuzz_seconds=60
 while [ $# -gt 0 ]; do
     case $1 in
     --quick) quick=true ;;
     --packages) packages=true ;;
+    --slow) slow=true ;;
     --fuzz-seconds)
         fuzz_seconds=${2:-}
         shift
@@ -31,7 +34,7 @@ while [ $# -gt 0 ]; do
     *) fuzz_seconds= ;;
     esac
     [[ $fuzz_seconds =~ ^[1-9][0-9]*$ ]] || {
-        echo "usage: tests/run.sh [--quick] [--packages] [--fuzz-seconds N]" >&2
+        echo "usage: tests/run.sh [--quick] [--packages] [--slow] [--fuzz-seconds N]" >&2
         exit 2
     }
     shift
@@ -126,9 +129,18 @@ run_preset() {
     local ignored=()
     [ "$preset" = release ] || ignored=('--ignore-glob=*/test_python_*.py')
     EINSUMD_BUILD_DIR=build/$preset timeout 1800 "${wrap[@]}" build/venv/bin/python -m pytest \
-        tests/integration "${ignored[@]}" -q -rs -p no:cacheprovider --junitxml "$logs/$preset-integration.xml" \
+        tests/integration "${ignored[@]}" -m 'not slow' -q -rs -p no:cacheprovider --junitxml "$logs/$preset-integration.xml" \
         >"$log" 2>&1
     count "$preset integration" $? "$logs/$preset-integration.xml" "$log"
+}
+
+# run_slow: of the release build.
+run_slow() {
+    local log=$logs/slow.log
+    progress "slow: half an hour"
+    EINSUMD_BUILD_DIR=build/release timeout 5400 build/venv/bin/python -m pytest tests/integration \
+        -m slow -q -rs -p no:cacheprovider --junitxml "$logs/slow.xml" >"$log" 2>&1
+    count slow $? "$logs/slow.xml" "$log"
 }
 
 # run_packages: of the release build.
@@ -154,6 +166,7 @@ else
             progress "torch could not be installed, see $logs/dependencies.log"
     fi
     run_preset release
+    $slow && run_slow
     run_packages
     if ! $quick; then
         run_preset asan
@@ -174,6 +187,7 @@ progress "done; logs in $logs"
 if [ "$skipped" -gt 0 ]; then
     echo "SKIPPED tests ran nothing and prove nothing; their reasons are above."
 fi
+$slow || echo "NOT TESTED: hundreds of restarts under load, and the soak; --slow does."
 $packages || echo "NOT TESTED: Debian packages and the container image; --packages does."
 summary="$passed passed, $failed failed"
 [ "$skipped" -gt 0 ] && summary+=", $skipped skipped"

@@ -907,6 +907,56 @@ START_TEST(test_unreachable)
 }
 END_TEST
 
+// By time in place of attempts: until somebody listens, or the time is over; and never what is tried
+// once.
+START_TEST(test_retry_by_time)
+{
+    struct einsum_client_options options;
+    einsum_client_options_init(&options);
+    options.retry_ms = 600;
+    struct einsum_client *client;
+    struct einsum_client_error error;
+    ck_assert_int_eq((int)einsum_client_create("127.0.0.1:1", &options, &client, &error), 0);
+    uint8_t output[OUT_BYTES];
+    struct einsum_client_request request = a_request(output, sizeof output);
+    struct einsum_client_response response;
+    uint64_t start_ms = fake_now_ms();
+    ck_assert_int_eq((int)einsum_client_einsum(client, &request, &response, &error),
+                     EINSUM_CLIENT_UNAVAILABLE);
+    ck_assert_uint_gt(error.attempts, 4);
+    ck_assert_uint_ge(fake_now_ms() - start_ms, 200); // the last pause doubles what was before
+    ck_assert_uint_le(fake_now_ms() - start_ms, 3000);
+    request.deadline_ms = 100; // sooner than that
+    ck_assert_int_ne((int)einsum_client_einsum(client, &request, &response, &error), 0);
+    ck_assert_uint_le(fake_now_ms() - start_ms, 4000);
+    einsum_client_destroy(client);
+
+    const struct fake_act refuse = {REFUSE(14), .pushback = "5"};
+    struct fake_act acts[21];
+    for (size_t i = 0; i < 20; i++)
+        acts[i] = refuse;
+    acts[20] = answer;
+    struct fake fake;
+    fake_start(&fake, acts, 21);
+    options.retry_ms = 10000;
+    client = connect_to(&fake, &options);
+    request = a_request(output, sizeof output);
+    ck_assert_int_eq((int)einsum_client_einsum(client, &request, &response, &error), 0);
+    ck_assert_uint_eq(response.attempts, 21);
+    check_output(output);
+    einsum_client_destroy(client);
+    fake_stop(&fake);
+
+    fake_start(&fake, &refuse, 1);
+    options.attempts_max = 1;
+    client = connect_to(&fake, &options);
+    ck_assert_int_eq((int)einsum_client_einsum(client, &request, &response, &error), 14);
+    ck_assert_uint_eq(error.attempts, 1);
+    einsum_client_destroy(client);
+    fake_stop(&fake);
+}
+END_TEST
+
 START_TEST(test_receive_limit)
 {
     struct fake fake;
@@ -1502,6 +1552,7 @@ int main(void)
     tcase_add_test(call, test_destroy_in_flight);
     tcase_add_loop_test(call, test_retry, 0, (int)LEN(retries));
     tcase_add_test(call, test_retry_info_and_end);
+    tcase_add_test(call, test_retry_by_time);
     tcase_add_test(call, test_deadline);
     tcase_add_loop_test(call, test_unreachable, 0, 2);
     tcase_add_test(call, test_receive_limit);

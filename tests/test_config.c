@@ -774,6 +774,101 @@ static void load_refused(const char *path, enum status wanted_status, const char
     ck_assert_mem_eq(&config, &empty, sizeof config);
 }
 
+// ---- change
+
+// What a configuration of every key differs in from the defaults, as far as it may while serving.
+static const char reloadable[] =
+    "connections_max, stream_requests_max, request_log, request_log_sample, trace_sample, "
+    "max_queue_delay_us, queue_requests_max, deadline_ms_max, reply_timeout_ms, weights, ropes, "
+    "drain_grace_ms, lame_duck_ms, self_test_at_start, log_level, log_format";
+
+START_TEST(reloadable_keys_change_and_no_others)
+{
+    struct config now, next;
+    char changed[CONFIG_CHANGED_BYTES];
+    struct error err;
+    parse_ok(&now, everything);
+    parse_ok(&next, everything);
+    ck_assert_int_eq(config_check_change(&now, &next, changed, &err), STATUS_OK);
+    ck_assert_str_eq(changed, "");
+    config_deinit(&next);
+
+    parse_ok(&next, "{}");
+    ck_assert_int_eq(config_check_change(&now, &next, changed, &err), STATUS_FAILED_PRECONDITION);
+    ck_assert_str_eq(err.field, "listen");
+    ck_assert_str_eq(err.text, "listen: needs a restart: a list of 3 is in force, got a list of 1");
+    config_deinit(&next);
+    config_deinit(&now);
+
+    parse_ok(&now, "{\"weights_roots\": [\"/m\"]}");
+    parse_ok(&next,
+             "{\"weights_roots\": [\"/m\"], \"connections_max\": 2, \"stream_requests_max\": 4,"
+             " \"request_log\": \"all\", \"request_log_sample\": 2, \"trace_sample\": 3,"
+             " \"max_queue_delay_us\": 11, \"queue_requests_max\": 15, \"deadline_ms_max\": 16,"
+             " \"reply_timeout_ms\": 17, \"weights\": [{\"path\": \"x\"}],"
+             " \"ropes\": [{\"weights\": \"*\", \"theta\": 10000}], \"drain_grace_ms\": 22,"
+             " \"lame_duck_ms\": 23, \"self_test_at_start\": false, \"log_level\": \"debug\","
+             " \"log_format\": \"json\"}");
+    ck_assert_int_eq(config_check_change(&now, &next, changed, &err), STATUS_OK);
+    ck_assert_str_eq(changed, reloadable);
+    config_take_reloadable(&now, &next);
+    ck_assert_uint_eq(now.connections_max, 2);
+    ck_assert_uint_eq(config_now(&now, deadline_ms_max), 16);
+    ck_assert_int_eq(now.request_log, CONFIG_REQUEST_LOG_ALL);
+    ck_assert(!now.self_test_at_start);
+    ck_assert_int_eq(now.log_format, LOG_FORMAT_JSON);
+    ck_assert_uint_eq(now.weights_n, 0); // lists are not its business
+    config_deinit(&next);
+    config_deinit(&now);
+}
+END_TEST
+
+START_TEST(entries_are_equal_if_every_key_is)
+{
+    static const char *const others[] = {
+        "{\"path\": \"y\"}",
+        "{\"path\": \"x\", \"tensors\": [\"a\"]}",
+        "{\"path\": \"x\", \"name_prefix\": \"p.\"}",
+        "{\"path\": \"x\", \"tensor_parallel_size\": 2}",
+        "{\"path\": \"x\", \"output_dim\": 32}",
+    };
+    struct config config;
+    for (size_t i = 0; i < ARRAY_LEN(others); i++) {
+        char text[512];
+        snprintf(text, sizeof text,
+                 "{\"weights_roots\": [\"/m\"], \"weights\": [{\"path\": \"x\"}, %s, %s]}",
+                 others[i], others[i]);
+        parse_ok(&config, text);
+        ck_assert(!config_weights_equal(&config.weights[0], &config.weights[1]));
+        ck_assert(config_weights_equal(&config.weights[1], &config.weights[2]));
+        config_deinit(&config);
+    }
+    struct config other;
+    parse_ok(&config, everything);
+    parse_ok(&other, everything);
+    ck_assert(config_ropes_equal(&config, &other));
+    other.ropes[1].theta += 0.25;
+    ck_assert(!config_ropes_equal(&config, &other));
+    config_deinit(&other);
+    config_deinit(&config);
+}
+END_TEST
+
+START_TEST(a_copy_has_strings_of_its_own)
+{
+    struct config config, copy;
+    char changed[CONFIG_CHANGED_BYTES];
+    parse_ok(&config, everything);
+    ck_assert_int_eq(config_copy(&copy, &config, NULL), STATUS_OK);
+    ck_assert_int_eq(config_check_change(&config, &copy, changed, NULL), STATUS_OK);
+    ck_assert_str_eq(changed, "");
+    ck_assert_ptr_ne(copy.weights[1].tensors[1], config.weights[1].tensors[1]);
+    config_deinit(&config);
+    ck_assert_str_eq(copy.weights[1].tensors[1], "b*");
+    config_deinit(&copy);
+}
+END_TEST
+
 static char directory[] = "/tmp/test_config.XXXXXX";
 static char file_path[64];
 
@@ -869,6 +964,11 @@ static Suite *config_suite(void)
     tcase_add_test(files, files_load);
     tcase_add_test(files, file_errors_name_the_file);
     tcase_add_test(files, files_have_a_size_limit);
+    TCase *change = tcase_create("change");
+    tcase_add_test(change, reloadable_keys_change_and_no_others);
+    tcase_add_test(change, entries_are_equal_if_every_key_is);
+    tcase_add_test(change, a_copy_has_strings_of_its_own);
+    suite_add_tcase(suite, change);
     suite_add_tcase(suite, files);
     return suite;
 }

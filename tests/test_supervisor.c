@@ -48,6 +48,11 @@ START_TEST(each_message)
     check_heard("READY=1\nSTATUS=serving on 127.0.0.1:50061,unix:/run/x");
     supervisor_alive();
     check_heard("WATCHDOG=1");
+    supervisor_reloaded("127.0.0.1:50061", NULL);
+    check_heard("READY=1\nSTATUS=serving on 127.0.0.1:50061");
+    supervisor_reloaded("127.0.0.1:50061", "lanes: needs a restart");
+    check_heard("READY=1\nSTATUS=serving on 127.0.0.1:50061, by the old configuration: lanes: "
+                "needs a restart");
     supervisor_stopping(86400000);
     check_heard("STOPPING=1\nSTATUS=draining\nEXTEND_TIMEOUT_USEC=86400000000");
 }

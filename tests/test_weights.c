@@ -1035,6 +1035,97 @@ START_TEST(test_replaced_load_fails)
 }
 END_TEST
 
+// ---- the set changed as a whole
+
+static enum status prepare(const struct weights_change *change, struct weights_prepared **prepared,
+                           struct error *err)
+{
+    *prepared = NULL;
+    return weights_prepare(weights, change, prepared, err);
+}
+
+START_TEST(test_change_swaps_all_at_once)
+{
+    write_shard(in_base("root/a.safetensors"), three_layers, 4, 0);
+    write_shard(in_base("root/b.safetensors"), three_layers, 6, 5);
+    struct weights_load load = {.path = "a.safetensors", .output_dim = 32, .origin = 7};
+    load_good(&load, 2);
+    load = (struct weights_load){.path = "a.safetensors", .output_dim = 32, .name_prefix = "rpc."};
+    load_good(&load, 2);
+
+    const struct weights_load loads[] = {
+        {.path = "b.safetensors", .output_dim = 32, .origin = 8},
+        {.path = "a.safetensors", .output_dim = 32, .name_prefix = "z.", .origin = 9},
+    };
+    const uint64_t drops[] = {7};
+    const struct weights_change change = {
+        .loads = loads, .loads_n = 2, .drops = drops, .drops_n = 1};
+    struct weights_prepared *prepared;
+    struct error err;
+    ck_assert_msg(prepare(&change, &prepared, &err) == STATUS_OK, "%s", err.text);
+    ck_assert_uint_eq(weights_totals(weights).weights, 4); // as before
+    ck_assert_uint_eq(generation(WEIGHT(0)), 1);
+    weights_commit(prepared);
+    ck_assert_uint_eq(weights_totals(weights).weights, 7);
+    ck_assert_uint_eq(generation(WEIGHT(0)), 2);
+    ck_assert_uint_eq(generation(WEIGHT(2)), 1);
+    ck_assert(has("rpc.layers.0.attn.wo_a") && has("z.layers.1.attn.wo_a"));
+    ck_assert_int_eq(atomic_load(&engine.live), 9); // what went is there until the next line
+    weights_prepared_destroy(prepared);
+    ck_assert_int_eq(atomic_load(&engine.live), 7);
+
+    // All of the configuration's go; a name that comes back goes on counting.
+    const uint64_t rest[] = {8, 9};
+    const struct weights_change none = {.drops = rest, .drops_n = 2};
+    ck_assert_int_eq(prepare(&none, &prepared, &err), STATUS_OK);
+    weights_commit(prepared);
+    weights_prepared_destroy(prepared);
+    ck_assert_uint_eq(weights_totals(weights).weights, 2);
+    load = (struct weights_load){.path = "a.safetensors", .output_dim = 32};
+    load_good(&load, 2);
+    ck_assert_uint_gt(generation(WEIGHT(0)), 2);
+}
+END_TEST
+
+// In each of its loads, and with names that are taken; and destroyed uncommitted.
+START_TEST(test_change_fails_whole)
+{
+    write_shard(in_base("root/a.safetensors"), three_layers, 6, 0);
+    load_good(&(struct weights_load){.path = "a.safetensors", .output_dim = 32, .origin = 1}, 3);
+    struct weights_load loads[] = {
+        {.path = "a.safetensors", .output_dim = 32, .origin = 2},
+        {.path = "a.safetensors", .output_dim = 32, .name_prefix = "b.", .origin = 3},
+    };
+    const uint64_t drops[] = {1};
+    struct weights_change change = {.loads = loads, .loads_n = 2, .drops = drops, .drops_n = 1};
+    struct weights_prepared *prepared;
+    struct error err;
+    for (int fails = 4; fails <= 9; fails++) {
+        engine.loads = 3;
+        engine.load_that_fails = fails;
+        ck_assert_int_eq(prepare(&change, &prepared, &err), STATUS_RESOURCE_EXHAUSTED);
+        ck_assert_str_eq(err.field, "weights");
+        ck_assert_int_eq(strncmp(err.text, fails <= 6 ? "weights[0]: " : "weights[1]: ", 12), 0);
+        ck_assert_int_eq(atomic_load(&engine.live), 3);
+    }
+    engine.load_that_fails = 0;
+    loads[1].name_prefix = "";
+    ck_assert_int_eq(prepare(&change, &prepared, &err), STATUS_ALREADY_EXISTS);
+    change.loads_n = 1;
+    change.drops_n = 0;
+    ck_assert_int_eq(prepare(&change, &prepared, &err), STATUS_ALREADY_EXISTS);
+    change.drops_n = 1;
+    ck_assert_int_eq(prepare(&change, &prepared, &err), STATUS_OK);
+    ck_assert_int_eq(atomic_load(&engine.live), 6);
+    weights_prepared_destroy(prepared);
+    ck_assert_int_eq(atomic_load(&engine.live), 3);
+    ck_assert_uint_eq(generation(WEIGHT(0)), 1);
+    load_good(
+        &(struct weights_load){.path = "a.safetensors", .output_dim = 32, .name_prefix = "free."},
+        3); // nobody is left changing
+}
+END_TEST
+
 // ---- readers beside a changing registry
 
 static atomic_bool stop;
@@ -1138,6 +1229,8 @@ static Suite *suite(void)
     tcase_add_test(tcase, test_replace_and_unload);
     tcase_add_test(tcase, test_unload_name_with_brackets);
     tcase_add_test(tcase, test_replaced_load_fails);
+    tcase_add_test(tcase, test_change_swaps_all_at_once);
+    tcase_add_test(tcase, test_change_fails_whole);
     tcase_add_test(tcase, test_readers_beside_changes);
     suite_add_tcase(suite, tcase);
     return suite;

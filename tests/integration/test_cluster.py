@@ -129,11 +129,13 @@ class Caller:
         assert ends <= {f"stream ended {code}" for code in stream_ends}
 
 
+@pytest.mark.parametrize("drains", [HOSTS, pytest.param(102, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("balancer", ["nginx", "round robin"])
-def test_rolling_restart(cluster: Cluster, balancer: str) -> None:
+def test_rolling_restart(cluster: Cluster, balancer: str, drains: int) -> None:
     """No call fails, none is answered wrongly, and who comes back gets work again."""
     with Caller(cluster, balancer) as caller:
-        cluster.restart_each()
+        for _ in range(drains // HOSTS):
+            cluster.restart_each()
     # nginx loses the trailers of a stream, now and then, if its caller is still sending.
     caller.judge({"UNAVAILABLE", "INTERNAL"} if balancer == "nginx" else {"UNAVAILABLE"})
 

@@ -176,6 +176,8 @@ class Client:
     token, token_file   sent with each call, at most one of them; the file is read when it changes
     connections         that calls go round
     attempts            of one call that is answered RESOURCE_EXHAUSTED or UNAVAILABLE
+    retry_for           seconds for which it is tried again, in place of attempts: for a daemon that
+                        restarts
     allow_copies        whether tensors in layouts that the wire has not may be copied, as
                         einsumd.copies counts; else they are refused
     """
@@ -201,6 +203,7 @@ class Client:
         attempts: int = 4,
         retry_pause: float = 0.02,
         retry_pause_max: float = 2,
+        retry_for: float | None = None,
         allow_copies: bool = True,
         user_agent: str = "einsumd-python",
     ):
@@ -235,6 +238,7 @@ class Client:
             "attempts_max": attempts,
             "retry_pause_ms": milliseconds(retry_pause, "retry_pause"),
             "retry_pause_ms_max": milliseconds(retry_pause_max, "retry_pause_max"),
+            "retry_ms": milliseconds(retry_for, "retry_for") if retry_for else 0,
             "user_agent": user_agent,
         }
         daemons: list[Daemon] = []
