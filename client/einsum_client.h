@@ -148,6 +148,10 @@ struct einsum_client_options {
     uint64_t shared_memory_bytes;           // that the client shares; default 64 MiB
     uint32_t spin_us; // that who waits for the ring looks for an answer before it sleeps, while
                       // answers come that fast; default 50
+    // Requests carry the CRC-32C of their tensors, which the server checks, and replies that of the
+    // output, which is checked here: DATA_LOSS, not tried again. Not of tensors in CUDA memory. A
+    // server that knows no checksums is UNIMPLEMENTED. Default false.
+    bool checksums;
 };
 EINSUM_CLIENT_API void einsum_client_options_init(struct einsum_client_options *options);
 
@@ -293,7 +297,9 @@ struct einsum_client_response {
     // and nanoseconds from decoded to launched and from launched to done.
     uint32_t batch_tokens, batch_bucket, batch_requests;
     uint64_t queue_ns, run_ns;
-    uint32_t parts; // that it was cut into, since it was larger than a batch; 0: it was not
+    uint32_t parts;         // that it was cut into, since it was larger than a batch; 0: it was not
+    bool has_output_crc32c; // as options.checksums asks for
+    uint32_t output_crc32c;
     // Seen from here: from the start of the call to its end, attempts and pauses included.
     uint64_t latency_ns;
     uint32_t attempts;

@@ -170,6 +170,8 @@ class Client:
     transport           with it: "auto", "shm", "ring", or "tcp" and "unix" to do without
     spin                how long to look for an answer on the ring before sleeping
     connections         that calls go round
+    checksums           whether tensors go with their CRC-32C, which the server checks, and outputs
+                        come with theirs: a difference is DataLoss. Not of tensors in CUDA memory
     attempts            of one call that is answered RESOURCE_EXHAUSTED or UNAVAILABLE
     allow_copies        whether tensors in layouts that the wire has not may be copied, as
                         einsumd.copies counts; else they are refused
@@ -187,6 +189,7 @@ class Client:
         transport: str = "auto",
         spin: float = 50e-6,
         connections: int = 1,
+        checksums: bool = False,
         attempts: int = 4,
         retry_pause: float = 0.02,
         retry_pause_max: float = 2,
@@ -215,6 +218,7 @@ class Client:
             "transport": TRANSPORTS[transport],
             "spin_us": round(spin * 1e6),
             "connections": connections,
+            "checksums": checksums,
             "attempts_max": attempts,
             "retry_pause_ms": milliseconds(retry_pause, "retry_pause"),
             "retry_pause_ms_max": milliseconds(retry_pause_max, "retry_pause_max"),
