@@ -223,7 +223,7 @@ static const struct key config_keys[] = {
 
     {SECTION("batching"), U32(request_tokens_max, 1, EINSUM_TOKENS_MAX, "8192", "tokens",
                               "of one request; past batch_tokens_max it is cut into parts")},
-    {U32(batch_tokens_max, SELFTEST_TOKENS, EINSUM_TOKENS_MAX, "512", "tokens",
+    {U32(batch_tokens_max, 2, EINSUM_TOKENS_MAX, "512", "tokens",
          "of one batch, all its requests together")},
     {LIST(0, CONFIG_BUCKETS_MAX, buckets),
      U32(buckets, 1, EINSUM_TOKENS_MAX, "[]", "tokens",
@@ -261,7 +261,10 @@ static const struct key config_keys[] = {
     {U32(lame_duck_ms, 0, DAY_MS, "0", "milliseconds",
          "after SIGTERM, of serving on as NOT_SERVING; halfway the port and idle connections "
          "close")},
-    {BOOL(self_test_at_start, "true", "compare every weight with known answers before serving")},
+    {BOOL(self_test_at_start, "true",
+          "compare every weight with known answers, by every kernel, before serving")},
+    {BOOL(self_test_at_load, "true",
+          "the same for weights that are loaded later, before they become visible")},
     {ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
     {ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},
 };

@@ -325,9 +325,7 @@ NODISCARD static enum status create_batcher(struct daemon *daemon, struct error 
 }
 
 struct self_test {
-    struct batcher *batcher;
-    bool wgmma; // see verify_weight
-    uint32_t weights_n;
+    struct verify verify;
     struct error error; // of the first weight that failed
 };
 
@@ -336,30 +334,46 @@ static void self_test_weight(void *argument, struct weight *weight)
     struct self_test *test = argument;
     if (test->error.status != STATUS_OK)
         return;
-    struct verify_result result;
-    if (verify_weight(test->batcher, weight, 0, test->wgmma, &result, &test->error) != STATUS_OK)
-        return;
-    test->weights_n++;
-    if (!result.verdict.passed)
-        error_set(&test->error, STATUS_DATA_LOSS, "self-test of weight \"%s\" failed: %s",
-                  weight->name, result.verdict.message);
+    test->error.status = verify_or_refuse(&test->verify, weight, &test->error);
+}
+
+static struct verify verify_of(const struct service_context *context)
+{
+    return (struct verify){
+        .batcher = context->batcher, .ops = context->engine_ops, .engine = context->engine};
+}
+
+// Of a load that is about to become visible.
+static enum status check_loaded(void *argument, struct weight *const *loaded, uint32_t loaded_n,
+                                struct error *err)
+{
+    struct verify verify = verify_of(argument);
+    uint64_t started_ns = now_ns();
+    enum status status = STATUS_OK;
+    for (uint32_t i = 0; i < loaded_n && status == STATUS_OK; i++)
+        status = verify_or_refuse(&verify, loaded[i], err);
+    if (status == STATUS_OK)
+        LOG(INFO, "self-test passed", LOG_U64("weights", verify.weights_n),
+            LOG_U64("requests", verify.requests_n),
+            LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
+    return status;
 }
 
 NODISCARD static enum status self_test(struct daemon *daemon, struct error *err)
 {
     struct service_context *context = &daemon->context;
-    if (!daemon->config->self_test_at_start || context->engine_ops == &engine_null)
-        return STATUS_OK; // the null engine's answers are no answers
-    struct self_test test = {
-        .batcher = context->batcher,
-        .wgmma = engine_may_sum_by_wgmma(context->engine_ops, context->engine, 0),
-    };
+    if (daemon->config->self_test_at_load)
+        weights_set_check(context->weights, check_loaded, context);
+    if (!daemon->config->self_test_at_start)
+        return STATUS_OK;
+    struct self_test test = {.verify = verify_of(context)};
     uint64_t started_ns = now_ns();
     weights_visit(context->weights, self_test_weight, &test);
     if (test.error.status != STATUS_OK)
         *err = test.error;
     else
-        LOG(INFO, "self-test passed", LOG_U64("weights", test.weights_n),
+        LOG(INFO, "self-test passed", LOG_U64("weights", test.verify.weights_n),
+            LOG_U64("requests", test.verify.requests_n),
             LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
     return test.error.status;
 }

@@ -181,3 +181,37 @@ uint64_t engine_cuda_weight_bytes(const struct engine_weight *weight)
 {
     return weight->bytes;
 }
+
+// ---- what is to be checked
+
+// What tells kernels apart within a bucket, for a weight that has all of its tokens.
+static uint32_t kind_in(const struct cuda_bucket *bucket, const struct einsum_weight_format *format)
+{
+    enum cuda_kernel kernel =
+        cuda_kernel_for(format, bucket->tokens_max, bucket->prefill_from, bucket->hopper_from);
+    if (kernel != CUDA_KERNEL_HOPPER)
+        return 1u << kernel;
+    bool many =
+        cuda_bucket_has_many(bucket) && format->block_d == 128; // which lie in tiles as well
+    return many ? 1u << CUDA_KERNEL_HOPPER_MANY : 1u << (8 + (bucket->hopper_warps_k > 0));
+}
+
+// Every bucket's kernel, and each that a part of a batch may take in it: those that requests can name.
+// With each weight once a kind, since kinds read it in orders of their own.
+uint32_t engine_cuda_checks(const struct engine *engine, const struct einsum_weight_format *format,
+                            struct engine_check checks[ENGINE_CHECKS_MAX])
+{
+    uint32_t n = 0, seen = 0;
+    for (uint32_t b = 0; b < engine->buckets_n; b++) {
+        const struct cuda_bucket *bucket = &engine->buckets[b];
+        uint32_t kind = kind_in(bucket, format), tokens = bucket->tokens_max;
+        bool known = seen & kind;
+        seen |= kind;
+        ASSERT(n + 2 + engine->info.kernels_n <= ENGINE_CHECKS_MAX);
+        checks[n++] = (struct engine_check){.tokens = tokens, .once = known};
+        checks[n++] = (struct engine_check){.tokens = tokens, .wide = true, .once = known};
+        for (uint32_t kernel = 1; kernel <= engine->info.kernels_n; kernel++)
+            checks[n++] = (struct engine_check){.tokens = tokens, .kernel = kernel, .once = true};
+    }
+    return n;
+}

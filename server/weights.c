@@ -39,7 +39,9 @@ struct weights {
     pthread_mutex_t change_lock; // held through a load or unload
     // The largest generation of any weight unloaded so far. Names that are new start above it, so
     // that a name which comes back never repeats a generation, and no list of past names is kept.
-    uint64_t generation_floor;    // guarded by change_lock
+    uint64_t generation_floor; // guarded by change_lock
+    weights_check *check;      // NULL: none; guarded by change_lock, as the next
+    void *check_context;
     struct rope_rule *rope_rules; // in the order of asking; guarded by change_lock
     size_t rope_rules_n;
 
@@ -208,6 +210,14 @@ enum status weights_add_rope(struct weights *weights, const char *pattern,
     status = append_rule(weights, pattern, rope, err);
     pthread_mutex_unlock(&weights->change_lock);
     return status;
+}
+
+void weights_set_check(struct weights *weights, weights_check *check, void *context)
+{
+    pthread_mutex_lock(&weights->change_lock);
+    weights->check = check;
+    weights->check_context = context;
+    pthread_mutex_unlock(&weights->change_lock);
 }
 
 static struct weight *find_locked(const struct weights *weights, const char *name, size_t bytes)
@@ -580,6 +590,13 @@ static enum status load_catalog(struct weights *weights, const struct weights_lo
     status = load_entries(weights, load, catalog, rope, added, err);
     if (status != STATUS_OK)
         goto free_lists;
+    if (weights->check)
+        status = weights->check(weights->check_context, added, catalog->entries_n, err);
+    if (status != STATUS_OK) {
+        for (uint32_t i = 0; i < added_n; i++)
+            weight_unref(added[i]);
+        goto free_lists;
+    }
     uint32_t merged_n, replaced_n;
     merge(weights, added, catalog->entries_n, merged, &merged_n, replaced, &replaced_n);
     merged = swap_list(weights, merged, merged_n);

@@ -77,6 +77,13 @@ void weights_destroy(struct weights *weights); // no reference left but the regi
 NODISCARD enum status weights_add_rope(struct weights *weights, const char *pattern,
                                        const struct rope_options *options, struct error *err);
 
+// From now on `check` is asked of all weights of a load, read and resident, before any of them becomes
+// visible. What it returns but OK is how that load fails; what was served goes on. Runs on the thread
+// that loads, and may use the weights as anybody does who has a reference.
+typedef enum status weights_check(void *context, struct weight *const *loaded, uint32_t loaded_n,
+                                  struct error *err);
+void weights_set_check(struct weights *weights, weights_check *check, void *context);
+
 // Blocks until all named weights are visible, or none. `loaded` (may be NULL) gets their number.
 NODISCARD enum status weights_load(struct weights *weights, const struct weights_load *load,
                                    uint32_t *loaded, struct error *err);
