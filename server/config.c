@@ -254,6 +254,12 @@ static const struct key config_keys[] = {
     {LIST(0, CONFIG_ROPES_MAX, ropes),
      OBJECT(ropes, &rope_table, "[]",
             "how positions turn; OutputProject needs one for its weight")},
+    {U32(scrub_seconds, 0, 30 * (DAY_MS / 1000), "3600", "seconds",
+         "in which, while idle, all weights are read again from the device and compared with what "
+         "was "
+         "loaded; 0: never")},
+    {U32(nan_sample, 0, 1 << 20, "16", "requests",
+         "of which one is looked at for NaN in its output, for /metrics and the log; 0: none is")},
     {U32(load_threads, 0, 256, "0", "threads", "that load weights at start; 0: one per core")},
 
     {SECTION("running"), U32(drain_grace_ms, 0, DAY_MS, "30000", "milliseconds",

@@ -113,7 +113,9 @@ struct config {
     size_t weights_n;
     struct config_rope ropes[CONFIG_ROPES_MAX]; // of weights loaded at start and by LoadWeights
     size_t ropes_n;
-    uint32_t load_threads; // at start; 0 (default): one per core
+    uint32_t scrub_seconds; // of a pass over all weights in memory; 0: none; default 3600
+    uint32_t nan_sample;    // requests, of which one is looked at; 0: none; default 16
+    uint32_t load_threads;  // at start; 0 (default): one per core
 
     // running
     uint32_t drain_grace_ms;    // after SIGTERM, for requests in flight; default 30000

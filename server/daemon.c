@@ -20,6 +20,7 @@
 #include "listener.h"
 #include "projection.h"
 #include "rope.h"
+#include "scrub.h"
 #include "rpc.h"
 #include "service.h"
 #include "sharing.h"
@@ -431,6 +432,21 @@ NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *
     return status;
 }
 
+NODISCARD static enum status start_scrub(struct daemon *daemon, struct error *err)
+{
+    struct service_context *context = &daemon->context;
+    if (daemon->config->scrub_seconds == 0 || !context->engine_ops->weight_sum)
+        return STATUS_OK;
+    const struct scrub_options options = {
+        .weights = context->weights,
+        .ops = context->engine_ops,
+        .engine = context->engine,
+        .batcher = context->batcher,
+        .seconds = daemon->config->scrub_seconds,
+    };
+    return scrub_create(&options, &context->scrub, err);
+}
+
 NODISCARD static enum status start_tracing(struct daemon *daemon, struct error *err)
 {
     const struct config *config = daemon->config;
@@ -690,6 +706,7 @@ static void stop(struct daemon *daemon)
     if (context->health)
         health_destroy(context->health);
     reflection_deinit();
+    scrub_destroy(context->scrub);
     if (context->batcher)
         batcher_destroy(context->batcher);
     if (context->weights)
@@ -726,6 +743,8 @@ NODISCARD static enum status start(struct daemon *daemon, struct error *err)
         status = health_create(&context->health, err);
     if (status == STATUS_OK)
         status = start_tracing(daemon, err);
+    if (status == STATUS_OK)
+        status = start_scrub(daemon, err);
     if (status == STATUS_OK)
         status = start_serving(daemon, err);
     return status;

@@ -131,6 +131,12 @@ struct engine_ops {
                                          struct engine_weight **weight, struct error *err);
     void (*weight_free)(struct engine *engine, struct engine_weight *weight);
     uint64_t (*weight_bytes)(const struct engine_weight *weight); // held on the device
+    // Extends a CRC-32C by so many bytes of what the device holds of a weight, from `offset` on, as they
+    // are there now. Any thread; on a GPU they are read back. UNAVAILABLE: the device is lost. NULL:
+    // nothing is held.
+    NODISCARD enum status (*weight_sum)(struct engine *engine, const struct engine_weight *weight,
+                                        uint64_t offset, uint64_t bytes, uint32_t *crc,
+                                        struct error *err);
     // The requests that between them, with scales of either type, run every kernel that requests for a
     // weight of this format may be given, by whatever number of tokens. Returns how many. NULL: answers
     // are no answers, and there is nothing to check.

@@ -330,6 +330,7 @@ const struct engine_ops engine_cuda = {
     .weight_load = engine_cuda_weight_load,
     .weight_free = engine_cuda_weight_free,
     .weight_bytes = engine_cuda_weight_bytes,
+    .weight_sum = engine_cuda_weight_sum,
     .checks = engine_cuda_checks,
     .memory_alloc = cuda_memory_alloc,
     .memory_free = cuda_memory_free,

@@ -8,6 +8,8 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+#include "../client/crc32c.h"
+
 enum {
     STAGING_BYTES =
         8 << 20, // of a weight on its way in; two of them, so that reading and copying overlap
@@ -180,6 +182,39 @@ void engine_cuda_weight_free(struct engine *engine, struct engine_weight *weight
 uint64_t engine_cuda_weight_bytes(const struct engine_weight *weight)
 {
     return weight->bytes;
+}
+
+// ---- what lies there
+
+// By way of a buffer for loading: under load_lock, and with the stream at rest, nobody else uses it.
+static cudaError_t sum_piece(struct engine *engine, const void *from, uint64_t bytes, uint32_t *crc)
+{
+    void *host = engine->staging[0].host;
+    cudaError_t error =
+        cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, engine->load_stream);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(engine->load_stream);
+    if (error == cudaSuccess)
+        *crc = crc32c_extend(*crc, host, bytes);
+    return error;
+}
+
+enum status engine_cuda_weight_sum(struct engine *engine, const struct engine_weight *weight,
+                                   uint64_t offset, uint64_t bytes, uint32_t *crc,
+                                   struct error *err)
+{
+    ASSERT(offset <= weight->bytes && bytes <= weight->bytes - offset);
+    pthread_mutex_lock(&engine->load_lock);
+    cudaError_t error = cudaSetDevice(engine->device);
+    while (error == cudaSuccess && bytes > 0) {
+        uint64_t piece = bytes < STAGING_BYTES ? bytes : STAGING_BYTES;
+        error = sum_piece(engine, (const uint8_t *)weight->cuda.memory + offset, piece, crc);
+        offset += piece;
+        bytes -= piece;
+    }
+    pthread_mutex_unlock(&engine->load_lock);
+    return error == cudaSuccess ? STATUS_OK
+                                : engine_cuda_failed(error, "reading a weight back", err);
 }
 
 // ---- what is to be checked

@@ -13,6 +13,7 @@
 #include "config.h"
 #include "digest.h"
 #include "message.h"
+#include "nan.h"
 #include "request.h"
 #include "rope.h"
 #include "service.h"
@@ -153,6 +154,12 @@ NODISCARD static enum status fill_part(struct job *whole, const struct job *part
     return fill(projection, part, projection->message, err);
 }
 
+static void look_at_part(struct job *whole, const struct job *part)
+{
+    const struct projection *projection = CONTAINER_OF(whole, struct projection, job);
+    nan_look(call_context(projection->call), part, &projection->placement);
+}
+
 // Counts what the request holds until it is answered: its message, and its output, which may have to be
 // copied out at any moment.
 NODISCARD static enum status admit(struct projection *projection, const grpc_byte_buffer *message,
@@ -196,6 +203,7 @@ NODISCARD static enum status submit_cut(struct projection *projection, grpc_byte
         .placement = &projection->placement,
         .copies = &context->copies,
         .fill = fill_part,
+        .look = look_at_part,
     };
     enum status status = admit(projection, message, err);
     if (status == STATUS_OK) {
@@ -584,6 +592,8 @@ grpc_byte_buffer *projection_respond(struct projection *projection)
 {
     grpc_byte_buffer *message;
     struct copy *copy;
+    if (!projection->cut)
+        nan_look(call_context(projection->call), &projection->job, &projection->placement);
     if (projection->digest_only) {
         message = respond_with_digest(projection);
     } else if (projection->placement.region) {

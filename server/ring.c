@@ -33,6 +33,7 @@
 #include "config.h"
 #include "cut.h"
 #include "futex.h"
+#include "nan.h"
 #include "placement.h"
 #include "record.h"
 #include "request.h"
@@ -232,6 +233,9 @@ static void complete(struct request *request, const struct error *err)
 {
     struct job *job = &request->job;
     struct service_context *context = request->ring->rings->context;
+    bool computed = err->status == STATUS_OK && job->operand.tokens > 0;
+    if (computed && !request->cut)
+        nan_look(context, job, &request->placement);
     struct einsum_ring_completion completion = describe(request, err);
     record_answer(&request->record, context, job, err);
     request->record.answered_ns = now_ns();
@@ -375,6 +379,12 @@ NODISCARD static enum status fill_part(struct job *whole, const struct job *part
     return placement_fill(&request->placement, part, &request->ring->rings->context->copies, err);
 }
 
+static void look_at_part(struct job *whole, const struct job *part)
+{
+    const struct request *request = CONTAINER_OF(whole, struct request, job);
+    nan_look(request->ring->rings->context, part, &request->placement);
+}
+
 NODISCARD static enum status start_cut(struct request *request, struct batcher_cut at,
                                        struct error *err)
 {
@@ -385,6 +395,7 @@ NODISCARD static enum status start_cut(struct request *request, struct batcher_c
         .placement = &request->placement,
         .copies = &context->copies,
         .fill = fill_part,
+        .look = look_at_part,
     };
     return cut_begin(&options, at, &request->cut, err);
 }

@@ -36,8 +36,11 @@ static void finish_repository_index(struct call *call)
         models[i].name = list.weights[i]->name;
         // protobuf-c only reads them.
         models[i].version = (char *)(uintptr_t)inference_version;
-        models[i].state = (char *)(uintptr_t)(ready ? "READY" : "UNAVAILABLE");
-        models[i].reason = (char *)(uintptr_t)(ready ? "" : "the server is not ready");
+        bool damaged = weight_damaged(list.weights[i]);
+        models[i].state = (char *)(uintptr_t)(ready && !damaged ? "READY" : "UNAVAILABLE");
+        models[i].reason = (char *)(uintptr_t)(damaged  ? "its copy in memory is damaged"
+                                               : !ready ? "the server is not ready"
+                                                        : "");
         pointers[i] = &models[i];
     }
     Inference__RepositoryIndexResponse response = INFERENCE__REPOSITORY_INDEX_RESPONSE__INIT;

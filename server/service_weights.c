@@ -60,6 +60,7 @@ static void describe_weight(struct weight_entry *entry, struct weight *weight)
     message->tensor_parallel_rank = weight->tensor_parallel_rank;
     message->tensor_parallel_size = weight->tensor_parallel_size;
     message->generation = weight->generation;
+    message->damaged = weight_damaged(weight);
     if (weight->rope) {
         describe_rope(&entry->rope, rope_describe(weight->rope));
         message->rope = &entry->rope;

@@ -109,6 +109,7 @@ NODISCARD static enum status ask(struct verify *verify, struct weight *weight,
     struct check it = {.job = {
                            .weight = weight,
                            .kernel = kernel,
+                           .hurried = true,
                            .operand = operand_of(&weight->format, check, type, number),
                            .deadline_ns = UINT64_MAX,
                            .received_ns = now_ns(),

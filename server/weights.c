@@ -101,6 +101,7 @@ void weight_unref(struct weight *weight)
         weight->owner->ops->weight_free(weight->owner->engine, weight->engine_weight);
     selftest_answers_destroy(weight->answers);
     rope_unref(weight->rope);
+    origin_deinit(&weight->origin);
     free(weight);
 }
 
@@ -281,6 +282,7 @@ struct weights_totals weights_totals(struct weights *weights)
     totals.weights = weights->list_n;
     for (uint32_t i = 0; i < weights->list_n; i++) {
         const struct weight *weight = weights->list[i];
+        totals.damaged += weight_damaged(weight);
         totals.resident_bytes += weight->resident_bytes;
         totals.groups_max = max_u32(totals.groups_max, weight->format.groups);
         totals.output_dim_max = max_u32(totals.output_dim_max, weight->format.output_dim);
@@ -439,6 +441,14 @@ static enum status load_one(struct loading *loading, uint32_t index, struct erro
         return status;
     }
     weight->resident_bytes = weights->ops->weight_bytes(weight->engine_weight);
+    if (weights->ops->weight_sum)
+        status = weights->ops->weight_sum(weights->engine, weight->engine_weight, 0,
+                                          weight->resident_bytes, &weight->crc32c, err);
+    if (status == STATUS_OK)
+        status =
+            origin_init(&weight->origin, loading->load, source.entry->weight.tensor->name, err);
+    if (status != STATUS_OK)
+        return status;
     status = selftest_answers_create(&source.base, &weight->answers, err);
     if (status != STATUS_OK)
         return status;
@@ -631,6 +641,28 @@ enum status weights_load(struct weights *weights, const struct weights_load *loa
     }
     pthread_mutex_unlock(&weights->change_lock);
     rope_unref(rope);
+    return status;
+}
+
+enum status weights_reload(struct weights *weights, struct weight *weight, struct error *err)
+{
+    const struct weights_load load = origin_load(&weight->origin);
+    struct catalog catalog;
+    pthread_mutex_lock(&weights->change_lock);
+    enum status status;
+    if (find_locked(weights, weight->name, strlen(weight->name)) != weight) {
+        status = error_set(err, STATUS_ABORTED, "weight '%s' has been replaced or unloaded",
+                           weight->name);
+        goto unlock;
+    }
+    status = catalog_init(&catalog, &weights->roots, weights->reduced_dim_max, &load, err);
+    if (status != STATUS_OK)
+        goto unlock;
+    status = load_catalog(weights, &load, &catalog, weight->rope, err);
+    catalog_deinit(&catalog);
+
+unlock:
+    pthread_mutex_unlock(&weights->change_lock);
     return status;
 }
 

@@ -8,7 +8,10 @@
 // threads, one at a time.
 #pragma once
 
+#include <stdatomic.h>
+
 #include "engine.h"
+#include "origin.h"
 #include "selftest.h"
 
 enum { WEIGHT_NAME_BYTES = 256, WEIGHT_SOURCE_BYTES = 1024 };
@@ -37,7 +40,13 @@ struct weight {
     uint64_t generation;
     struct rope *rope; // a reference; NULL: it has none
     struct selftest_answers *answers;
-    struct weight_counters counters; // the one part that changes
+    uint32_t crc32c; // of resident_bytes, as the engine held them once it was loaded
+    // The parts that change. Damaged: what is resident is no longer what was loaded, and is not
+    // computed with.
+    struct weight_counters counters;
+    _Atomic bool damaged;
+    _Atomic bool nan_told; // the log has it that an output was NaN
+    struct origin origin;
     // Private to weights.c:
     struct weights *owner;
     _Atomic uint32_t references;
@@ -88,6 +97,17 @@ void weights_set_check(struct weights *weights, weights_check *check, void *cont
 NODISCARD enum status weights_load(struct weights *weights, const struct weights_load *load,
                                    uint32_t *loaded, struct error *err);
 
+// Reads one weight again, from where it came from, with the rope that it has, and puts it in its own
+// place, checked as any. ABORTED: another one is there by now, or none. Else fails as weights_load
+// does, and it stays as it is.
+NODISCARD enum status weights_reload(struct weights *weights, struct weight *weight,
+                                     struct error *err);
+
+static inline bool weight_damaged(const struct weight *weight)
+{
+    return atomic_load_explicit(&weight->damaged, memory_order_relaxed);
+}
+
 // `pattern` is a name or shell pattern. Calls `unloaded` (may be NULL) with each canonical name.
 // NOT_FOUND if it names none.
 NODISCARD enum status weights_unload(struct weights *weights, const char *pattern,
@@ -105,7 +125,7 @@ void weights_visit(struct weights *weights, void (*visit)(void *context, struct 
                    void *context);
 
 struct weights_totals {
-    uint32_t weights;
+    uint32_t weights, damaged;
     uint64_t resident_bytes;
     uint32_t groups_max, output_dim_max, reduced_dim_max; // of any resident weight
 };

@@ -80,6 +80,9 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.drain_grace_ms, 30000);
     ck_assert_uint_eq(config.lame_duck_ms, 0);
     ck_assert(config.self_test_at_start);
+    ck_assert(config.self_test_at_load);
+    ck_assert_uint_eq(config.scrub_seconds, 3600);
+    ck_assert_uint_eq(config.nan_sample, 16);
     ck_assert_int_eq(config.log_level, LOG_LEVEL_INFO);
     ck_assert_int_eq(config.log_format, LOG_FORMAT_PLAIN);
     config_deinit(&config);
@@ -126,7 +129,9 @@ static const char everything[] =
     "    \"beta_fast\": 31.5, \"beta_slow\": 1.5, \"positions_max\": 1048575},"
     "   {\"weights\": \"pro.*\", \"cache\": \"rope.safetensors\", \"cache_tensor\": \"t\"}],"
     " \"load_threads\": 21, \"drain_grace_ms\": 22, \"lame_duck_ms\": 23,"
-    " \"self_test_at_start\": false, \"log_level\": \"debug\", \"log_format\": \"json\"}";
+    " \"self_test_at_start\": false, \"self_test_at_load\": false, \"scrub_seconds\": 60, "
+    "\"nan_sample\": 5, "
+    "\"log_level\": \"debug\", \"log_format\": \"json\"}";
 
 static void ck_shared(const struct config *config)
 {
@@ -226,6 +231,9 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->drain_grace_ms, 22);
     ck_assert_uint_eq(config->lame_duck_ms, 23);
     ck_assert(!config->self_test_at_start);
+    ck_assert(!config->self_test_at_load);
+    ck_assert_uint_eq(config->scrub_seconds, 60);
+    ck_assert_uint_eq(config->nan_sample, 5);
     ck_assert_int_eq(config->log_level, LOG_LEVEL_DEBUG);
     ck_assert_int_eq(config->log_format, LOG_FORMAT_JSON);
 }
@@ -348,6 +356,8 @@ static const struct {
     {"shared_bytes_max", 4096, 1ull << 40},
     {"ring_entries_max", 1, 4096},
     {"ring_spin_us", 0, 10000},
+    {"scrub_seconds", 0, 2592000},
+    {"nan_sample", 0, 1 << 20},
 };
 
 START_TEST(integers_take_their_range_and_nothing_else)

@@ -84,7 +84,7 @@ def test_compose_joins_them(tmp_path: Path) -> None:
     for target, source in mounted["prometheus"].items():
         (tmp_path / Path(target).name).write_text(source.read_text())
     checked = run("promtool", "check", "config", tmp_path / "prometheus.yml")
-    assert checked.returncode == 0 and "12 rules found" in checked.stdout, checked.stdout
+    assert checked.returncode == 0 and "14 rules found" in checked.stdout, checked.stdout
     scraped = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"]
     (target,) = scraped[0]["static_configs"][0]["targets"]
     host, port = target.split(":")
