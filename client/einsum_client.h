@@ -424,6 +424,7 @@ struct einsum_client_load {
     uint32_t output_dim;           // 0 means 1024
     bool replace;
     const struct einsum_client_rope *rope; // of all; NULL: by the server's configuration
+    const char *checksums; // there: SHA-256 of its files, as sha256sum writes them; NULL: none
     // Called as the server reports, on the client's thread; may be NULL. false gives up: nothing is
     // loaded, and the call ends with CANCELLED.
     bool (*on_progress)(void *context, const struct einsum_client_progress *progress);

@@ -127,6 +127,8 @@ static const struct key weights_keys[] = {
      STRING(tensors, 1, 255, "[]", "shell patterns of tensor names; none: \"*.attn.wo_a.weight\"")},
     {STRING(name_prefix, 0, 127, "\"\"",
             "put before each name, so that two models can be resident together")},
+    {STRING(checksums, 0, STRING_BYTES_MAX, "\"\"",
+            "SHA-256 of its files, as sha256sum lists them; read whole; \"\": none")},
     {U32(tensor_parallel_rank, 0, EINSUM_GROUPS_MAX - 1, "0", NULL,
          "which share of the groups to hold, counted from 0")},
     {U32(tensor_parallel_size, 1, EINSUM_GROUPS_MAX, "1", NULL,

@@ -32,6 +32,7 @@ struct config_weights { // one entry of "weights": what to load at start; as Loa
     char *tensors[CONFIG_TENSORS_MAX];
     size_t tensors_n;
     char *name_prefix; // never NULL
+    char *checksums;   // likewise
     uint32_t tensor_parallel_rank;
     uint32_t tensor_parallel_size;
     uint32_t output_dim;

@@ -282,6 +282,7 @@ NODISCARD static enum status load_weights(struct daemon *daemon, struct error *e
             .tensors = (const char *const *)entry->tensors,
             .tensors_n = entry->tensors_n,
             .name_prefix = entry->name_prefix,
+            .checksums = entry->checksums,
             .tensor_parallel_rank = entry->tensor_parallel_rank,
             .tensor_parallel_size = entry->tensor_parallel_size,
             .output_dim = entry->output_dim,

@@ -27,11 +27,12 @@ enum status origin_init(struct origin *origin, const struct weights_load *load, 
         .path = strdup(load->path),
         .pattern = escape(tensor),
         .name_prefix = strdup(load->name_prefix ? load->name_prefix : ""),
+        .checksums = strdup(load->checksums ? load->checksums : ""),
         .tensor_parallel_rank = load->tensor_parallel_rank,
         .tensor_parallel_size = load->tensor_parallel_size,
         .output_dim = load->output_dim,
     };
-    if (origin->path && origin->pattern && origin->name_prefix)
+    if (origin->path && origin->pattern && origin->name_prefix && origin->checksums)
         return STATUS_OK;
     origin_deinit(origin);
     return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
@@ -42,6 +43,7 @@ void origin_deinit(struct origin *origin)
     free(origin->path);
     free(origin->pattern);
     free(origin->name_prefix);
+    free(origin->checksums);
     *origin = (struct origin){0};
 }
 
@@ -52,6 +54,7 @@ struct weights_load origin_load(const struct origin *origin)
         .tensors = (const char *const *)&origin->pattern,
         .tensors_n = 1,
         .name_prefix = origin->name_prefix,
+        .checksums = origin->checksums,
         .tensor_parallel_rank = origin->tensor_parallel_rank,
         .tensor_parallel_size = origin->tensor_parallel_size,
         .output_dim = origin->output_dim,

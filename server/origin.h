@@ -6,8 +6,8 @@
 struct weights_load;
 
 struct origin {
-    char *path, *pattern,
-        *name_prefix; // of the load, but for the pattern, which fits this tensor alone
+    char *path, *name_prefix, *checksums; // of the load
+    char *pattern;                        // that fits its tensor alone
     uint32_t tensor_parallel_rank, tensor_parallel_size, output_dim;
 };
 

@@ -154,6 +154,7 @@ NODISCARD static enum status load_configured(struct change *change, struct error
         struct weights_load load = change->load;
         load.path = entry->path;
         load.name_prefix = entry->name_prefix;
+        load.checksums = entry->checksums;
         load.tensor_parallel_rank = entry->tensor_parallel_rank;
         load.tensor_parallel_size = entry->tensor_parallel_size;
         load.output_dim = entry->output_dim;

@@ -269,6 +269,7 @@ static void run_load(struct service_task *task)
         .tensors = (const char *const *)request->tensors,
         .tensors_n = request->n_tensors,
         .name_prefix = request->name_prefix,
+        .checksums = request->checksums,
         .tensor_parallel_rank = request->tensor_parallel_rank,
         .tensor_parallel_size = request->tensor_parallel_size,
         .output_dim = request->output_dim,

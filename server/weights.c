@@ -17,6 +17,7 @@
 
 #include "catalog.h"
 #include "rope.h"
+#include "sums.h"
 
 enum {
     WEIGHTS_MAX = 1 << 16, // resident
@@ -314,7 +315,12 @@ struct loading {
     uint32_t entries_n;
     uint64_t bytes_total;
 
-    atomic_uint next;   // the entry that the next free thread takes
+    const struct sums *sums; // NULL: files are taken as they are
+    const struct tensor_slice *
+        *files; // to be compared with them, one slice of each; before the entries
+    uint32_t files_n;
+
+    atomic_uint next;   // the file, then entry, that the next free thread takes
     atomic_bool failed; // a hint to the others to stop; err says why
 
     pthread_mutex_t lock;
@@ -456,11 +462,56 @@ static enum status load_one(struct loading *loading, uint32_t index, struct erro
     return STATUS_OK;
 }
 
+// ---- the files that a load takes
+
+static void add_file(struct loading *loading, const struct tensor_slice *slice)
+{
+    for (uint32_t i = 0; i < loading->files_n; i++)
+        if (loading->files[i]->file == slice->file)
+            return;
+    if (!slice->file)
+        return; // no scales
+    loading->files[loading->files_n++] = slice;
+    loading->bytes_total += safetensors_bytes(slice->file);
+}
+
+NODISCARD static enum status gather_files(struct loading *loading, struct error *err)
+{
+    loading->files = malloc(2 * (size_t)loading->entries_n * sizeof *loading->files);
+    if (!loading->files)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
+    for (uint32_t i = 0; i < loading->entries_n; i++) {
+        add_file(loading, &loading->entries[i].weight);
+        add_file(loading, &loading->entries[i].scales);
+    }
+    return STATUS_OK;
+}
+
+static bool on_file_bytes(void *context, uint64_t bytes)
+{
+    struct loading *loading = context;
+    advance(loading, bytes, 0);
+    return !has_failed(loading);
+}
+
+static void check_file(struct loading *loading, const struct tensor_slice *slice)
+{
+    struct error err;
+    if (sums_check(loading->sums, slice->file, slice->label, on_file_bytes, loading, &err) !=
+        STATUS_OK)
+        fail(loading, &err);
+}
+
 static void *load_thread(void *context)
 {
     struct loading *loading = context;
     while (!has_failed(loading)) {
         uint32_t index = atomic_fetch_add_explicit(&loading->next, 1, memory_order_relaxed);
+        if (index < loading->files_n) {
+            check_file(loading, loading->files[index]);
+            continue;
+        }
+        index -= loading->files_n;
         if (index >= loading->entries_n)
             break;
         struct error cause = {0}, err;
@@ -480,8 +531,8 @@ static void load_all(struct loading *loading, uint32_t threads)
 {
     pthread_t helpers[LOAD_THREADS_MAX];
     uint32_t helpers_n = 0;
-    if (threads > loading->entries_n)
-        threads = loading->entries_n;
+    if (threads > loading->entries_n + loading->files_n)
+        threads = loading->entries_n + loading->files_n;
     if (threads > LOAD_THREADS_MAX)
         threads = LOAD_THREADS_MAX;
     // Signals are for the threads that wait for them.
@@ -504,9 +555,10 @@ static void load_all(struct loading *loading, uint32_t threads)
 // Reads and re-lays all entries into new weights, which `list` gets. Frees them again on failure.
 static enum status load_entries(struct weights *weights, const struct weights_load *load,
                                 const struct catalog *catalog, struct rope *rope,
-                                struct weight **list, struct error *err)
+                                const struct sums *sums, struct weight **list, struct error *err)
 {
     struct loading loading = {.weights = weights,
+                              .sums = sums,
                               .load = load,
                               .entries = catalog->entries,
                               .entries_n = catalog->entries_n,
@@ -517,13 +569,16 @@ static enum status load_entries(struct weights *weights, const struct weights_lo
         list[i] = weight_create(weights, load, &catalog->entries[i], rope);
         complete = complete && list[i];
     }
+    if (sums && complete)
+        loading.status = gather_files(&loading, &loading.err);
     if (!complete) {
         loading.status = error_set(&loading.err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
-    } else {
+    } else if (loading.status == STATUS_OK) {
         ASSERT(pthread_mutex_init(&loading.lock, NULL) == 0);
         load_all(&loading, load->threads ? load->threads : 1);
         pthread_mutex_destroy(&loading.lock);
     }
+    free(loading.files);
     if (loading.status == STATUS_OK)
         return STATUS_OK;
     for (uint32_t i = 0; i < catalog->entries_n; i++)
@@ -589,6 +644,7 @@ static enum status load_catalog(struct weights *weights, const struct weights_lo
     enum status status = check_names(weights, catalog, load->replace, err);
     if (status != STATUS_OK)
         return status;
+    struct sums *sums = NULL;
     size_t added_n = catalog->entries_n, merged_max = weights->list_n + added_n;
     struct weight **added = calloc(added_n + 1, sizeof(struct weight *));
     struct weight **replaced = calloc(added_n + 1, sizeof(struct weight *));
@@ -597,7 +653,10 @@ static enum status load_catalog(struct weights *weights, const struct weights_lo
         status = error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
         goto free_lists;
     }
-    status = load_entries(weights, load, catalog, rope, added, err);
+    if (load->checksums && load->checksums[0])
+        status = sums_read(&weights->roots, load->checksums, &sums, err);
+    if (status == STATUS_OK)
+        status = load_entries(weights, load, catalog, rope, sums, added, err);
     if (status != STATUS_OK)
         goto free_lists;
     if (weights->check)
@@ -616,6 +675,7 @@ static enum status load_catalog(struct weights *weights, const struct weights_lo
         weight_unref(replaced[i]);
 
 free_lists:
+    sums_destroy(sums);
     free(merged); // the list before the swap, if there was one
     free(replaced);
     free(added);

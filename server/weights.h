@@ -61,6 +61,7 @@ struct weights_load {
     uint32_t tensor_parallel_size; // 0 means 1
     uint32_t output_dim;           // of 2-D weights; 0 means 1024
     bool replace;
+    const char *checksums; // a file with the SHA-256 of all files that it takes; NULL, "": none
     const struct rope_options *rope; // of every weight; NULL: the first that weights_add_rope gave
     uint32_t threads;                // that load side by side; 0 means 1
     // Called from loading threads as work proceeds; may be NULL. Returns false to give up

@@ -121,7 +121,7 @@ static const char everything[] =
     " \"cut_bytes_max\": 31,"
     " \"weights_roots\": [\"/m\", \"/n\"],"
     " \"weights\": [{\"path\": \"flash\"},"
-    "   {\"path\": \"/n/pro\", \"tensors\": [\"a*\", \"b*\"], \"name_prefix\": \"pro.\","
+    "   {\"path\": \"/n/pro\", \"tensors\": [\"a*\", \"b*\"], \"name_prefix\": \"pro.\", \"checksums\": \"/n/SUMS\","
     "    \"tensor_parallel_rank\": 18, \"tensor_parallel_size\": 19, \"output_dim\": 20}],"
     " \"ropes\": [{\"weights\": \"layers.0.*\", \"theta\": 10000},"
     "   {\"weights\": \"*\", \"theta\": 160000.5, \"factor\": 16, \"original_positions_max\": "
@@ -165,6 +165,7 @@ static void ck_weights_and_ropes(const struct config *config)
     ck_assert_str_eq(flash->path, "flash");
     ck_assert_uint_eq(flash->tensors_n, 0);
     ck_assert_str_eq(flash->name_prefix, "");
+    ck_assert_str_eq(flash->checksums, "");
     ck_assert_uint_eq(flash->tensor_parallel_rank, 0);
     ck_assert_uint_eq(flash->tensor_parallel_size, 1);
     ck_assert_uint_eq(flash->output_dim, 1024);
@@ -173,6 +174,7 @@ static void ck_weights_and_ropes(const struct config *config)
     ck_assert_str_eq(pro->tensors[0], "a*");
     ck_assert_str_eq(pro->tensors[1], "b*");
     ck_assert_str_eq(pro->name_prefix, "pro.");
+    ck_assert_str_eq(pro->checksums, "/n/SUMS");
     ck_assert_uint_eq(pro->tensor_parallel_rank, 18);
     ck_assert_uint_eq(pro->tensor_parallel_size, 19);
     ck_assert_uint_eq(pro->output_dim, 20);
