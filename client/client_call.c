@@ -382,7 +382,7 @@ enum einsum_client_status einsum_client_start(struct einsum_client *client,
     struct einsum_client_call *call = new_call(client, method, effort);
     if (!call)
         return einsum_client_error_set(error, EINSUM_CLIENT_RESOURCE_EXHAUSTED, "no memory");
-    call->expected = einsum_client_expected_of(request);
+    call->expected = einsum_client_expected_of(client, request);
     if (client->shared)
         einsum_client_place(client, request, &call->expected.place);
     status = einsum_client_outgoing_init(&call->outgoing, client, request, request->request_id,

@@ -372,6 +372,7 @@ static grpc_slice pack_load(const struct einsum_client_load *load)
     request.tensors = (char **)load->tensors;
     request.n_tensors = load->tensors_n;
     request.name_prefix = (char *)(load->name_prefix ? load->name_prefix : "");
+    request.checksums = (char *)(load->checksums ? load->checksums : "");
     request.tensor_parallel_rank = load->tensor_parallel_rank;
     request.tensor_parallel_size = load->tensor_parallel_size;
     request.output_dim = load->output_dim;

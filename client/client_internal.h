@@ -152,9 +152,17 @@ struct einsum_client_expected {
     void *output; // NULL: chunks
     uint64_t output_bytes;
     struct einsum_client_place place; // given: the output goes there
+    bool summed;                      // the output's CRC-32C must come, and be right
 };
 struct einsum_client_expected
-einsum_client_expected_of(const struct einsum_client_request *request);
+einsum_client_expected_of(const struct einsum_client *client,
+                          const struct einsum_client_request *request);
+
+// Of what the request sends, if options.checksums asks for it and this side can read it. `place` may
+// be NULL.
+struct einsum_client_sums einsum_client_sums_of(const struct einsum_client *client,
+                                                const struct einsum_client_request *request,
+                                                const struct einsum_client_place *place);
 
 // A received buffer as chunks.
 struct einsum_client_incoming {

@@ -8,6 +8,8 @@
 
 #include "client_internal.h"
 
+#include "crc32c.h"
+
 #include <grpc/byte_buffer_reader.h>
 #include <grpc/slice.h>
 #include <stdlib.h>
@@ -64,6 +66,20 @@ static void add_borrowed(struct einsum_client_outgoing *outgoing, const void *da
         (void *)data, (size_t)bytes, on_slice_unused, &outgoing->borrowed);
 }
 
+struct einsum_client_sums einsum_client_sums_of(const struct einsum_client *client,
+                                                const struct einsum_client_request *request,
+                                                const struct einsum_client_place *place)
+{
+    if (!client->options.checksums || (place && place->cuda))
+        return (struct einsum_client_sums){0};
+    const struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
+    return (struct einsum_client_sums){
+        .given = true,
+        .first = crc32c_extend(0, tensors.first.data, tensors.first.bytes),
+        .second = crc32c_extend(0, tensors.second.data, tensors.second.bytes),
+    };
+}
+
 static void add_copied(struct einsum_client_outgoing *outgoing, const uint8_t *data, size_t bytes)
 {
     if (bytes == 0)
@@ -92,8 +108,10 @@ enum einsum_client_status einsum_client_outgoing_init(struct einsum_client_outgo
     struct einsum_client_tensors tensors = einsum_client_tensors_of(request);
     if (place && place->given)
         tensors.first.bytes = tensors.second.bytes = 0;
-    if (tensors.first.bytes <= max && tensors.second.bytes <= max)
-        einsum_client_frame_write(&frame, request, request_id, streamed, place);
+    if (tensors.first.bytes <= max && tensors.second.bytes <= max) {
+        const struct einsum_client_sums sums = einsum_client_sums_of(client, request, place);
+        einsum_client_frame_write(&frame, request, request_id, streamed, place, &sums);
+    }
     if (frame.message_bytes > max)
         return einsum_client_error_set(
             error, EINSUM_CLIENT_RESOURCE_EXHAUSTED,
@@ -159,7 +177,8 @@ void einsum_client_incoming_deinit(struct einsum_client_incoming *incoming)
     *incoming = (struct einsum_client_incoming){0};
 }
 
-struct einsum_client_expected einsum_client_expected_of(const struct einsum_client_request *request)
+struct einsum_client_expected einsum_client_expected_of(const struct einsum_client *client,
+                                                        const struct einsum_client_request *request)
 {
     return (struct einsum_client_expected){
         .request_id = request->request_id,
@@ -168,6 +187,7 @@ struct einsum_client_expected einsum_client_expected_of(const struct einsum_clie
         .digest_only = request->digest_only,
         .output = request->output,
         .output_bytes = request->output ? request->output_bytes : 0,
+        .summed = client->options.checksums,
     };
 }
 
@@ -231,6 +251,25 @@ static void lend_chunks(struct einsum_client_incoming *incoming,
     response->chunks_n = kept;
 }
 
+// `crc`: of the output where the caller will read it.
+static enum einsum_client_status check_sum(const struct einsum_client_expected *expected,
+                                           const struct einsum_client_response *response,
+                                           uint32_t crc, struct einsum_client_error *error)
+{
+    if (!response->has_output_crc32c)
+        return einsum_client_error_set(error, EINSUM_CLIENT_UNIMPLEMENTED,
+                                       "the server sends no CRC-32C of outputs, which "
+                                       "options.checksums asks for");
+    // A digest's is of what stays there.
+    if (expected->digest_only || crc == response->output_crc32c)
+        return EINSUM_CLIENT_OK;
+    return einsum_client_error_set(error, EINSUM_CLIENT_DATA_LOSS,
+                                   "output: expected CRC-32C 0x%08x, as the reply says, got 0x%08x "
+                                   "of the %llu bytes that came",
+                                   response->output_crc32c, crc,
+                                   (unsigned long long)response->output_bytes);
+}
+
 enum einsum_client_status einsum_client_accept_placed(const struct einsum_client_expected *expected,
                                                       struct einsum_client_response *response,
                                                       struct einsum_client_error *error)
@@ -244,7 +283,18 @@ enum einsum_client_status einsum_client_accept_placed(const struct einsum_client
     enum einsum_client_status status = check_shape(expected, response, error);
     if (status == EINSUM_CLIENT_OK && expected->place.staged_output)
         memcpy(expected->output, expected->place.staged_output, response->output_bytes);
-    return status;
+    if (status != EINSUM_CLIENT_OK || !expected->summed || expected->place.cuda)
+        return status;
+    return check_sum(expected, response, crc32c_extend(0, expected->output, response->output_bytes),
+                     error);
+}
+
+static uint32_t sum_chunks(const struct einsum_client_response *response)
+{
+    uint32_t crc = 0;
+    for (size_t i = 0; i < response->chunks_n; i++)
+        crc = crc32c_extend(crc, response->chunks[i].data, response->chunks[i].bytes);
+    return crc;
 }
 
 enum einsum_client_status einsum_client_accept(const struct einsum_client_expected *expected,
@@ -261,12 +311,16 @@ enum einsum_client_status einsum_client_accept(const struct einsum_client_expect
         return status;
     if (!expected->output) {
         lend_chunks(incoming, &reply->output, response);
-        return EINSUM_CLIENT_OK;
+        return expected->summed ? check_sum(expected, response, sum_chunks(response), error)
+                                : EINSUM_CLIENT_OK;
     }
     if (response->output_bytes > expected->output_bytes)
         return einsum_client_error_set(
             error, EINSUM_CLIENT_INVALID_ARGUMENT, "output: holds %llu bytes, the reply has %llu",
             (unsigned long long)expected->output_bytes, (unsigned long long)response->output_bytes);
     einsum_client_reader_copy(reply->output, expected->output, response->output_bytes);
-    return EINSUM_CLIENT_OK;
+    if (!expected->summed)
+        return EINSUM_CLIENT_OK;
+    return check_sum(expected, response, crc32c_extend(0, expected->output, response->output_bytes),
+                     error);
 }

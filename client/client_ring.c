@@ -176,6 +176,8 @@ static void translate(struct einsum_client_ring_call *call,
         response->queue_ns = from->queue_ns;
         response->run_ns = from->run_ns;
         response->parts = from->parts;
+        response->has_output_crc32c = from->checksums & EINSUM_RING_SUM_OUTPUT;
+        response->output_crc32c = from->output_crc32c;
         einsum_client_accept_placed(&call->expected, response, &call->error);
         return;
     }
@@ -467,7 +469,7 @@ static bool prepare(struct einsum_client *client, const struct einsum_client_req
         (kernel[0] && !einsum_client_shared_number(shared, EINSUM_SHARED_KERNEL, kernel,
                                                    &call->submission.kernel, &epoch)))
         return false;
-    call->expected = einsum_client_expected_of(request);
+    call->expected = einsum_client_expected_of(client, request);
     if (!einsum_client_place(client, request, &call->expected.place))
         return false;
     struct einsum_ring_submission *submission = &call->submission;
@@ -489,6 +491,11 @@ static bool prepare(struct einsum_client *client, const struct einsum_client_req
     submission->scales_bytes = place->scales_bytes;
     submission->output_offset = place->output_offset;
     submission->output_bytes = place->output_bytes;
+    const struct einsum_client_sums sums = einsum_client_sums_of(client, request, place);
+    submission->checksums =
+        sums.given ? EINSUM_RING_SUM_FIRST | EINSUM_RING_SUM_SECOND | EINSUM_RING_SUM_OUTPUT : 0;
+    submission->first_crc32c = sums.first;
+    submission->second_crc32c = sums.second;
     uint32_t deadline_ms =
         request->deadline_ms ? request->deadline_ms : client->options.deadline_ms;
     call->started_ns = einsum_client_now_ns();

@@ -493,7 +493,7 @@ enum einsum_client_status einsum_client_stream_submit(struct einsum_client_strea
         free_slot(stream, slot);
         return status;
     }
-    slot->expected = einsum_client_expected_of(request);
+    slot->expected = einsum_client_expected_of(stream->client, request);
     slot->on_response = on_response;
     slot->context = context;
     slot->started_ns = einsum_client_now_ns();

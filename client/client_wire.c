@@ -112,9 +112,19 @@ static uint8_t *put_place(uint8_t *to, uint32_t number, const struct einsum_clie
     return to + bytes;
 }
 
+static uint8_t *put_sum(uint8_t *to, uint32_t number, uint32_t sum)
+{
+    to = put_varint(put_tag(to, number, EINSUM_CLIENT_WIRE_BYTES), 1 + sizeof sum);
+    to = put_tag(to, 1, EINSUM_CLIENT_WIRE_FIXED32);
+    for (int i = 0; i < 4; i++)
+        *to++ = (uint8_t)(sum >> (8 * i));
+    return to;
+}
+
 void einsum_client_frame_write(struct einsum_client_frame *frame,
                                const struct einsum_client_request *request, uint64_t request_id,
-                               bool streamed, const struct einsum_client_place *place)
+                               bool streamed, const struct einsum_client_place *place,
+                               const struct einsum_client_sums *sums)
 {
     bool project = request->operation == EINSUM_CLIENT_OUTPUT_PROJECT;
     bool placed = place && place->given;
@@ -129,6 +139,11 @@ void einsum_client_frame_write(struct einsum_client_frame *frame,
                   : put_scalars(body, request, request_id);
     if (placed)
         end = put_place(end, project ? 11 : 16, place);
+    if (sums->given) {
+        end = put_sum(end, project ? 13 : 18, sums->first);
+        end = put_sum(end, project ? 14 : 19, sums->second);
+        end = put_number(end, project ? 15 : 20, 1);
+    }
     end = put_tensor_start(end, project ? 8 : 13, tensors.first.bytes);
     size_t body_bytes = (size_t)(end - body);
 
@@ -430,6 +445,17 @@ static bool read_batch(struct einsum_client_reader reader, struct einsum_client_
     return sound && !reader.broken;
 }
 
+static bool read_sum(struct einsum_client_reader reader, struct einsum_client_response *response)
+{
+    bool sound = true;
+    struct einsum_client_wire_field field;
+    response->has_output_crc32c = true;
+    while (einsum_client_reader_next(&reader, &field))
+        if (field.number == 1 && is(&field, EINSUM_CLIENT_WIRE_FIXED32, &sound))
+            response->output_crc32c = (uint32_t)field.value;
+    return sound && !reader.broken;
+}
+
 static void set_response_number(struct einsum_client_response *response, uint32_t number,
                                 uint64_t value)
 {
@@ -481,6 +507,10 @@ static bool read_response(struct einsum_client_reader reader, struct einsum_clie
         case 8:
             if (is(&field, EINSUM_CLIENT_WIRE_BYTES, &sound))
                 sound = sound && read_batch(field.bytes, response);
+            break;
+        case 9:
+            if (is(&field, EINSUM_CLIENT_WIRE_BYTES, &sound))
+                sound = sound && read_sum(field.bytes, response);
             break;
         default:
             break;

@@ -39,12 +39,19 @@ struct einsum_client_frame {
     uint64_t message_bytes; // of all, tensors included
 };
 
+// The CRC-32C of a request's two tensors; the answer is asked for that of the output, too.
+struct einsum_client_sums {
+    bool given;
+    uint32_t first, second;
+};
+
 // `request_id` goes on the wire in place of the request's own. `streamed` wraps it as
 // EinsumStreamRequest. The strings must be within the limits of the next two. With a `place` that is
 // given, it takes the tensors' place; NULL: none.
 void einsum_client_frame_write(struct einsum_client_frame *frame,
                                const struct einsum_client_request *request, uint64_t request_id,
-                               bool streamed, const struct einsum_client_place *place);
+                               bool streamed, const struct einsum_client_place *place,
+                               const struct einsum_client_sums *sums);
 enum { EINSUM_CLIENT_WEIGHT_BYTES_MAX = 256, EINSUM_CLIENT_EQUATION_BYTES_MAX = 64 };
 
 // A place in a message: what is left of it, or of a field within it.

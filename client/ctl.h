@@ -139,6 +139,11 @@ json_t *ctl_weight_json(const struct einsum_client_weight *weight);
             "grpc (default), shm (gRPC, tensors in shared memory), ring (all of it there), or "    \
             "auto: the best that the server offers"                                                \
     }
+// Likewise; it sets options.checksums.
+#define CTL_OPTION_CHECKSUMS                                                                       \
+    {                                                                                              \
+        "checksums", NULL, "send tensors with their CRC-32C, and check that of outputs"            \
+    }
 NODISCARD bool ctl_transport(const struct ctl_args *args, int option,
                              struct einsum_client_options *options);
 

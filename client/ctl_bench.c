@@ -29,6 +29,7 @@ enum {
     OPT_SEED,
     OPT_KERNEL,
     OPT_TRANSPORT,
+    OPT_CHECKSUMS,
     OPT_SPIN,
     OPT_PRIORITY,
     OPT_PLOT,
@@ -58,6 +59,7 @@ static const struct ctl_option options[] = {
     [OPT_SEED] = {"seed", "N", "default 1"},
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
     [OPT_TRANSPORT] = CTL_OPTION_TRANSPORT,
+    [OPT_CHECKSUMS] = CTL_OPTION_CHECKSUMS,
     [OPT_SPIN] = {"spin", "US",
                   "of a ring: microseconds to look for an answer before sleeping; default 50"},
     [OPT_PRIORITY] = {"priority", "P", "low, normal (default) or high"},
@@ -129,6 +131,7 @@ static bool read_options(const struct ctl_args *args, struct bench_command *comm
         !ctl_number(args, OPT_SPIN, 0, 10000, &spin_us))
         return false;
     command->client.spin_us = (uint32_t)spin_us;
+    command->client.checksums = ctl_has(args, OPT_CHECKSUMS);
     if (!ctl_has(args, OPT_RETRY) && !command->ctl->retry_ms)
         command->client.attempts_max = 1;
     uint64_t streams = connections < concurrency ? connections : concurrency;

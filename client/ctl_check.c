@@ -36,6 +36,7 @@ enum {
     OPT_KERNEL,
     OPT_ATTENTION,
     OPT_TRANSPORT,
+    OPT_CHECKSUMS,
     OPT_ROPE
 };
 enum { TOKENS_MAX = 32, REPEAT_MAX = 10000 };
@@ -51,6 +52,7 @@ static const struct ctl_option options[] = {
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
     [OPT_ATTENTION] = {"attention", NULL, "check OutputProject: BF16 attention and positions in"},
     [OPT_TRANSPORT] = CTL_OPTION_TRANSPORT,
+    [OPT_CHECKSUMS] = CTL_OPTION_CHECKSUMS,
     CTL_OPTIONS_ROPE(OPT_ROPE, "with --attention, of all weights: ",
                      "in place of theta, .safetensors or .npy here"),
     {0},
@@ -560,6 +562,7 @@ static enum ctl_exit run_check(struct ctl *ctl, const struct ctl_args *args)
                                      check.tokens, TOKENS_MAX);
     struct einsum_client_options client;
     ctl_client_options(ctl, &client);
+    client.checksums = ctl_has(args, OPT_CHECKSUMS);
     if (check.tokens_n == 0 || !ctl_number(args, OPT_WEIGHTS, 1, SIZE_MAX, &weights_max) ||
         !ctl_number(args, OPT_REPEAT, 1, REPEAT_MAX, &check.repeat) ||
         !ctl_number(args, OPT_SEED, 0, UINT64_MAX, &check.seed) ||

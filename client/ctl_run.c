@@ -26,6 +26,7 @@ enum {
     OPT_OUTPUT,
     OPT_DIGEST,
     OPT_KERNEL,
+    OPT_CHECKSUMS,
 };
 
 static const struct ctl_option options[] = {
@@ -47,6 +48,7 @@ static const struct ctl_option options[] = {
     [OPT_OUTPUT] = {"output", "FILE", "write [T, G, D] as .npy (BF16 as uint16) or .safetensors"},
     [OPT_DIGEST] = {"digest", NULL, "ask for a digest in place of the output"},
     [OPT_KERNEL] = CTL_OPTION_KERNEL,
+    [OPT_CHECKSUMS] = CTL_OPTION_CHECKSUMS,
     {0},
 };
 
@@ -345,7 +347,10 @@ static enum ctl_exit run_all(struct run *run)
         return ctl_usage_error("run: --digest and --output exclude each other");
     if (ctl_has(run->args, OPT_POSITIONS) && !attention)
         return ctl_usage_error("run: --positions needs --attention");
-    if (!ctl_connect(run->ctl, NULL))
+    struct einsum_client_options client;
+    ctl_client_options(run->ctl, &client);
+    client.checksums = ctl_has(run->args, OPT_CHECKSUMS);
+    if (!ctl_connect(run->ctl, &client))
         return CTL_USAGE;
     struct einsum_client_error error;
     if (einsum_client_get_weight(run->ctl->client, name, &run->weight, &error) != EINSUM_CLIENT_OK)

@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-enum { OPT_REPLACE, OPT_TENSORS, OPT_PREFIX, OPT_RANK, OPT_SIZE, OPT_DIM, OPT_ROPE };
+enum { OPT_REPLACE, OPT_TENSORS, OPT_PREFIX, OPT_SUMS, OPT_RANK, OPT_SIZE, OPT_DIM, OPT_ROPE };
 
 static const struct ctl_option options[] = {
     [OPT_REPLACE] = {"replace", NULL, "load: replace resident weights of the same names"},
@@ -13,6 +13,8 @@ static const struct ctl_option options[] = {
                      "load: shell pattern of tensor names, may be repeated; default "
                      "*.attn.wo_a.weight"},
     [OPT_PREFIX] = {"name-prefix", "P", "load: put before each name; default none"},
+    [OPT_SUMS] = {"sha256sums", "FILE",
+                  "load: on the server, as sha256sum writes it, of its files"},
     [OPT_RANK] = {"tp-rank", "N", "load: hold this rank's share of the groups; default 0"},
     [OPT_SIZE] = {"tp-size", "N", "load: of so many ranks; default 1"},
     [OPT_DIM] = {"output-dim", "D", "load: D of weights stored as [G*D, R]; default 1024"},
@@ -109,6 +111,7 @@ static enum ctl_exit load(struct ctl *ctl, const struct ctl_args *args, const ch
         .tensors = tensors,
         .tensors_n = ctl_values(args, OPT_TENSORS, tensors),
         .name_prefix = ctl_value(args, OPT_PREFIX),
+        .checksums = ctl_value(args, OPT_SUMS),
         .tensor_parallel_rank = (uint32_t)rank,
         .tensor_parallel_size = (uint32_t)size,
         .output_dim = (uint32_t)output_dim,

@@ -161,6 +161,10 @@ struct einsum_client_options {
     // A call is tried again for so long after its start, in place of attempts_max; default 0: by
     // attempts_max. What is tried once, by attempts_max 1 or as loads are, still is.
     uint32_t retry_ms;
+    // Requests carry the CRC-32C of their tensors, which the server checks, and replies that of the
+    // output, which is checked here: DATA_LOSS, not tried again. Not of tensors in CUDA memory. A
+    // server that knows no checksums is UNIMPLEMENTED. Default false.
+    bool checksums;
 };
 EINSUM_CLIENT_API void einsum_client_options_init(struct einsum_client_options *options);
 
@@ -306,7 +310,9 @@ struct einsum_client_response {
     // and nanoseconds from decoded to launched and from launched to done.
     uint32_t batch_tokens, batch_bucket, batch_requests;
     uint64_t queue_ns, run_ns;
-    uint32_t parts; // that it was cut into, since it was larger than a batch; 0: it was not
+    uint32_t parts;         // that it was cut into, since it was larger than a batch; 0: it was not
+    bool has_output_crc32c; // as options.checksums asks for
+    uint32_t output_crc32c;
     // Seen from here: from the start of the call to its end, attempts and pauses included.
     uint64_t latency_ns;
     uint32_t attempts;
@@ -431,6 +437,7 @@ struct einsum_client_load {
     uint32_t output_dim;           // 0 means 1024
     bool replace;
     const struct einsum_client_rope *rope; // of all; NULL: by the server's configuration
+    const char *checksums; // there: SHA-256 of its files, as sha256sum writes them; NULL: none
     // Called as the server reports, on the client's thread; may be NULL. false gives up: nothing is
     // loaded, and the call ends with CANCELLED.
     bool (*on_progress)(void *context, const struct einsum_client_progress *progress);

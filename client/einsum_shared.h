@@ -114,6 +114,14 @@ enum einsum_ring_op {
     EINSUM_RING_OUTPUT_PROJECT = 1,
 };
 
+// See Crc32c in einsum.proto. A daemon from before there were checksums leaves the bits of a
+// completion 0.
+enum einsum_ring_sum {
+    EINSUM_RING_SUM_FIRST = 1,
+    EINSUM_RING_SUM_SECOND = 2,
+    EINSUM_RING_SUM_OUTPUT = 4,
+};
+
 // As an EinsumRequest or OutputProjectRequest, whose enums and rules it shares.
 struct einsum_ring_submission {
     uint64_t id; // echoed; otherwise free
@@ -128,18 +136,20 @@ struct einsum_ring_submission {
     uint64_t activations_offset, activations_bytes, scales_offset, scales_bytes;
     uint64_t output_offset, output_bytes; // room
     uint32_t priority;                    // 0: normal
-    uint32_t reserved[3];
+    uint32_t checksums;                   // bits of EINSUM_RING_SUM_*: what to check, and to tell
+    uint32_t first_crc32c, second_crc32c; // of activations, scales; of attention, positions
 };
 
 struct einsum_ring_completion {
     uint64_t id;
-    uint32_t status; // gRPC's; 0: OK
+    uint16_t status;    // gRPC's; 0: OK
+    uint16_t checksums; // EINSUM_RING_SUM_OUTPUT: output_crc32c is told
     uint32_t retry_after_ms;
     uint32_t tokens, groups, output_dim;
     uint32_t batch_tokens, batch_bucket, batch_requests;
     uint64_t queue_ns, run_ns;
     uint32_t parts; // that it was cut into: see BatchInfo; 0: it was not
-    uint32_t reserved;
+    uint32_t output_crc32c;
     // Unless OK: the field at fault, if one is, and why; both terminated.
     char field[EINSUM_SHARED_FIELD_BYTES];
     char text[384];

@@ -14,7 +14,8 @@ cd "$(dirname "$0")/.."
 build_packages=(
     gcc libc6-dev cmake ninja-build pkg-config
     libgrpc-dev libuv1-dev libjansson-dev zlib1g-dev libsystemd-dev
-    libmicrohttpd-dev libcurl4-openssl-dev libssl-dev
+    libisal-dev libssl-dev
+    libmicrohttpd-dev libcurl4-openssl-dev
     libprotobuf-c-dev protobuf-c-compiler
     protobuf-compiler libprotobuf-dev # libprotobuf-dev has descriptor.proto and any.proto
 )

@@ -172,6 +172,7 @@ static struct batch *batch_open_locked(struct batcher *batcher)
     batch->input_used = batch->output_used = 0;
     batch->input_staged = batch->output_staged = 0;
     batch->tokens = batch->filling = batch->held = batch->jobs_n = 0;
+    batch->hurried = false;
     batch->priority = JOB_PRIORITY_LOW;
     batch->share_end = UINT64_MAX;
     batch->share_start_last = 0;
@@ -250,7 +251,7 @@ static uint64_t batch_launch_at_ns_locked(const struct batcher *batcher, const s
     if (batch->jobs_n == 0)
         return UINT64_MAX;
     uint64_t delay_ns = (uint64_t)batcher->options.max_queue_delay_us * 1000;
-    return delay_ns ? batch->first_commit_ns + delay_ns : 0;
+    return delay_ns && !batch->hurried ? batch->first_commit_ns + delay_ns : 0;
 }
 
 uint64_t batcher_launch_at_ns_locked(const struct batcher *batcher)
@@ -681,6 +682,7 @@ void batcher_commit(struct batcher *batcher, struct job *job)
     if (batch->jobs_n == 0)
         batch->first_commit_ns = queued_ns;
     batch->jobs[batch->jobs_n++] = job;
+    batch->hurried = batch->hurried || job->hurried;
     batch->filling--;
     // A turn is due that nobody has set out to take.
     bool due = batcher_launch_at_ns_locked(batcher) < batcher->scheduler_wakes_at_ns;

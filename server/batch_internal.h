@@ -35,6 +35,7 @@ struct batch {
     struct job **jobs;                    // committed
     uint32_t jobs_n;
     uint64_t first_commit_ns;   // of jobs[0]
+    bool hurried;               // one of them is
     enum job_priority priority; // of the job that stands first in it
     uint64_t share_end;         // of the same
     uint64_t share_start_last;  // of all its jobs

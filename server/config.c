@@ -143,6 +143,8 @@ static const struct key weights_keys[] = {
      STRING(tensors, 1, 255, "[]", "shell patterns of tensor names; none: \"*.attn.wo_a.weight\"")},
     {STRING(name_prefix, 0, 127, "\"\"",
             "put before each name, so that two models can be resident together")},
+    {STRING(checksums, 0, STRING_BYTES_MAX, "\"\"",
+            "SHA-256 of its files, as sha256sum lists them; read whole; \"\": none")},
     {U32(tensor_parallel_rank, 0, EINSUM_GROUPS_MAX - 1, "0", NULL,
          "which share of the groups to hold, counted from 0")},
     {U32(tensor_parallel_size, 1, EINSUM_GROUPS_MAX, "1", NULL,
@@ -271,7 +273,7 @@ static const struct key config_keys[] = {
 
     {SECTION("batching"), U32(request_tokens_max, 1, EINSUM_TOKENS_MAX, "8192", "tokens",
                               "of one request; past batch_tokens_max it is cut into parts")},
-    {U32(batch_tokens_max, SELFTEST_TOKENS, EINSUM_TOKENS_MAX, "512", "tokens",
+    {U32(batch_tokens_max, 2, EINSUM_TOKENS_MAX, "512", "tokens",
          "of one batch, all its requests together")},
     {LIST(0, CONFIG_BUCKETS_MAX, buckets),
      U32(buckets, 1, EINSUM_TOKENS_MAX, "[]", "tokens",
@@ -303,6 +305,12 @@ static const struct key config_keys[] = {
     {RELOADABLE, LIST(0, CONFIG_ROPES_MAX, ropes),
      OBJECT(ropes, &rope_table, "[]",
             "how positions turn; OutputProject needs one for its weight")},
+    {U32(scrub_seconds, 0, 30 * (DAY_MS / 1000), "3600", "seconds",
+         "in which, while idle, all weights are read again from the device and compared with what "
+         "was "
+         "loaded; 0: never")},
+    {U32(nan_sample, 0, 1 << 20, "16", "requests",
+         "of which one is looked at for NaN in its output, for /metrics and the log; 0: none is")},
     {U32(load_threads, 0, 256, "0", "threads", "that load weights at start; 0: one per core")},
 
     {SECTION("running"), RELOADABLE,
@@ -316,7 +324,10 @@ static const struct key config_keys[] = {
      U32(watchdog_ms, 0, DAY_MS, "30000", "milliseconds",
          "that a batch or thread may hang, then NOT_SERVING, and soon exit status 4; 0: no watch")},
     {RELOADABLE,
-     BOOL(self_test_at_start, "true", "compare every weight with known answers before serving")},
+     BOOL(self_test_at_start, "true",
+          "compare every weight with known answers, by every kernel, before serving")},
+    {BOOL(self_test_at_load, "true",
+          "the same for weights that are loaded later, before they become visible")},
     {RELOADABLE, ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
     {RELOADABLE, ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},
 };

@@ -41,6 +41,7 @@ struct config_weights { // one entry of "weights": what to load at start; as Loa
     char *tensors[CONFIG_TENSORS_MAX];
     size_t tensors_n;
     char *name_prefix; // never NULL
+    char *checksums;   // likewise
     uint32_t tensor_parallel_rank;
     uint32_t tensor_parallel_size;
     uint32_t output_dim;
@@ -141,13 +142,16 @@ struct config {
     size_t weights_n;
     struct config_rope ropes[CONFIG_ROPES_MAX]; // of weights loaded at start and by LoadWeights
     size_t ropes_n;
-    uint32_t load_threads; // at start; 0 (default): one per core
+    uint32_t scrub_seconds; // of a pass over all weights in memory; 0: none; default 3600
+    uint32_t nan_sample;    // requests, of which one is looked at; 0: none; default 16
+    uint32_t load_threads;  // at start; 0 (default): one per core
 
     // running
     uint32_t drain_grace_ms;    // after SIGTERM, for requests in flight; default 30000
     uint32_t lame_duck_ms;      // after SIGTERM, serving on as NOT_SERVING; default 0
     uint32_t watchdog_ms;       // see watchdog.h; 0: off; default 30000
     bool self_test_at_start;    // default true
+    bool self_test_at_load;     // default true
     enum log_level log_level;   // "debug", "info" (default), "warn", "error"
     enum log_format log_format; // "plain" (default), "json"
 };

@@ -182,6 +182,8 @@ static void end(struct cut *cut, struct part *part)
         batcher_release(cut->options.batcher, &part->job);
         return;
     }
+    if (cut->options.look)
+        cut->options.look(cut->options.whole, &part->job);
     if (part == cut->parts)
         describe(cut->options.whole, &part->job);
     if (placement->region && placement->output.bytes > 0) {

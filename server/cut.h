@@ -35,6 +35,8 @@ struct cut_options {
     struct copy_counters *copies;
     // Copies in what a part needs. On failure the part is as it was: DECODING.
     enum status (*fill)(struct job *whole, const struct job *part, struct error *err);
+    // A part went well, and still has its tensors. NULL: nobody asks.
+    void (*look)(struct job *whole, const struct job *part);
 };
 
 // Private to cut.c but for the parts, and what the owner of a reply keeps in it.

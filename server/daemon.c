@@ -24,6 +24,7 @@
 #include "projection.h"
 #include "reload.h"
 #include "rope.h"
+#include "scrub.h"
 #include "rpc.h"
 #include "service.h"
 #include "sharing.h"
@@ -281,10 +282,11 @@ NODISCARD static enum status load_weights(struct daemon *daemon, struct error *e
             .tensors = (const char *const *)entry->tensors,
             .tensors_n = entry->tensors_n,
             .name_prefix = entry->name_prefix,
+            .checksums = entry->checksums,
             .tensor_parallel_rank = entry->tensor_parallel_rank,
             .tensor_parallel_size = entry->tensor_parallel_size,
             .output_dim = entry->output_dim,
-            .origin = reload_origin(i),
+            .tag = reload_tag(i),
             .threads = config->load_threads,
             .progress = on_load_progress,
             .progress_context = &logged_ns,
@@ -326,9 +328,7 @@ NODISCARD static enum status create_batcher(struct daemon *daemon, struct error 
 }
 
 struct self_test {
-    struct batcher *batcher;
-    bool wgmma; // see verify_weight
-    uint32_t weights_n;
+    struct verify verify;
     struct error error; // of the first weight that failed
 };
 
@@ -337,30 +337,46 @@ static void self_test_weight(void *argument, struct weight *weight)
     struct self_test *test = argument;
     if (test->error.status != STATUS_OK)
         return;
-    struct verify_result result;
-    if (verify_weight(test->batcher, weight, 0, test->wgmma, &result, &test->error) != STATUS_OK)
-        return;
-    test->weights_n++;
-    if (!result.verdict.passed)
-        error_set(&test->error, STATUS_DATA_LOSS, "self-test of weight \"%s\" failed: %s",
-                  weight->name, result.verdict.message);
+    test->error.status = verify_or_refuse(&test->verify, weight, &test->error);
+}
+
+static struct verify verify_of(const struct service_context *context)
+{
+    return (struct verify){
+        .batcher = context->batcher, .ops = context->engine_ops, .engine = context->engine};
+}
+
+// Of a load that is about to become visible.
+static enum status check_loaded(void *argument, struct weight *const *loaded, uint32_t loaded_n,
+                                struct error *err)
+{
+    struct verify verify = verify_of(argument);
+    uint64_t started_ns = now_ns();
+    enum status status = STATUS_OK;
+    for (uint32_t i = 0; i < loaded_n && status == STATUS_OK; i++)
+        status = verify_or_refuse(&verify, loaded[i], err);
+    if (status == STATUS_OK)
+        LOG(INFO, "self-test passed", LOG_U64("weights", verify.weights_n),
+            LOG_U64("requests", verify.requests_n),
+            LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
+    return status;
 }
 
 NODISCARD static enum status self_test(struct daemon *daemon, struct error *err)
 {
     struct service_context *context = &daemon->context;
-    if (!daemon->config->self_test_at_start || context->engine_ops == &engine_null)
-        return STATUS_OK; // the null engine's answers are no answers
-    struct self_test test = {
-        .batcher = context->batcher,
-        .wgmma = engine_may_sum_by_wgmma(context->engine_ops, context->engine, 0),
-    };
+    if (daemon->config->self_test_at_load)
+        weights_set_check(context->weights, check_loaded, context);
+    if (!daemon->config->self_test_at_start)
+        return STATUS_OK;
+    struct self_test test = {.verify = verify_of(context)};
     uint64_t started_ns = now_ns();
     weights_visit(context->weights, self_test_weight, &test);
     if (test.error.status != STATUS_OK)
         *err = test.error;
     else
-        LOG(INFO, "self-test passed", LOG_U64("weights", test.weights_n),
+        LOG(INFO, "self-test passed", LOG_U64("weights", test.verify.weights_n),
+            LOG_U64("requests", test.verify.requests_n),
             LOG_U64("ms", (now_ns() - started_ns) / 1000000u));
     return test.error.status;
 }
@@ -411,6 +427,21 @@ NODISCARD static enum status start_sharing(struct daemon *daemon, struct error *
     if (status == STATUS_OK)
         status = sharing_start(context->sharing, context->regions, context->rings, err);
     return status;
+}
+
+NODISCARD static enum status start_scrub(struct daemon *daemon, struct error *err)
+{
+    struct service_context *context = &daemon->context;
+    if (daemon->config->scrub_seconds == 0 || !context->engine_ops->weight_sum)
+        return STATUS_OK;
+    const struct scrub_options options = {
+        .weights = context->weights,
+        .ops = context->engine_ops,
+        .engine = context->engine,
+        .batcher = context->batcher,
+        .seconds = daemon->config->scrub_seconds,
+    };
+    return scrub_create(&options, &context->scrub, err);
 }
 
 NODISCARD static enum status start_tracing(struct daemon *daemon, struct error *err)
@@ -794,6 +825,7 @@ static void stop(struct daemon *daemon)
         health_destroy(context->health);
     reflection_deinit();
     reload_destroy(context->reload);
+    scrub_destroy(context->scrub);
     if (context->batcher)
         batcher_destroy(context->batcher);
     if (context->weights)
@@ -831,6 +863,8 @@ NODISCARD static enum status start(struct daemon *daemon, struct error *err)
         status = health_create(&context->health, err);
     if (status == STATUS_OK)
         status = start_tracing(daemon, err);
+    if (status == STATUS_OK)
+        status = start_scrub(daemon, err);
     if (status == STATUS_OK)
         status = start_serving(daemon, err);
     if (status == STATUS_OK)

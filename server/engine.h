@@ -41,7 +41,11 @@ struct engine_weight_source {
                      uint64_t bytes); // since the last call; may be NULL
 };
 
-enum { ENGINE_KERNELS_MAX = 8, ENGINE_BUCKETS_MAX = 64 };
+enum {
+    ENGINE_KERNELS_MAX = 8,
+    ENGINE_BUCKETS_MAX = 64,
+    ENGINE_CHECKS_MAX = 6 * ENGINE_BUCKETS_MAX
+};
 
 // One request's share of a batch. All pointers of the operand lie in the batch's memory, or in memory
 // of somebody else that the engine has been told of (memory_register, memory_import). The owner of
@@ -95,6 +99,14 @@ struct engine_info {
     uint64_t graph_replays, eager_launches; // so far: of captured graphs, of kernels outside them
 };
 
+// One request of the known-answer check.
+struct engine_check {
+    uint32_t tokens;
+    uint32_t kernel; // see struct engine_segment
+    bool wide;       // with scales that are not summed in FP32
+    bool once;       // what it tells is of the kernel, not of the weight: one of a format is enough
+};
+
 struct engine_ops {
     const char *name;
     uint32_t lanes_default; // batches in flight that keep the device busy
@@ -119,6 +131,17 @@ struct engine_ops {
                                          struct engine_weight **weight, struct error *err);
     void (*weight_free)(struct engine *engine, struct engine_weight *weight);
     uint64_t (*weight_bytes)(const struct engine_weight *weight); // held on the device
+    // Extends a CRC-32C by so many bytes of what the device holds of a weight, from `offset` on, as they
+    // are there now. Any thread; on a GPU they are read back. UNAVAILABLE: the device is lost. NULL:
+    // nothing is held.
+    NODISCARD enum status (*weight_sum)(struct engine *engine, const struct engine_weight *weight,
+                                        uint64_t offset, uint64_t bytes, uint32_t *crc,
+                                        struct error *err);
+    // The requests that between them, with scales of either type, run every kernel that requests for a
+    // weight of this format may be given, by whatever number of tokens. Returns how many. NULL: answers
+    // are no answers, and there is nothing to check.
+    uint32_t (*checks)(const struct engine *engine, const struct einsum_weight_format *format,
+                       struct engine_check checks[ENGINE_CHECKS_MAX]);
 
     // Memory that the device can reach, page-aligned and touched, so that its cost shows at start.
     NODISCARD enum status (*memory_alloc)(struct engine *engine, uint64_t bytes, void **memory,

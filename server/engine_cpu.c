@@ -26,6 +26,7 @@
 
 #include "../kernels/attention.h"
 #include "../kernels/cpu/cpu.h"
+#include "../client/crc32c.h"
 #include "engine.h"
 #include "futex.h"
 
@@ -445,6 +446,42 @@ static uint64_t cpu_weight_bytes_held(const struct engine_weight *weight)
     return weight->bytes;
 }
 
+static enum status cpu_weight_sum(struct engine *engine, const struct engine_weight *weight,
+                                  uint64_t offset, uint64_t bytes, uint32_t *crc, struct error *err)
+{
+    (void)engine;
+    (void)err;
+    ASSERT(offset <= weight->bytes && bytes <= weight->bytes - offset);
+    *crc = crc32c_extend(*crc, (const uint8_t *)weight->cpu.memory + offset, bytes);
+    return STATUS_OK;
+}
+
+// Up to 8 tokens of a weight are streamed, four at a time at most; more are multiplied in rows of six.
+// kernels/cpu has code of its own for each number that may be over.
+static uint32_t cpu_checks(const struct engine *engine, const struct einsum_weight_format *format,
+                           struct engine_check checks[ENGINE_CHECKS_MAX])
+{
+    static const struct engine_check all[] = {
+        {.tokens = 1},
+        {.tokens = 9}, // six and three
+        {.tokens = 1, .wide = true},
+        {.tokens = 2, .once = true},
+        {.tokens = 3, .once = true},
+        {.tokens = 4, .once = true},
+        {.tokens = 8, .once = true},
+        {.tokens = 10, .once = true}, // six and four, and so on
+        {.tokens = 11, .once = true},
+        {.tokens = 12, .once = true},
+        {.tokens = 13, .once = true},
+        {.tokens = 14, .once = true},
+        {.tokens = 3, .wide = true, .once = true},
+    };
+    (void)engine;
+    (void)format;
+    memcpy(checks, all, sizeof all);
+    return ARRAY_LEN(all);
+}
+
 static enum status cpu_memory_alloc(struct engine *engine, uint64_t bytes, void **memory,
                                     struct error *err)
 {
@@ -662,6 +699,8 @@ const struct engine_ops engine_cpu = {
     .weight_load = cpu_weight_load,
     .weight_free = cpu_weight_free,
     .weight_bytes = cpu_weight_bytes_held,
+    .weight_sum = cpu_weight_sum,
+    .checks = cpu_checks,
     .memory_alloc = cpu_memory_alloc,
     .memory_free = cpu_memory_free,
     .memory_register = engine_host_memory_register,

@@ -124,6 +124,11 @@ NODISCARD enum status engine_cuda_weight_load(struct engine *engine,
                                               struct engine_weight **out, struct error *err);
 void engine_cuda_weight_free(struct engine *engine, struct engine_weight *weight);
 uint64_t engine_cuda_weight_bytes(const struct engine_weight *weight);
+NODISCARD enum status engine_cuda_weight_sum(struct engine *engine,
+                                             const struct engine_weight *weight, uint64_t offset,
+                                             uint64_t bytes, uint32_t *crc, struct error *err);
+uint32_t engine_cuda_checks(const struct engine *engine, const struct einsum_weight_format *format,
+                            struct engine_check checks[ENGINE_CHECKS_MAX]);
 
 // ---- lanes (engine_cuda_lane.c)
 

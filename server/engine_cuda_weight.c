@@ -8,6 +8,8 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+#include "../client/crc32c.h"
+
 enum {
     STAGING_BYTES =
         8 << 20, // of a weight on its way in; two of them, so that reading and copying overlap
@@ -180,4 +182,71 @@ void engine_cuda_weight_free(struct engine *engine, struct engine_weight *weight
 uint64_t engine_cuda_weight_bytes(const struct engine_weight *weight)
 {
     return weight->bytes;
+}
+
+// ---- what lies there
+
+// By way of a buffer for loading: under load_lock, and with the stream at rest, nobody else uses it.
+static cudaError_t sum_piece(struct engine *engine, const void *from, uint64_t bytes, uint32_t *crc)
+{
+    void *host = engine->staging[0].host;
+    cudaError_t error =
+        cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, engine->load_stream);
+    if (error == cudaSuccess)
+        error = cudaStreamSynchronize(engine->load_stream);
+    if (error == cudaSuccess)
+        *crc = crc32c_extend(*crc, host, bytes);
+    return error;
+}
+
+enum status engine_cuda_weight_sum(struct engine *engine, const struct engine_weight *weight,
+                                   uint64_t offset, uint64_t bytes, uint32_t *crc,
+                                   struct error *err)
+{
+    ASSERT(offset <= weight->bytes && bytes <= weight->bytes - offset);
+    pthread_mutex_lock(&engine->load_lock);
+    cudaError_t error = cudaSetDevice(engine->device);
+    while (error == cudaSuccess && bytes > 0) {
+        uint64_t piece = bytes < STAGING_BYTES ? bytes : STAGING_BYTES;
+        error = sum_piece(engine, (const uint8_t *)weight->cuda.memory + offset, piece, crc);
+        offset += piece;
+        bytes -= piece;
+    }
+    pthread_mutex_unlock(&engine->load_lock);
+    return error == cudaSuccess ? STATUS_OK
+                                : engine_cuda_failed(error, "reading a weight back", err);
+}
+
+// ---- what is to be checked
+
+// What tells kernels apart within a bucket, for a weight that has all of its tokens.
+static uint32_t kind_in(const struct cuda_bucket *bucket, const struct einsum_weight_format *format)
+{
+    enum cuda_kernel kernel =
+        cuda_kernel_for(format, bucket->tokens_max, bucket->prefill_from, bucket->hopper_from);
+    if (kernel != CUDA_KERNEL_HOPPER)
+        return 1u << kernel;
+    bool many =
+        cuda_bucket_has_many(bucket) && format->block_d == 128; // which lie in tiles as well
+    return many ? 1u << CUDA_KERNEL_HOPPER_MANY : 1u << (8 + (bucket->hopper_warps_k > 0));
+}
+
+// Every bucket's kernel, and each that a part of a batch may take in it: those that requests can name.
+// With each weight once a kind, since kinds read it in orders of their own.
+uint32_t engine_cuda_checks(const struct engine *engine, const struct einsum_weight_format *format,
+                            struct engine_check checks[ENGINE_CHECKS_MAX])
+{
+    uint32_t n = 0, seen = 0;
+    for (uint32_t b = 0; b < engine->buckets_n; b++) {
+        const struct cuda_bucket *bucket = &engine->buckets[b];
+        uint32_t kind = kind_in(bucket, format), tokens = bucket->tokens_max;
+        bool known = seen & kind;
+        seen |= kind;
+        ASSERT(n + 2 + engine->info.kernels_n <= ENGINE_CHECKS_MAX);
+        checks[n++] = (struct engine_check){.tokens = tokens, .once = known};
+        checks[n++] = (struct engine_check){.tokens = tokens, .wide = true, .once = known};
+        for (uint32_t kernel = 1; kernel <= engine->info.kernels_n; kernel++)
+            checks[n++] = (struct engine_check){.tokens = tokens, .kernel = kernel, .once = true};
+    }
+    return n;
 }

@@ -378,6 +378,28 @@ static enum status translate_priority(const struct wire_infer *infer, struct wir
     return STATUS_OK;
 }
 
+static enum status translate_sum(const char *name, const struct wire_infer_sum *from,
+                                 struct wire_sum *to, struct error *err)
+{
+    *to = (struct wire_sum){.given = from->given, .crc32c = (uint32_t)from->value};
+    if (from->value <= UINT32_MAX)
+        return STATUS_OK;
+    return error_field(err, STATUS_INVALID_ARGUMENT, name, "expected 32 bits, got %" PRIu64,
+                       from->value);
+}
+
+static enum status translate_sums(const struct wire_infer *infer, struct wire_request *request,
+                                  struct error *err)
+{
+    request->output_sum = infer->output_crc32c;
+    enum status status =
+        translate_sum("activations_crc32c", &infer->activations_crc32c, &request->first_sum, err);
+    if (status == STATUS_OK)
+        status = translate_sum("activation_scales_crc32c", &infer->scales_crc32c,
+                               &request->second_sum, err);
+    return status;
+}
+
 static uint32_t saturate(uint64_t value)
 {
     return value > UINT32_MAX ? UINT32_MAX : (uint32_t)value;
@@ -398,6 +420,8 @@ enum status inference_translate(const struct wire_infer *infer, const struct wei
     enum status status = translate_priority(infer, request, err);
     if (status == STATUS_OK)
         status = translate_output(infer, request, err);
+    if (status == STATUS_OK)
+        status = translate_sums(infer, request, err);
     struct einsum_operand operand;
     if (status == STATUS_OK)
         status =

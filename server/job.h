@@ -51,6 +51,7 @@ struct job {
     bool staged;
     // Reserving and committing wake nobody: the owner calls batcher_turn soon after, once for all.
     bool quiet;
+    bool hurried;         // its batch leaves without waiting for company (max_queue_delay_us)
     uint64_t deadline_ns; // on now_ns()'s clock; UINT64_MAX: none
     uint64_t received_ns;
     enum job_priority priority;

@@ -67,6 +67,9 @@ struct metrics_values {
     uint64_t refused_calls, refused_draining;         // past calls_max; on streams and rings
     uint64_t access_refused[METRICS_ACCESS_REFUSALS]; // calls, by reason
     uint64_t streams_opened, streams_ended;
+    // Of requests that were looked at: all, those whose output holds NaN though their input has some, or
+    // has none.
+    uint64_t nan_looked, nan_input, nan_other;
     struct metrics_histogram durations[METRICS_METHODS];
     struct metrics_histogram phases[METRICS_PHASES];
     uint64_t calls[METRICS_CALLS_MAX][METRICS_STATUSES]; // of gRPC, ended

@@ -7,10 +7,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../client/crc32c.h"
 #include "batch.h"
+#include "checksum.h"
 #include "config.h"
 #include "digest.h"
 #include "message.h"
+#include "nan.h"
 #include "request.h"
 #include "rope.h"
 #include "service.h"
@@ -151,6 +154,12 @@ NODISCARD static enum status fill_part(struct job *whole, const struct job *part
     return fill(projection, part, projection->message, err);
 }
 
+static void look_at_part(struct job *whole, const struct job *part)
+{
+    const struct projection *projection = CONTAINER_OF(whole, struct projection, job);
+    nan_look(call_context(projection->call), part, &projection->placement);
+}
+
 // Counts what the request holds until it is answered: its message, and its output, which may have to be
 // copied out at any moment.
 NODISCARD static enum status admit(struct projection *projection, const grpc_byte_buffer *message,
@@ -194,6 +203,7 @@ NODISCARD static enum status submit_cut(struct projection *projection, grpc_byte
         .placement = &projection->placement,
         .copies = &context->copies,
         .fill = fill_part,
+        .look = look_at_part,
     };
     enum status status = admit(projection, message, err);
     if (status == STATUS_OK) {
@@ -275,8 +285,10 @@ NODISCARD static enum status place(struct projection *projection,
     if (!region)
         return error_field(err, STATUS_NOT_FOUND, "shared.region",
                            "no such region: never registered, or gone with its connection");
-    return placement_set(&projection->placement, region, &request->shared, request->digest_only,
-                         &projection->job, err);
+    enum status status = placement_set(&projection->placement, region, &request->shared,
+                                       request->digest_only, &projection->job, err);
+    return status == STATUS_OK ? checksum_check_placed(&projection->placement, request, err)
+                               : status;
 }
 
 // On success the job has its weight.
@@ -297,12 +309,27 @@ NODISCARD static enum status check(struct projection *projection,
                : request_check(request, context->weights, tokens_max, job, err);
 }
 
+// What is said of tensors that lie in the message. Their sums first: what was damaged on the way is
+// called that.
+NODISCARD static enum status check_message(const struct projection *projection,
+                                           const struct wire_request *request,
+                                           const grpc_byte_buffer *message, struct error *err)
+{
+    struct projection_bytes bytes = projection_bytes(message);
+    enum status status = checksum_check_message(bytes.slices, bytes.slices_n, request, err);
+    if (status == STATUS_OK && request->kind == WIRE_OUTPUT_PROJECT)
+        status = request_check_positions(bytes.slices, bytes.slices_n, request->positions,
+                                         projection->job.weight, err);
+    return status;
+}
+
 enum status projection_start(struct projection *projection, const struct wire_request *request,
                              grpc_byte_buffer *message, bool *running, struct error *err)
 {
     *running = false;
     projection->request_id = projection->record.request_id = request->request_id;
     projection->digest_only = request->digest_only;
+    projection->output_sum = request->output_sum;
     bool attention = request->kind == WIRE_OUTPUT_PROJECT;
     projection->activations = attention ? request->attention : request->activations;
     projection->activation_scales = request->activation_scales;
@@ -313,13 +340,10 @@ enum status projection_start(struct projection *projection, const struct wire_re
     enum status status = check(projection, request, err);
     if (status != STATUS_OK)
         return status;
-    if (request->shared.given) {
+    if (request->shared.given)
         status = place(projection, request, err);
-    } else if (attention) {
-        struct projection_bytes bytes = projection_bytes(message);
-        status = request_check_positions(bytes.slices, bytes.slices_n, request->positions,
-                                         projection->job.weight, err);
-    }
+    else
+        status = check_message(projection, request, message, err);
     if (status == STATUS_OK && request->tokens > 0) {
         struct batcher_cut at =
             batcher_cut(call_context(projection->call)->batcher, &projection->job);
@@ -340,6 +364,26 @@ enum status projection_start(struct projection *projection, const struct wire_re
 
 // ---- a job becomes a response
 
+// Of the output, wherever it lies; of no tokens, that of nothing.
+static struct wire_sum sum_output(const struct projection *projection)
+{
+    struct wire_sum sum = {.given = projection->output_sum};
+    const struct placement *placement = &projection->placement;
+    const struct cut *cut = projection->cut;
+    uint64_t bytes = output_bytes(projection);
+    if (!sum.given || bytes == 0)
+        return sum;
+    if (placement->region && placement->output.bytes > 0)
+        sum.crc32c = crc32c_extend(0, placement->region->memory + placement->output.offset, bytes);
+    else if (!cut)
+        sum.crc32c = crc32c_extend(0, projection->job.operand.output, bytes);
+    for (uint32_t i = 0; cut && placement->output.bytes == 0 && i < cut->parts_n; i++) {
+        const void *output = cut_output(cut, &cut->parts[i], &bytes);
+        sum.crc32c = crc32c_extend(sum.crc32c, output, bytes);
+    }
+    return sum;
+}
+
 static struct wire_response describe(const struct projection *projection, uint64_t output_bytes)
 {
     const struct job *job = &projection->job;
@@ -356,6 +400,7 @@ static struct wire_response describe(const struct projection *projection, uint64
         .parts = projection->cut ? projection->cut->parts_n : 0,
         .queue_ns = job->launched_ns - job->queued_ns,
         .run_ns = job->done_ns - job->launched_ns,
+        .output_sum = sum_output(projection),
     };
 }
 
@@ -457,6 +502,9 @@ static grpc_byte_buffer *respond_with_digest(const struct projection *projection
     response.output_type = (Einsum__V1__OutputType)head.output_type;
     response.digest = &digest;
     response.batch = &batch;
+    Einsum__V1__Crc32c sum = EINSUM__V1__CRC32C__INIT;
+    sum.value = head.output_sum.crc32c;
+    response.output_crc32c = head.output_sum.given ? &sum : NULL;
     if (!projection->streamed)
         return message_pack(&response.base);
     Einsum__V1__EinsumStreamResponse streamed = EINSUM__V1__EINSUM_STREAM_RESPONSE__INIT;
@@ -545,6 +593,8 @@ grpc_byte_buffer *projection_respond(struct projection *projection)
 {
     grpc_byte_buffer *message;
     struct copy *copy;
+    if (!projection->cut)
+        nan_look(call_context(projection->call), &projection->job, &projection->placement);
     if (projection->digest_only) {
         message = respond_with_digest(projection);
     } else if (projection->placement.region) {

@@ -27,6 +27,7 @@ struct projection {
                          uint8_t head[PROJECTION_HEAD_BYTES_MAX]);
     bool streamed; // answers as EinsumStreamResponse; on the heap, and freed by projection_release
     bool digest_only;
+    bool output_sum; // the response has the output's CRC-32C
     uint64_t request_id;
     // While the job, or a part, waits for room: the message as it came, and where the tensors lie in it.
     grpc_byte_buffer *message;

@@ -23,7 +23,7 @@
 // A configuration as it was read, and what its weights are known by.
 struct file {
     struct config config; // first: what reload_file_ref gives
-    uint64_t origins[CONFIG_WEIGHTS_MAX];
+    uint64_t tags[CONFIG_WEIGHTS_MAX];
     _Atomic uint32_t references;
 };
 
@@ -45,7 +45,7 @@ struct reload {
     struct change *change; // under way; NULL: none
     bool again;            // asked for meanwhile
     struct reload_stats stats;
-    uint64_t origin_last; // given out; by whoever has the change
+    uint64_t tag_last; // given out; by whoever has the change
 
     pthread_mutex_t lock;
     struct file *file; // guarded by lock; written by the main thread
@@ -113,17 +113,18 @@ struct difference {
 static void add_load(struct change *change, struct difference *difference, size_t index)
 {
     const struct config_weights *entry = &change->next->config.weights[index];
-    change->next->origins[index] = ++change->reload->origin_last;
+    change->next->tags[index] = ++change->reload->tag_last;
     difference->entries[difference->loads_n] = index;
     difference->loads[difference->loads_n++] = (struct weights_load){
         .path = entry->path,
         .tensors = (const char *const *)entry->tensors,
         .tensors_n = entry->tensors_n,
         .name_prefix = entry->name_prefix,
+        .checksums = entry->checksums,
         .tensor_parallel_rank = entry->tensor_parallel_rank,
         .tensor_parallel_size = entry->tensor_parallel_size,
         .output_dim = entry->output_dim,
-        .origin = change->next->origins[index],
+        .tag = change->next->tags[index],
         .threads = 1, // serving goes on beside it
         .progress = still_wanted,
         .progress_context = change,
@@ -147,12 +148,12 @@ static void compare_weights(struct change *change, const struct file *now, bool 
             add_load(change, difference, i);
         } else {
             kept[same] = true;
-            change->next->origins[i] = now->origins[same];
+            change->next->tags[i] = now->tags[same];
         }
     }
     for (size_t i = 0; i < now->config.weights_n; i++)
         if (!kept[i])
-            difference->drops[difference->drops_n++] = now->origins[i];
+            difference->drops[difference->drops_n++] = now->tags[i];
 }
 
 struct rope_options reload_rope_options(const struct config_rope *entry)
@@ -177,42 +178,6 @@ static void list_ropes(const struct config *next, struct difference *difference)
         difference->ropes[i] = (struct weights_rope){.pattern = entry->weights,
                                                      .options = &difference->rope_options[i]};
     }
-}
-
-struct self_test {
-    struct service_context *context;
-    bool wgmma; // see verify_weight
-    struct error error;
-};
-
-static void self_test_weight(void *argument, struct weight *weight)
-{
-    struct self_test *test = argument;
-    struct verify_result result;
-    if (test->error.status != STATUS_OK)
-        return;
-    if (verify_weight(test->context->batcher, weight, 0, test->wgmma, &result, &test->error) !=
-        STATUS_OK)
-        return;
-    if (!result.verdict.passed)
-        error_set(&test->error, STATUS_DATA_LOSS, "self-test of weight \"%s\" failed: %s",
-                  weight->name, result.verdict.message);
-}
-
-NODISCARD static enum status self_test(const struct change *change,
-                                       struct weights_prepared *prepared, struct error *err)
-{
-    struct service_context *context = change->reload->options.context;
-    if (!change->next->config.self_test_at_start || context->engine_ops == &engine_null)
-        return STATUS_OK;
-    struct self_test test = {
-        .context = context,
-        .wgmma = engine_may_sum_by_wgmma(context->engine_ops, context->engine, 0),
-    };
-    weights_prepared_visit(prepared, self_test_weight, &test);
-    if (test.error.status != STATUS_OK)
-        *err = test.error;
-    return test.error.status;
 }
 
 NODISCARD static enum status prepare_difference(struct change *change, const struct file *now,
@@ -241,12 +206,7 @@ NODISCARD static enum status prepare_difference(struct change *change, const str
     struct weights_prepared *weights_prepared;
     enum status status =
         weights_prepare(change->reload->options.context->weights, &weights, &weights_prepared, err);
-    if (status != STATUS_OK)
-        return status;
-    status = self_test(change, weights_prepared, err);
-    if (status != STATUS_OK)
-        weights_prepared_destroy(weights_prepared);
-    else
+    if (status == STATUS_OK)
         *prepared = weights_prepared;
     return status;
 }
@@ -469,8 +429,8 @@ enum status reload_create(const struct reload_options *options, struct reload **
     }
     atomic_init(&file->references, 1);
     for (size_t i = 0; i < file->config.weights_n; i++)
-        file->origins[i] = reload_origin(i);
-    reload->origin_last = file->config.weights_n;
+        file->tags[i] = reload_tag(i);
+    reload->tag_last = file->config.weights_n;
     reload->options = *options;
     reload->options.file = NULL;
     reload->file = file;

@@ -38,7 +38,7 @@ void reload_request(struct reload *reload);
 void reload_destroy(struct reload *reload);
 
 // By which weights_prepare will know the weights of entry `index` of a configuration read at start.
-static inline uint64_t reload_origin(size_t index)
+static inline uint64_t reload_tag(size_t index)
 {
     return index + 1; // 0 is LoadWeights
 }

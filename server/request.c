@@ -288,6 +288,16 @@ NODISCARD static enum status check_fields(const struct wire_request *request, st
     return status;
 }
 
+NODISCARD static enum status check_damage(const struct weight *weight, struct error *err)
+{
+    if (!weight_damaged(weight))
+        return STATUS_OK;
+    return error_field(err, STATUS_DATA_LOSS, "weight",
+                       "\"%s\" is not served: its copy in memory is no longer what was loaded, and "
+                       "could not be read again yet",
+                       weight->name);
+}
+
 // Takes the weight's reference.
 NODISCARD static enum status check_against(const struct wire_request *request,
                                            struct weight *weight, uint32_t request_tokens_max,
@@ -299,8 +309,10 @@ NODISCARD static enum status check_against(const struct wire_request *request,
         .tokens = request->tokens,
         .output_type = (enum einsum_output_type)request->output_type,
     };
-    enum status status =
-        request_check_groups(request->group_begin, request->group_end, weight, &job->operand, err);
+    enum status status = check_damage(weight, err);
+    if (status == STATUS_OK)
+        status = request_check_groups(request->group_begin, request->group_end, weight,
+                                      &job->operand, err);
     if (status == STATUS_OK)
         status = check_tokens(request->tokens, request_tokens_max, err);
     if (status == STATUS_OK)

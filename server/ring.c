@@ -26,12 +26,15 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "../client/crc32c.h"
 #include "../client/einsum_shared.h"
 #include "batch.h"
 #include "beat.h"
+#include "checksum.h"
 #include "config.h"
 #include "cut.h"
 #include "futex.h"
+#include "nan.h"
 #include "placement.h"
 #include "record.h"
 #include "request.h"
@@ -52,6 +55,7 @@ struct request {
     struct placement placement;
     struct ring *ring; // a reference
     uint64_t id;
+    bool output_sum;      // its completion has the output's CRC-32C
     bool in_use;          // by ring.lock
     struct request *next; // in ring.free or rings.handed
 };
@@ -162,11 +166,23 @@ bool ring_broken(const struct ring *ring)
 
 // ---- completion
 
+static void add_sum(const struct request *request, struct einsum_ring_completion *completion)
+{
+    const struct job *job = &request->job;
+    const struct placement *placement = &request->placement;
+    uint64_t bytes = einsum_output_bytes(job->operand.output_type, job->operand.tokens,
+                                         job->operand.groups, job->weight->format.output_dim);
+    completion->checksums = EINSUM_RING_SUM_OUTPUT;
+    if (bytes > 0)
+        completion->output_crc32c =
+            crc32c_extend(0, placement->region->memory + placement->output.offset, bytes);
+}
+
 static struct einsum_ring_completion describe(const struct request *request,
                                               const struct error *err)
 {
     const struct job *job = &request->job;
-    struct einsum_ring_completion completion = {.id = request->id, .status = err->status};
+    struct einsum_ring_completion completion = {.id = request->id, .status = (uint16_t)err->status};
     if (err->status != STATUS_OK) {
         completion.retry_after_ms = err->retry_after_ms;
         snprintf(completion.field, sizeof completion.field, "%s", err->field);
@@ -183,6 +199,8 @@ static struct einsum_ring_completion describe(const struct request *request,
     completion.queue_ns = job->launched_ns - job->queued_ns;
     completion.run_ns = job->done_ns - job->launched_ns;
     completion.parts = request->cut ? request->cut->parts_n : 0;
+    if (request->output_sum)
+        add_sum(request, &completion);
     return completion;
 }
 
@@ -217,6 +235,9 @@ static void complete(struct request *request, const struct error *err)
 {
     struct job *job = &request->job;
     struct service_context *context = request->ring->rings->context;
+    bool computed = err->status == STATUS_OK && job->operand.tokens > 0;
+    if (computed && !request->cut)
+        nan_look(context, job, &request->placement);
     struct einsum_ring_completion completion = describe(request, err);
     record_answer(&request->record, context, job, err);
     request->record.answered_ns = now_ns();
@@ -252,8 +273,8 @@ static void hand_over(struct request *request)
 static void on_done(struct job *job)
 {
     struct request *request = CONTAINER_OF(job, struct request, job);
-    if (job->error.status == STATUS_OK && !job->output_given)
-        hand_over(request); // there is an output to be copied
+    if (job->error.status == STATUS_OK && (!job->output_given || request->output_sum))
+        hand_over(request); // there is an output to be copied or summed
     else
         complete_done(request);
 }
@@ -279,6 +300,10 @@ static void translate(const struct einsum_ring_submission *from, struct wire_req
     to->tokens = from->tokens;
     to->group_begin = from->group_begin;
     to->group_end = from->group_end;
+    to->first_sum = (struct wire_sum){from->checksums & EINSUM_RING_SUM_FIRST, from->first_crc32c};
+    to->second_sum =
+        (struct wire_sum){from->checksums & EINSUM_RING_SUM_SECOND, from->second_crc32c};
+    to->output_sum = from->checksums & EINSUM_RING_SUM_OUTPUT;
     to->shared.given = true;
     to->shared.activations = (struct wire_range){from->activations_offset, from->activations_bytes};
     to->shared.scales = (struct wire_range){from->scales_offset, from->scales_bytes};
@@ -329,8 +354,10 @@ check(struct request *request, const struct einsum_ring_submission *submission, 
     if (status != STATUS_OK)
         return status;
     job->kernel = submission->kernel;
-    return placement_set(&request->placement, region_ref(ring->regions[submission->region]),
-                         &wire->shared, false, job, err);
+    request->output_sum = wire->output_sum;
+    status = placement_set(&request->placement, region_ref(ring->regions[submission->region]),
+                           &wire->shared, false, job, err);
+    return status == STATUS_OK ? checksum_check_placed(&request->placement, wire, err) : status;
 }
 
 // Fills what must be filled, and commits.
@@ -354,6 +381,12 @@ NODISCARD static enum status fill_part(struct job *whole, const struct job *part
     return placement_fill(&request->placement, part, &request->ring->rings->context->copies, err);
 }
 
+static void look_at_part(struct job *whole, const struct job *part)
+{
+    const struct request *request = CONTAINER_OF(whole, struct request, job);
+    nan_look(request->ring->rings->context, part, &request->placement);
+}
+
 NODISCARD static enum status start_cut(struct request *request, struct batcher_cut at,
                                        struct error *err)
 {
@@ -364,6 +397,7 @@ NODISCARD static enum status start_cut(struct request *request, struct batcher_c
         .placement = &request->placement,
         .copies = &context->copies,
         .fill = fill_part,
+        .look = look_at_part,
     };
     return cut_begin(&options, at, &request->cut, err);
 }

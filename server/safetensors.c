@@ -545,6 +545,22 @@ static void prefetch(const uint8_t *from, uint64_t bytes)
     madvise((void *)begin, (uintptr_t)from + bytes - begin, MADV_WILLNEED);
 }
 
+uint64_t safetensors_bytes(const struct safetensors *file)
+{
+    return file->file_bytes;
+}
+
+enum status safetensors_read_raw(const struct safetensors *file, uint64_t offset, void *to,
+                                 uint64_t bytes, struct error *err)
+{
+    ASSERT(file->map);
+    ASSERT(offset <= file->file_bytes && bytes <= file->file_bytes - offset);
+    if (copy_guarded(file, to, file->map + offset, bytes))
+        return STATUS_OK;
+    return error_set(err, STATUS_DATA_LOSS, "%s: the file has shrunk, or its disk fails",
+                     file->label);
+}
+
 enum status safetensors_read(const struct safetensors *file,
                              const struct safetensors_tensor *tensor, uint64_t offset, void *to,
                              uint64_t bytes, struct error *err)

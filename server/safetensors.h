@@ -50,6 +50,11 @@ NODISCARD enum status safetensors_read(const struct safetensors *file,
                                        const struct safetensors_tensor *tensor, uint64_t offset,
                                        void *to, uint64_t bytes, struct error *err);
 
+// The file itself, header and all.
+uint64_t safetensors_bytes(const struct safetensors *file);
+NODISCARD enum status safetensors_read_raw(const struct safetensors *file, uint64_t offset,
+                                           void *to, uint64_t bytes, struct error *err);
+
 // Parses a header alone, for the fuzzer and tests: `header` is the JSON, `data_bytes` what follows
 // it in the file.
 NODISCARD enum status safetensors_parse(const char *header, size_t header_bytes,

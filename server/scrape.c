@@ -15,6 +15,7 @@
 #include "listener.h"
 #include "log.h"
 #include "reload.h"
+#include "scrub.h"
 #include "service.h"
 #include "sharing.h"
 #include "tls.h"
@@ -326,6 +327,31 @@ static void write_batches(struct scrape *scrape)
             "On a GPU: kernels launched outside of graphs, as loading does.");
 }
 
+static void write_truth(struct scrape *scrape)
+{
+    struct page *page = &scrape->page;
+    const struct metrics_values *values = &scrape->values;
+    counter(page, "einsumd_nan_looked_total", values->nan_looked,
+            "Requests, and parts of large ones, whose output was looked at for NaN: one in "
+            "nan_sample.");
+    page_family(
+        page, "einsumd_nan_outputs_total", PAGE_COUNTER,
+        "Of these, those whose output holds NaN: input, since activations or scales do; other, "
+        "though they do not.");
+    page_u64(page, "cause=\"input\"", values->nan_input);
+    page_u64(page, "cause=\"other\"", values->nan_other);
+    struct scrub_stats scrub = scrub_stats(scrape->context->scrub);
+    gauge(page, "einsumd_weights_damaged", weights_totals(scrape->context->weights).damaged,
+          "Weights whose copy in memory is no longer what was loaded: they are not served.");
+    counter(page, "einsumd_scrub_damaged_total", scrub.damaged,
+            "Weights that scrubbing found damaged.");
+    counter(page, "einsumd_scrub_reread_total", scrub.reloaded,
+            "Of these, read again from their checkpoint and served again.");
+    counter(page, "einsumd_scrub_bytes_total", scrub.bytes, "Bytes of weights that were compared.");
+    counter(page, "einsumd_scrub_passes_total", scrub.passes,
+            "Passes over all weights: one in scrub_seconds, while idle.");
+}
+
 static void write_memory(struct scrape *scrape)
 {
     struct page *page = &scrape->page;
@@ -506,6 +532,7 @@ enum status scrape_write(struct service_context *context, enum page_format forma
     write_queue(scrape);
     write_batches(scrape);
     write_memory(scrape);
+    write_truth(scrape);
     write_gpus(scrape);
     write_tracing(scrape);
     write_process(scrape);

@@ -20,6 +20,7 @@ struct http;
 struct listener;
 struct reload;
 struct rings;
+struct scrub;
 struct sharing;
 struct tracer;
 struct weights;
@@ -47,10 +48,12 @@ struct service_context {
     uint64_t started_ns;
     struct metrics *metrics;
     struct tracer *tracer;              // NULL: off
+    struct scrub *scrub;                // NULL: off
     _Atomic uint64_t requests_answered; // well, as far as the request log counts them
     struct copy_counters copies;
     _Atomic uint64_t copied_bytes; // of outputs copied out of batches and not yet sent
     _Atomic uint64_t cut_bytes;    // of requests larger than a batch: messages and outputs
+    _Atomic uint64_t nan_turn;     // of nan.c: requests, of which one is looked at
     _Atomic bool draining;
     _Atomic(const char *) hung;  // what does not go on, static; NULL: nothing
     uint64_t scrapes, scrape_ns; // of scrape.c

@@ -6,6 +6,8 @@
 //     health_set (any thread) --lock--> state, call_wake of every watch
 //     Watch (its rpc thread)  on_wake --lock--> reads state, sends it if it is news to the caller
 //
+// Check takes the name of a resident weight, too: one that is damaged is NOT_SERVING.
+//
 // A watch is on the list from its request to on_end, and both ends take the lock. That is what
 // makes call_wake safe here: under the lock, every listed call is one whose on_end has yet to run.
 // A slow reader is sent the state as it is when there is room again, not each one that it missed.
@@ -18,6 +20,7 @@
 
 #include "grpc/health/v1/health.pb-c.h"
 #include "message.h"
+#include "weights.h"
 
 // One Watch call; lives in the call itself.
 struct watch {
@@ -112,9 +115,10 @@ static Grpc__Health__V1__HealthCheckResponse response_of(enum health_state state
     return response;
 }
 
-// The request of Check and Watch. Finishes the call if it is none.
+// The request of Check and Watch. Finishes the call if it is none. `weight` (may be NULL) gets a
+// reference to the weight that is named, if no service is.
 static bool read_service(struct call *call, grpc_byte_buffer *message,
-                         const struct health_name **name)
+                         const struct health_name **name, struct weight **weight)
 {
     struct error err;
     ProtobufCMessage *unpacked = NULL;
@@ -122,7 +126,10 @@ static bool read_service(struct call *call, grpc_byte_buffer *message,
         error_set(&err, STATUS_INVALID_ARGUMENT, "the call ended without a request");
     else if (message_unpack(&grpc__health__v1__health_check_request__descriptor, message, &unpacked,
                             &err) == STATUS_OK) {
-        *name = find_name(((const Grpc__Health__V1__HealthCheckRequest *)unpacked)->service);
+        const char *text = ((const Grpc__Health__V1__HealthCheckRequest *)unpacked)->service;
+        *name = find_name(text);
+        if (!*name && weight)
+            *weight = weights_get(call_context(call)->weights, text, strlen(text));
         message_free(unpacked);
         return true;
     }
@@ -135,8 +142,18 @@ static bool read_service(struct call *call, grpc_byte_buffer *message,
 static void check_on_message(struct call *call, grpc_byte_buffer *message)
 {
     const struct health_name *name;
-    if (!read_service(call, message, &name))
+    struct weight *weight = NULL;
+    if (!read_service(call, message, &name, &weight))
         return;
+    if (!name && weight) {
+        bool serves = state_of(call_context(call)->health, &names[0]) == HEALTH_SERVING &&
+                      !weight_damaged(weight);
+        Grpc__Health__V1__HealthCheckResponse response =
+            response_of(serves ? HEALTH_SERVING : HEALTH_NOT_SERVING);
+        weight_unref(weight);
+        call_finish(call, message_pack(&response.base), NULL);
+        return;
+    }
     if (!name) {
         struct error err;
         error_field(&err, STATUS_NOT_FOUND, "service", "not a known name; List gives all");
@@ -213,7 +230,7 @@ static void watch_advance(struct watch *watch)
 static void watch_on_message(struct call *call, grpc_byte_buffer *message)
 {
     const struct health_name *name;
-    if (!read_service(call, message, &name))
+    if (!read_service(call, message, &name, NULL))
         return;
     struct watch *watch = call_inline_state(call, sizeof *watch);
     watch->call = call;

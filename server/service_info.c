@@ -213,8 +213,7 @@ struct verdict {
 
 struct self_test {
     struct service_task task;
-    uint32_t kernel;
-    bool wgmma; // see verify_weight
+    struct verify verify;
     struct verdict *verdicts;
     size_t verdicts_n, verdicts_max;
     bool incomplete; // no memory for the rest
@@ -246,8 +245,8 @@ static void run_self_test(struct service_task *task)
         if (call_cancelled(task->call) || control_stopping(context->control))
             break;
         struct verdict *verdict = &test->verdicts[test->judged_n];
-        verify_weight(context->batcher, verdict->weight, test->kernel, test->wgmma,
-                      &verdict->result, &verdict->error);
+        verdict->error.status =
+            verify_weight(&test->verify, verdict->weight, &verdict->result, &verdict->error);
     }
 }
 
@@ -292,8 +291,10 @@ static void on_self_test(struct call *call, grpc_byte_buffer *bytes)
     call_set_state(call, test);
     struct error err;
     enum status status = engine_kernel_find(context->engine_ops, context->engine, request->kernel,
-                                            &test->kernel, &err);
-    test->wgmma = engine_may_sum_by_wgmma(context->engine_ops, context->engine, test->kernel);
+                                            &test->verify.kernel, &err);
+    test->verify.batcher = context->batcher;
+    test->verify.ops = context->engine_ops;
+    test->verify.engine = context->engine;
     if (status == STATUS_OK)
         status = choose_weights(test, context->weights, request->weight, &err);
     message_free(&request->base);

@@ -69,7 +69,8 @@ static void on_model_ready(struct call *call, grpc_byte_buffer *bytes)
     enum status status = inference_find_model(call_context(call)->weights, "name", request->name,
                                               request->version, &weight, &err);
     Inference__ModelReadyResponse response = INFERENCE__MODEL_READY_RESPONSE__INIT;
-    response.ready = status == STATUS_OK && !service_not_ready(call_context(call));
+    response.ready =
+        status == STATUS_OK && !weight_damaged(weight) && !service_not_ready(call_context(call));
     if (status == STATUS_OK || status == STATUS_NOT_FOUND)
         call_finish(call, message_pack(&response.base), NULL);
     else

@@ -40,8 +40,11 @@ static void finish_repository_index(struct call *call)
         models[i].name = list.weights[i]->name;
         // protobuf-c only reads them.
         models[i].version = (char *)(uintptr_t)inference_version;
-        models[i].state = (char *)(uintptr_t)(ready ? "READY" : "UNAVAILABLE");
-        models[i].reason = (char *)(uintptr_t)(ready ? "" : "the server is not ready");
+        bool damaged = weight_damaged(list.weights[i]);
+        models[i].state = (char *)(uintptr_t)(ready && !damaged ? "READY" : "UNAVAILABLE");
+        models[i].reason = (char *)(uintptr_t)(damaged  ? "its copy in memory is damaged"
+                                               : !ready ? "the server is not ready"
+                                                        : "");
         pointers[i] = &models[i];
     }
     Inference__RepositoryIndexResponse response = INFERENCE__REPOSITORY_INDEX_RESPONSE__INIT;
@@ -157,6 +160,7 @@ NODISCARD static enum status load_from(struct change *change, const struct confi
         struct weights_load load = change->load;
         load.path = entry->path;
         load.name_prefix = entry->name_prefix;
+        load.checksums = entry->checksums;
         load.tensor_parallel_rank = entry->tensor_parallel_rank;
         load.tensor_parallel_size = entry->tensor_parallel_size;
         load.output_dim = entry->output_dim;

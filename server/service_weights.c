@@ -61,6 +61,7 @@ static void describe_weight(struct weight_entry *entry, struct weight *weight)
     message->tensor_parallel_rank = weight->tensor_parallel_rank;
     message->tensor_parallel_size = weight->tensor_parallel_size;
     message->generation = weight->generation;
+    message->damaged = weight_damaged(weight);
     if (weight->rope) {
         describe_rope(&entry->rope, rope_describe(weight->rope));
         message->rope = &entry->rope;
@@ -291,6 +292,7 @@ static void run_load(struct service_task *task)
         .tensors = (const char *const *)request->tensors,
         .tensors_n = request->n_tensors,
         .name_prefix = request->name_prefix,
+        .checksums = request->checksums,
         .tensor_parallel_rank = request->tensor_parallel_rank,
         .tensor_parallel_size = request->tensor_parallel_size,
         .output_dim = request->output_dim,

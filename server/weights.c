@@ -17,6 +17,7 @@
 
 #include "catalog.h"
 #include "rope.h"
+#include "sums.h"
 #include "weights_internal.h"
 
 enum {
@@ -75,6 +76,7 @@ void weight_unref(struct weight *weight)
         weight->owner->ops->weight_free(weight->owner->engine, weight->engine_weight);
     selftest_answers_destroy(weight->answers);
     rope_unref(weight->rope);
+    origin_deinit(&weight->origin);
     free(weight);
 }
 
@@ -102,7 +104,7 @@ static struct weight *weight_create(struct weights *weights, const struct weight
     weight->format = entry->format;
     weight->tensor_parallel_rank = load->tensor_parallel_rank;
     weight->tensor_parallel_size = load->tensor_parallel_size ? load->tensor_parallel_size : 1;
-    weight->origin = load->origin;
+    weight->tag = load->tag;
     weight->rope = rope ? rope_ref(rope) : rope_for(rules, weight->name);
     return weight;
 }
@@ -247,6 +249,14 @@ enum status weights_add_rope(struct weights *weights, const char *pattern,
     return status;
 }
 
+void weights_set_check(struct weights *weights, weights_check *check, void *context)
+{
+    weights_begin_change(weights);
+    weights->check = check;
+    weights->check_context = context;
+    weights_end_change(weights);
+}
+
 // ---- looking things up
 
 struct weight *weights_find_locked(const struct weights *weights, const char *name, size_t bytes)
@@ -311,6 +321,7 @@ struct weights_totals weights_totals(struct weights *weights)
     totals.weights = weights->list_n;
     for (uint32_t i = 0; i < weights->list_n; i++) {
         const struct weight *weight = weights->list[i];
+        totals.damaged += weight_damaged(weight);
         totals.resident_bytes += weight->resident_bytes;
         totals.groups_max = max_u32(totals.groups_max, weight->format.groups);
         totals.output_dim_max = max_u32(totals.output_dim_max, weight->format.output_dim);
@@ -341,7 +352,12 @@ struct loading {
     uint32_t entries_n;
     uint64_t bytes_total;
 
-    atomic_uint next;   // the entry that the next free thread takes
+    const struct sums *sums; // NULL: files are taken as they are
+    const struct tensor_slice *
+        *files; // to be compared with them, one slice of each; before the entries
+    uint32_t files_n;
+
+    atomic_uint next;   // the file, then entry, that the next free thread takes
     atomic_bool failed; // a hint to the others to stop; err says why
 
     pthread_mutex_t lock;
@@ -468,6 +484,14 @@ static enum status load_one(struct loading *loading, uint32_t index, struct erro
         return status;
     }
     weight->resident_bytes = weights->ops->weight_bytes(weight->engine_weight);
+    if (weights->ops->weight_sum)
+        status = weights->ops->weight_sum(weights->engine, weight->engine_weight, 0,
+                                          weight->resident_bytes, &weight->crc32c, err);
+    if (status == STATUS_OK)
+        status =
+            origin_init(&weight->origin, loading->load, source.entry->weight.tensor->name, err);
+    if (status != STATUS_OK)
+        return status;
     status = selftest_answers_create(&source.base, &weight->answers, err);
     if (status != STATUS_OK)
         return status;
@@ -475,11 +499,56 @@ static enum status load_one(struct loading *loading, uint32_t index, struct erro
     return STATUS_OK;
 }
 
+// ---- the files that a load takes
+
+static void add_file(struct loading *loading, const struct tensor_slice *slice)
+{
+    for (uint32_t i = 0; i < loading->files_n; i++)
+        if (loading->files[i]->file == slice->file)
+            return;
+    if (!slice->file)
+        return; // no scales
+    loading->files[loading->files_n++] = slice;
+    loading->bytes_total += safetensors_bytes(slice->file);
+}
+
+NODISCARD static enum status gather_files(struct loading *loading, struct error *err)
+{
+    loading->files = malloc(2 * (size_t)loading->entries_n * sizeof *loading->files);
+    if (!loading->files)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
+    for (uint32_t i = 0; i < loading->entries_n; i++) {
+        add_file(loading, &loading->entries[i].weight);
+        add_file(loading, &loading->entries[i].scales);
+    }
+    return STATUS_OK;
+}
+
+static bool on_file_bytes(void *context, uint64_t bytes)
+{
+    struct loading *loading = context;
+    advance(loading, bytes, 0);
+    return !has_failed(loading);
+}
+
+static void check_file(struct loading *loading, const struct tensor_slice *slice)
+{
+    struct error err;
+    if (sums_check(loading->sums, slice->file, slice->label, on_file_bytes, loading, &err) !=
+        STATUS_OK)
+        fail(loading, &err);
+}
+
 static void *load_thread(void *context)
 {
     struct loading *loading = context;
     while (!has_failed(loading)) {
         uint32_t index = atomic_fetch_add_explicit(&loading->next, 1, memory_order_relaxed);
+        if (index < loading->files_n) {
+            check_file(loading, loading->files[index]);
+            continue;
+        }
+        index -= loading->files_n;
         if (index >= loading->entries_n)
             break;
         struct error cause = {0}, err;
@@ -499,8 +568,8 @@ static void load_all(struct loading *loading, uint32_t threads)
 {
     pthread_t helpers[LOAD_THREADS_MAX];
     uint32_t helpers_n = 0;
-    if (threads > loading->entries_n)
-        threads = loading->entries_n;
+    if (threads > loading->entries_n + loading->files_n)
+        threads = loading->entries_n + loading->files_n;
     if (threads > LOAD_THREADS_MAX)
         threads = LOAD_THREADS_MAX;
     // Signals are for the threads that wait for them.
@@ -520,12 +589,14 @@ static void load_all(struct loading *loading, uint32_t threads)
         pthread_join(helpers[i], NULL);
 }
 
-// Reads and re-lays all entries into new weights, which `list` gets. Frees them again on failure.
-enum status weights_load_entries(struct weights *weights, const struct weights_load *load,
-                                 const struct catalog *catalog, const struct rope_rules *rules,
-                                 struct rope *rope, struct weight **list, struct error *err)
+// Frees what `list` got again on failure.
+static enum status load_entries(struct weights *weights, const struct weights_load *load,
+                                const struct catalog *catalog, const struct rope_rules *rules,
+                                struct rope *rope, const struct sums *sums, struct weight **list,
+                                struct error *err)
 {
     struct loading loading = {.weights = weights,
+                              .sums = sums,
                               .load = load,
                               .entries = catalog->entries,
                               .entries_n = catalog->entries_n,
@@ -536,13 +607,16 @@ enum status weights_load_entries(struct weights *weights, const struct weights_l
         list[i] = weight_create(weights, load, &catalog->entries[i], rules, rope);
         complete = complete && list[i];
     }
+    if (sums && complete)
+        loading.status = gather_files(&loading, &loading.err);
     if (!complete) {
         loading.status = error_set(&loading.err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
-    } else {
+    } else if (loading.status == STATUS_OK) {
         ASSERT(pthread_mutex_init(&loading.lock, NULL) == 0);
         load_all(&loading, load->threads ? load->threads : 1);
         pthread_mutex_destroy(&loading.lock);
     }
+    free(loading.files);
     if (loading.status == STATUS_OK)
         return STATUS_OK;
     for (uint32_t i = 0; i < catalog->entries_n; i++)
@@ -550,6 +624,25 @@ enum status weights_load_entries(struct weights *weights, const struct weights_l
     if (err)
         *err = loading.err;
     return loading.status;
+}
+
+enum status weights_load_entries(struct weights *weights, const struct weights_load *load,
+                                 const struct catalog *catalog, const struct rope_rules *rules,
+                                 struct rope *rope, struct weight **list, struct error *err)
+{
+    struct sums *sums = NULL;
+    enum status status = STATUS_OK;
+    if (load->checksums && load->checksums[0])
+        status = sums_read(&weights->roots, load->checksums, &sums, err);
+    if (status == STATUS_OK)
+        status = load_entries(weights, load, catalog, rules, rope, sums, list, err);
+    sums_destroy(sums);
+    if (status != STATUS_OK || !weights->check)
+        return status;
+    status = weights->check(weights->check_context, list, catalog->entries_n, err);
+    for (uint32_t i = 0; i < catalog->entries_n && status != STATUS_OK; i++)
+        weight_unref(list[i]);
+    return status;
 }
 
 // What the registry would be with `added`, without references of its own: `merged` holds those of
@@ -653,6 +746,29 @@ enum status weights_load(struct weights *weights, const struct weights_load *loa
     }
     weights_end_change(weights);
     rope_unref(rope);
+    return status;
+}
+
+enum status weights_reload(struct weights *weights, struct weight *weight, struct error *err)
+{
+    struct weights_load load = origin_load(&weight->origin);
+    load.tag = weight->tag;
+    struct catalog catalog;
+    weights_begin_change(weights);
+    enum status status;
+    if (weights_find_locked(weights, weight->name, strlen(weight->name)) != weight) {
+        status = error_set(err, STATUS_ABORTED, "weight '%s' has been replaced or unloaded",
+                           weight->name);
+        goto end_change;
+    }
+    status = catalog_init(&catalog, &weights->roots, weights->reduced_dim_max, &load, err);
+    if (status != STATUS_OK)
+        goto end_change;
+    status = load_catalog(weights, &load, &catalog, weight->rope, err);
+    catalog_deinit(&catalog);
+
+end_change:
+    weights_end_change(weights);
     return status;
 }
 

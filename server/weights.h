@@ -8,7 +8,10 @@
 // threads, one at a time.
 #pragma once
 
+#include <stdatomic.h>
+
 #include "engine.h"
+#include "origin.h"
 #include "selftest.h"
 
 enum { WEIGHT_NAME_BYTES = 256, WEIGHT_SOURCE_BYTES = 1024 };
@@ -35,10 +38,16 @@ struct weight {
     char source[WEIGHT_SOURCE_BYTES]; // file, below its root
     uint32_t tensor_parallel_rank, tensor_parallel_size;
     uint64_t generation;
-    uint64_t origin;   // of the load
+    uint64_t tag;      // of the load
     struct rope *rope; // a reference; NULL: it has none
     struct selftest_answers *answers;
-    struct weight_counters counters; // the one part that changes
+    uint32_t crc32c; // of resident_bytes, as the engine held them once it was loaded
+    // The parts that change. Damaged: what is resident is no longer what was loaded, and is not
+    // computed with.
+    struct weight_counters counters;
+    _Atomic bool damaged;
+    _Atomic bool nan_told; // the log has it that an output was NaN
+    struct origin origin;
     // Private to weights.c:
     struct weights *owner;
     _Atomic uint32_t references;
@@ -53,7 +62,8 @@ struct weights_load {
     uint32_t tensor_parallel_size; // 0 means 1
     uint32_t output_dim;           // of 2-D weights; 0 means 1024
     bool replace;
-    uint64_t origin;                 // the caller's own, by which weights_prepare drops them
+    uint64_t tag;          // the caller's own, by which weights_prepare drops them
+    const char *checksums; // a file with the SHA-256 of all files that it takes; NULL, "": none
     const struct rope_options *rope; // of every weight; NULL: the first that weights_add_rope gave
     uint32_t threads;                // that load side by side; 0 means 1
     // Called from loading threads as work proceeds; may be NULL. Returns false to give up
@@ -79,9 +89,27 @@ void weights_destroy(struct weights *weights); // no reference left but the regi
 NODISCARD enum status weights_add_rope(struct weights *weights, const char *pattern,
                                        const struct rope_options *options, struct error *err);
 
+// From now on `check` is asked of all weights of a load, read and resident, before any of them becomes
+// visible. What it returns but OK is how that load fails; what was served goes on. Runs on the thread
+// that loads, and may use the weights as anybody does who has a reference.
+typedef enum status weights_check(void *context, struct weight *const *loaded, uint32_t loaded_n,
+                                  struct error *err);
+void weights_set_check(struct weights *weights, weights_check *check, void *context);
+
 // Blocks until all named weights are visible, or none. `loaded` (may be NULL) gets their number.
 NODISCARD enum status weights_load(struct weights *weights, const struct weights_load *load,
                                    uint32_t *loaded, struct error *err);
+
+// Reads one weight again, from where it came from, with the rope that it has, and puts it in its own
+// place, checked as any. ABORTED: another one is there by now, or none. Else fails as weights_load
+// does, and it stays as it is.
+NODISCARD enum status weights_reload(struct weights *weights, struct weight *weight,
+                                     struct error *err);
+
+static inline bool weight_damaged(const struct weight *weight)
+{
+    return atomic_load_explicit(&weight->damaged, memory_order_relaxed);
+}
 
 // `pattern` is a name or shell pattern. Calls `unloaded` (may be NULL) with each canonical name.
 // NOT_FOUND if it names none.
@@ -98,7 +126,7 @@ struct weights_rope {
 struct weights_change {
     const struct weights_load *loads; // with `rope` NULL; `replace`, `loaded` do not matter
     size_t loads_n;
-    const uint64_t *drops; // the weights of these origins go
+    const uint64_t *drops; // the weights of these tags go
     size_t drops_n;
     const struct weights_rope *ropes; // in place of all that weights_add_rope gave
     size_t ropes_n;
@@ -110,9 +138,6 @@ struct weights_prepared;
 // committed or destroyed, by any thread.
 NODISCARD enum status weights_prepare(struct weights *weights, const struct weights_change *change,
                                       struct weights_prepared **prepared, struct error *err);
-// What would be new.
-void weights_prepared_visit(struct weights_prepared *prepared,
-                            void (*visit)(void *context, struct weight *weight), void *context);
 // The swap, and no more: cannot fail, and is quick. What is left of the change is then what went.
 void weights_commit(struct weights_prepared *prepared);
 // After commit frees what went, else what was loaded. NULL is harmless.
@@ -129,7 +154,7 @@ void weights_visit(struct weights *weights, void (*visit)(void *context, struct 
                    void *context);
 
 struct weights_totals {
-    uint32_t weights;
+    uint32_t weights, damaged;
     uint64_t resident_bytes;
     uint32_t groups_max, output_dim_max, reduced_dim_max; // of any resident weight
 };

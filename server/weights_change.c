@@ -39,7 +39,7 @@ static void name_key(struct error *err, const char *key)
 static bool drops(const struct weights_change *change, const struct weight *weight)
 {
     for (size_t i = 0; i < change->drops_n; i++)
-        if (change->drops[i] == weight->origin)
+        if (change->drops[i] == weight->tag)
             return true;
     return false;
 }
@@ -206,13 +206,6 @@ enum status weights_prepare(struct weights *weights, const struct weights_change
     }
     *out = prepared;
     return STATUS_OK;
-}
-
-void weights_prepared_visit(struct weights_prepared *prepared,
-                            void (*visit)(void *context, struct weight *weight), void *context)
-{
-    for (uint32_t i = 0; i < prepared->added_n; i++)
-        visit(context, prepared->added[i]);
 }
 
 void weights_commit(struct weights_prepared *prepared)

@@ -31,6 +31,8 @@ struct weights {
     // that a name which comes back never repeats a generation, and no list of past names is kept.
     uint64_t generation_floor;
     struct rope_rules rope_rules;
+    weights_check *check; // NULL: none; of who is changing, as the next
+    void *check_context;
 
     pthread_rwlock_t lock;
     struct weight **list; // in order of name; guarded by lock; written by who is changing, too
@@ -53,7 +55,7 @@ struct weight **weights_list_create(size_t weights_n);
 void weights_list_unref(struct weight **list);
 // Makes `list` the registry's (takes it) and gives back the one before (to be let go of).
 struct weight **weights_swap_list(struct weights *weights, struct weight **list, uint32_t list_n);
-// Reads and re-lays all entries into new weights, which `list` gets. Frees them again on failure.
+// Reads, re-lays and checks all entries: new weights, which `list` gets. Frees them again on failure.
 // `rope` NULL: by the rules.
 NODISCARD enum status weights_load_entries(struct weights *weights, const struct weights_load *load,
                                            const struct catalog *catalog,

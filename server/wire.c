@@ -13,6 +13,8 @@
 
 #include <string.h>
 
+#include "../client/crc32c.h"
+
 enum {
     VARINT_BYTES_MAX = 10,    // 64 bits, seven at a time
     TAG_VARINT_BYTES_MAX = 5, // 32 bits: tags and lengths
@@ -222,6 +224,7 @@ enum field_kind {
     FIELD_RANGE,
     FIELD_REGION, // the 16 bytes of its name
     FIELD_SHARED, // a SharedTensors
+    FIELD_SUM,    // a Crc32c
 };
 
 struct field_rule {
@@ -234,6 +237,10 @@ struct field_rule {
 #define FIELD(kind, member)                                                                        \
     {                                                                                              \
 #member, kind, offsetof(struct wire_request, member), 0                                    \
+    }
+#define SUM(name, member)                                                                          \
+    {                                                                                              \
+        name, FIELD_SUM, offsetof(struct wire_request, member), 0                                  \
     }
 #define TEXT(member, bytes_max)                                                                    \
     {                                                                                              \
@@ -258,15 +265,20 @@ static const struct field_rule einsum_rules[] = {
     [15] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
     [16] = FIELD(FIELD_SHARED, shared),
     [17] = FIELD(FIELD_UINT32, priority),
+    [18] = SUM("activations_crc32c", first_sum),
+    [19] = SUM("activation_scales_crc32c", second_sum),
+    [20] = FIELD(FIELD_BOOL, output_sum),
 };
 
 static const struct field_rule output_project_rules[] = {
-    [1] = FIELD(FIELD_UINT64, request_id),  [2] = TEXT(weight, WIRE_WEIGHT_BYTES_MAX),
-    [3] = FIELD(FIELD_UINT32, output_type), [4] = FIELD(FIELD_UINT32, tokens),
-    [5] = FIELD(FIELD_UINT32, group_begin), [6] = FIELD(FIELD_UINT32, group_end),
-    [7] = FIELD(FIELD_BOOL, digest_only),   [8] = FIELD(FIELD_RANGE, attention),
-    [9] = FIELD(FIELD_RANGE, positions),    [10] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
-    [11] = FIELD(FIELD_SHARED, shared),     [12] = FIELD(FIELD_UINT32, priority),
+    [1] = FIELD(FIELD_UINT64, request_id),     [2] = TEXT(weight, WIRE_WEIGHT_BYTES_MAX),
+    [3] = FIELD(FIELD_UINT32, output_type),    [4] = FIELD(FIELD_UINT32, tokens),
+    [5] = FIELD(FIELD_UINT32, group_begin),    [6] = FIELD(FIELD_UINT32, group_end),
+    [7] = FIELD(FIELD_BOOL, digest_only),      [8] = FIELD(FIELD_RANGE, attention),
+    [9] = FIELD(FIELD_RANGE, positions),       [10] = TEXT(kernel, WIRE_KERNEL_BYTES_MAX),
+    [11] = FIELD(FIELD_SHARED, shared),        [12] = FIELD(FIELD_UINT32, priority),
+    [13] = SUM("attention_crc32c", first_sum), [14] = SUM("positions_crc32c", second_sum),
+    [15] = FIELD(FIELD_BOOL, output_sum),
 };
 
 #define SHARED(name, kind, member)                                                                 \
@@ -341,6 +353,30 @@ static enum status take_region(struct wire_cursor *cursor, const struct wire_fie
 static enum status read_shared(struct wire_cursor *cursor, const struct wire_field *field,
                                struct wire_request *request, struct error *err);
 
+// A Crc32c's one field is fixed32 value = 1; unset, it is 0, which is a sum as well.
+static enum status read_sum(struct wire_cursor *cursor, const struct wire_field *message,
+                            const struct field_rule *rule, struct wire_sum *sum, struct error *err)
+{
+    enum { VALUE = 1 };
+    uint64_t end = message->range.offset + message->range.bytes;
+    *sum = (struct wire_sum){.given = true};
+    while (cursor->offset < end) {
+        struct wire_field field;
+        enum status status = wire_read_tag(cursor, end, &field, err);
+        if (!status && field.number != VALUE)
+            status = wire_skip_field(cursor, end, &field, err);
+        else if (!status)
+            status = wire_expect_type(&field, rule->name, WIRE_FIXED32, err);
+        if (!status && field.number == VALUE) {
+            status = wire_read_value(cursor, end, rule->name, &field, err);
+            sum->crc32c = (uint32_t)field.value;
+        }
+        if (status)
+            return status;
+    }
+    return STATUS_OK;
+}
+
 static enum status take_field(struct wire_cursor *cursor, uint64_t end,
                               const struct field_rule *rule, struct wire_field *field,
                               struct wire_request *request, struct error *err)
@@ -377,6 +413,8 @@ static enum status take_field(struct wire_cursor *cursor, uint64_t end,
         return take_region(cursor, field, rule, request, err);
     case FIELD_SHARED:
         return read_shared(cursor, field, request, err);
+    case FIELD_SUM:
+        return read_sum(cursor, field, rule, (struct wire_sum *)(void *)to, err);
     }
     return STATUS_OK;
 }
@@ -490,6 +528,24 @@ void wire_copy(const grpc_slice *slices, size_t slices_n, struct wire_range rang
     wire_take(&cursor, range.bytes, to);
 }
 
+uint32_t wire_crc32c(const grpc_slice *slices, size_t slices_n, struct wire_range range)
+{
+    struct wire_cursor cursor;
+    wire_cursor_init(&cursor, slices, slices_n);
+    wire_skip(&cursor, range.offset);
+    uint32_t crc = 0;
+    while (range.bytes > 0) {
+        size_t piece = piece_at(&cursor);
+        ASSERT(piece > 0);
+        if (piece > range.bytes)
+            piece = (size_t)range.bytes;
+        crc = crc32c_extend(crc, cursor.at, piece);
+        advance(&cursor, piece);
+        range.bytes -= piece;
+    }
+    return crc;
+}
+
 uint8_t *wire_put_varint(uint8_t *at, uint64_t value)
 {
     while (value >= 0x80) {
@@ -530,6 +586,18 @@ static uint8_t *put_batch(uint8_t *at, uint32_t number, const struct wire_respon
     return at + bytes;
 }
 
+static uint8_t *put_sum(uint8_t *at, uint32_t number, const struct wire_sum *sum)
+{
+    enum { SUM_BYTES = 5 };
+    if (!sum->given)
+        return at;
+    at = wire_put_varint(wire_put_tag(at, number, WIRE_BYTES), SUM_BYTES);
+    at = wire_put_tag(at, 1, WIRE_FIXED32);
+    for (int i = 0; i < 4; i++)
+        *at++ = (uint8_t)(sum->crc32c >> (8 * i));
+    return at;
+}
+
 size_t wire_write_response_head(const struct wire_response *response, bool streamed,
                                 uint8_t head[WIRE_RESPONSE_HEAD_BYTES_MAX])
 {
@@ -543,6 +611,7 @@ size_t wire_write_response_head(const struct wire_response *response, bool strea
     end = wire_put_scalar(end, 5, response->output_dim);
     end = wire_put_scalar(end, 6, (uint64_t)(int64_t)response->output_type);
     end = put_batch(end, 8, response);
+    end = put_sum(end, 9, &response->output_sum);
     // Protobuf leaves the order of fields to the writer: `output` comes last, so that its bytes
     // can be sent from where they lie.
     if (response->output_bytes > 0)

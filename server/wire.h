@@ -80,6 +80,12 @@ struct wire_shared {
 
 enum wire_kind { WIRE_EINSUM, WIRE_OUTPUT_PROJECT };
 
+// A Crc32c, if there was one.
+struct wire_sum {
+    bool given;
+    uint32_t crc32c;
+};
+
 // Either message; what the other alone has is unset.
 struct wire_request {
     enum wire_kind kind;
@@ -95,7 +101,11 @@ struct wire_request {
     struct wire_range activations, activation_scales; // of an EinsumRequest
     struct wire_range attention, positions;           // of an OutputProjectRequest
     struct wire_shared shared;                        // of either, in place of the ranges above
-    uint64_t timeout_us;                              // of a ModelInferRequest alone; 0: none
+    // Of activations and activation_scales, or attention and positions; and whether the response is
+    // to have the output's.
+    struct wire_sum first_sum, second_sum;
+    bool output_sum;
+    uint64_t timeout_us; // of a ModelInferRequest alone; 0: none
 };
 
 // Reads a message of `kind`. INVALID_ARGUMENT for bytes that are not one. `slices` may be empty:
@@ -115,6 +125,8 @@ NODISCARD enum status wire_read_stream_request(const grpc_slice *slices, size_t 
 
 // Copies a range to `to`. Asserts that it lies within the slices.
 void wire_copy(const grpc_slice *slices, size_t slices_n, struct wire_range range, void *to);
+// The CRC-32C of a range. Likewise.
+uint32_t wire_crc32c(const grpc_slice *slices, size_t slices_n, struct wire_range range);
 
 struct wire_response {
     uint64_t request_id;
@@ -124,6 +136,7 @@ struct wire_response {
     uint32_t batch_tokens, batch_bucket, batch_requests;
     uint64_t queue_ns, run_ns;
     uint32_t parts; // that it was cut into; 0: it was not
+    struct wire_sum output_sum;
 };
 
 enum { WIRE_RESPONSE_HEAD_BYTES_MAX = 192 };

@@ -36,7 +36,7 @@ struct parameter {
     uint64_t text_bytes;                     // more than the maximum: `text` is not it
 };
 
-enum rule_kind { RULE_TEXT, RULE_NUMBER, RULE_REFUSED };
+enum rule_kind { RULE_TEXT, RULE_NUMBER, RULE_BOOL, RULE_SUM, RULE_REFUSED };
 
 struct rule {
     const char *key;
@@ -58,6 +58,11 @@ static const struct rule request_rules[] = {
     {"group_end", "group_end", RULE_NUMBER, offsetof(struct wire_infer, group_end), 0},
     {"priority", "priority", RULE_NUMBER, offsetof(struct wire_infer, priority), 0},
     {"timeout", "timeout", RULE_NUMBER, offsetof(struct wire_infer, timeout_us), 0},
+    {"activations_crc32c", "activations_crc32c", RULE_SUM,
+     offsetof(struct wire_infer, activations_crc32c), 0},
+    {"activation_scales_crc32c", "activation_scales_crc32c", RULE_SUM,
+     offsetof(struct wire_infer, scales_crc32c), 0},
+    {"output_crc32c", "output_crc32c", RULE_BOOL, offsetof(struct wire_infer, output_crc32c), 0},
     {"sequence_id", "sequence_id", RULE_REFUSED, 0, 0},
     {"sequence_start", "sequence_start", RULE_REFUSED, 0, 0},
     {"sequence_end", "sequence_end", RULE_REFUSED, 0, 0},
@@ -187,6 +192,23 @@ static enum status apply_number(const struct parameter *parameter, const struct 
     return STATUS_OK;
 }
 
+static enum status apply_bool(const struct parameter *parameter, const struct rule *rule, bool *to,
+                              struct error *err)
+{
+    if (parameter->kind != PARAMETER_BOOL)
+        return error_field(err, STATUS_INVALID_ARGUMENT, rule->name,
+                           "expected a bool (bool_param)");
+    *to = parameter->value != 0;
+    return STATUS_OK;
+}
+
+static enum status apply_sum(const struct parameter *parameter, const struct rule *rule,
+                             struct wire_infer_sum *to, struct error *err)
+{
+    to->given = true;
+    return apply_number(parameter, rule, &to->value, err);
+}
+
 // Whether a parameter says more than that there is none: 0, false and "" do not.
 static bool says_something(const struct parameter *parameter)
 {
@@ -215,6 +237,10 @@ static enum status read_parameter(struct wire_cursor *cursor, const struct wire_
         return apply_text(&parameter, rule, to, err);
     case RULE_NUMBER:
         return apply_number(&parameter, rule, to, err);
+    case RULE_BOOL:
+        return apply_bool(&parameter, rule, to, err);
+    case RULE_SUM:
+        return apply_sum(&parameter, rule, to, err);
     case RULE_REFUSED:
         break;
     }
@@ -615,6 +641,8 @@ size_t wire_write_infer_head(const struct wire_infer_response *infer,
     at = put_text(at, ID, infer->id);
     if (response->batch_tokens > 0)
         at = put_batch_parameters(at, infer, response);
+    if (response->output_sum.given)
+        at = put_number_parameter(at, "output_crc32c", response->output_sum.crc32c);
     at = put_output(at, infer, response);
     at = wire_put_varint(wire_put_tag(at, RAW, WIRE_BYTES), response->output_bytes);
     return (size_t)(at - head);

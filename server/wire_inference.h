@@ -35,6 +35,11 @@ struct wire_infer {
     char output_dtype[WIRE_INFER_TYPE_BYTES_MAX + 1]; // of the request
     char kernel[WIRE_KERNEL_BYTES_MAX + 1];
     uint64_t group_begin, group_end, priority, timeout_us;
+    struct wire_infer_sum {
+        bool given;
+        uint64_t value; // as sent: any
+    } activations_crc32c, scales_crc32c;
+    bool output_crc32c;
     uint32_t inputs_n, outputs_n, raw_n; // raw_n counts those beyond the array, too
     struct wire_infer_input inputs[WIRE_INFER_INPUTS_MAX];
     char output_name[WIRE_INFER_NAME_BYTES_MAX + 1];

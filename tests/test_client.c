@@ -96,7 +96,8 @@ static size_t write_message(const struct einsum_client_request *request, bool st
                             uint8_t *message)
 {
     struct einsum_client_frame frame;
-    einsum_client_frame_write(&frame, request, 1234567890123456789u, streamed, NULL);
+    static const struct einsum_client_sums sums = {.given = true, .first = 0xe3069283};
+    einsum_client_frame_write(&frame, request, 1234567890123456789u, streamed, NULL, &sums);
     uint8_t *to = message;
     memcpy(to, frame.head, frame.head_bytes);
     to += frame.head_bytes;
@@ -126,6 +127,9 @@ static void check_request(const Einsum__V1__EinsumRequest *got,
     ck_assert_int_eq((int)got->scale_type, (int)sent->scale_type);
     ck_assert_int_eq((int)got->output_type, (int)sent->output_type);
     ck_assert_uint_eq(got->tokens, sent->tokens);
+    ck_assert_uint_eq(got->activations_crc32c->value, 0xe3069283);
+    ck_assert_uint_eq(got->activation_scales_crc32c->value, 0);
+    ck_assert(got->output_crc32c);
     ck_assert_uint_eq(got->group_begin, sent->group_begin);
     ck_assert_uint_eq(got->group_end, sent->group_end);
     ck_assert_int_eq(got->digest_only, sent->digest_only);

@@ -83,6 +83,9 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.lame_duck_ms, 0);
     ck_assert_uint_eq(config.watchdog_ms, 30000);
     ck_assert(config.self_test_at_start);
+    ck_assert(config.self_test_at_load);
+    ck_assert_uint_eq(config.scrub_seconds, 3600);
+    ck_assert_uint_eq(config.nan_sample, 16);
     ck_assert_int_eq(config.log_level, LOG_LEVEL_INFO);
     ck_assert_int_eq(config.log_format, LOG_FORMAT_PLAIN);
     config_deinit(&config);
@@ -151,7 +154,7 @@ static const char everything[] =
     " \"cut_bytes_max\": 31,"
     " \"weights_roots\": [\"/m\", \"/n\"],"
     " \"weights\": [{\"path\": \"flash\"},"
-    "   {\"path\": \"/n/pro\", \"tensors\": [\"a*\", \"b*\"], \"name_prefix\": \"pro.\","
+    "   {\"path\": \"/n/pro\", \"tensors\": [\"a*\", \"b*\"], \"name_prefix\": \"pro.\", \"checksums\": \"/n/SUMS\","
     "    \"tensor_parallel_rank\": 18, \"tensor_parallel_size\": 19, \"output_dim\": 20}],"
     " \"ropes\": [{\"weights\": \"layers.0.*\", \"theta\": 10000},"
     "   {\"weights\": \"*\", \"theta\": 160000.5, \"factor\": 16, \"original_positions_max\": "
@@ -160,7 +163,9 @@ static const char everything[] =
     "   {\"weights\": \"pro.*\", \"cache\": \"rope.safetensors\", \"cache_tensor\": \"t\"}],"
     " \"load_threads\": 21, \"drain_grace_ms\": 22, \"lame_duck_ms\": 23,"
     " \"watchdog_ms\": 24,"
-    " \"self_test_at_start\": false, \"log_level\": \"debug\", \"log_format\": \"json\"}";
+    " \"self_test_at_start\": false, \"self_test_at_load\": false, \"scrub_seconds\": 60, "
+    "\"nan_sample\": 5, "
+    "\"log_level\": \"debug\", \"log_format\": \"json\"}";
 
 static void ck_access(const struct config *config)
 {
@@ -213,6 +218,7 @@ static void ck_weights_and_ropes(const struct config *config)
     ck_assert_str_eq(flash->path, "flash");
     ck_assert_uint_eq(flash->tensors_n, 0);
     ck_assert_str_eq(flash->name_prefix, "");
+    ck_assert_str_eq(flash->checksums, "");
     ck_assert_uint_eq(flash->tensor_parallel_rank, 0);
     ck_assert_uint_eq(flash->tensor_parallel_size, 1);
     ck_assert_uint_eq(flash->output_dim, 1024);
@@ -221,6 +227,7 @@ static void ck_weights_and_ropes(const struct config *config)
     ck_assert_str_eq(pro->tensors[0], "a*");
     ck_assert_str_eq(pro->tensors[1], "b*");
     ck_assert_str_eq(pro->name_prefix, "pro.");
+    ck_assert_str_eq(pro->checksums, "/n/SUMS");
     ck_assert_uint_eq(pro->tensor_parallel_rank, 18);
     ck_assert_uint_eq(pro->tensor_parallel_size, 19);
     ck_assert_uint_eq(pro->output_dim, 20);
@@ -281,6 +288,9 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->lame_duck_ms, 23);
     ck_assert_uint_eq(config->watchdog_ms, 24);
     ck_assert(!config->self_test_at_start);
+    ck_assert(!config->self_test_at_load);
+    ck_assert_uint_eq(config->scrub_seconds, 60);
+    ck_assert_uint_eq(config->nan_sample, 5);
     ck_assert_int_eq(config->log_level, LOG_LEVEL_DEBUG);
     ck_assert_int_eq(config->log_format, LOG_FORMAT_JSON);
 }
@@ -407,6 +417,8 @@ static const struct {
     {"tls_handshake_ms", 100, 86400000},
     {"tls_threads", 0, 256},
     {"access_look_ms", 50, 86400000},
+    {"scrub_seconds", 0, 2592000},
+    {"nan_sample", 0, 1 << 20},
 };
 
 START_TEST(integers_take_their_range_and_nothing_else)

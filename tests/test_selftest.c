@@ -118,7 +118,6 @@ static void outputs_init(struct outputs *outputs, const struct memory_source *so
         malloc(einsum_activation_bytes(SELFTEST_TOKENS, format->groups, format->reduced_dim));
     void *scales = malloc(einsum_scale_bytes(EINSUM_SCALES_TGK, EINSUM_SCALE_FP32, SELFTEST_TOKENS,
                                              format->groups, blocks));
-    selftest_fill(format, activations, scales);
     struct einsum_operand operand = {.tokens = SELFTEST_TOKENS,
                                      .groups = format->groups,
                                      .activation_layout = EINSUM_ACTIVATIONS_TGR,
@@ -127,6 +126,7 @@ static void outputs_init(struct outputs *outputs, const struct memory_source *so
                                      .output_type = EINSUM_OUTPUT_BF16,
                                      .activations = activations,
                                      .scales = scales};
+    selftest_fill(format, &operand, false);
     einsum_reference(format, source->weight, source->scales, &operand, outputs->exact);
     for (uint64_t i = 0; i < outputs->n; i++) {
         uint32_t d = (uint32_t)(i % format->output_dim);
@@ -144,6 +144,17 @@ static void outputs_deinit(struct outputs *outputs)
     free(outputs->bf16);
     free(outputs->wgmma_loss);
     free(outputs->exact);
+}
+
+// Of the outputs above, which are of FP32 scales.
+static void judge(const struct selftest_answers *answers, void *output, bool wgmma,
+                  struct selftest_verdict *verdict)
+{
+    const struct einsum_operand operand = {.tokens = SELFTEST_TOKENS,
+                                           .scale_type = EINSUM_SCALE_FP32,
+                                           .output_type = EINSUM_OUTPUT_BF16,
+                                           .output = output};
+    selftest_judge(answers, &operand, false, wgmma, verdict);
 }
 
 static struct selftest_answers *answer(const struct memory_source *source)
@@ -165,19 +176,39 @@ static const struct einsum_weight_format formats[] = {
 
 // ---- the activations
 
+static struct einsum_operand fill(const struct einsum_weight_format *format,
+                                  struct einsum_operand operand, bool wide)
+{
+    uint64_t blocks = format->reduced_dim / format->block_r;
+    operand.groups = format->groups;
+    operand.activations =
+        malloc(einsum_activation_bytes(operand.tokens, format->groups, format->reduced_dim));
+    operand.scales = malloc(einsum_scale_bytes(operand.scale_layout, operand.scale_type,
+                                               operand.tokens, format->groups, blocks));
+    selftest_fill(format, &operand, wide);
+    return operand;
+}
+
+static void fill_deinit(const struct einsum_operand *operand)
+{
+    free((void *)(uintptr_t)operand->scales);
+    free((void *)(uintptr_t)operand->activations);
+}
+
 START_TEST(test_fill)
 {
     const struct einsum_weight_format *format = &formats[_i];
-    uint64_t blocks = format->reduced_dim / format->block_r;
     uint64_t activations_n = (uint64_t)SELFTEST_TOKENS * format->groups * format->reduced_dim;
-    uint64_t scales_n = SELFTEST_TOKENS * format->groups * blocks;
-    uint8_t *activations = malloc(activations_n), *again = malloc(activations_n);
-    float *scales = malloc(scales_n * sizeof(float)),
-          *scales_again = malloc(scales_n * sizeof(float));
-    selftest_fill(format, activations, scales);
-    selftest_fill(format, again, scales_again);
-    ck_assert_mem_eq(activations, again, activations_n);
-    ck_assert_mem_eq(scales, scales_again, scales_n * sizeof(float));
+    uint64_t scales_n = activations_n / format->block_r;
+    const struct einsum_operand like = {.tokens = SELFTEST_TOKENS,
+                                        .activation_layout = EINSUM_ACTIVATIONS_TGR,
+                                        .scale_layout = EINSUM_SCALES_TGK,
+                                        .scale_type = EINSUM_SCALE_FP32};
+    const struct einsum_operand once = fill(format, like, false), again = fill(format, like, false);
+    const uint8_t *activations = once.activations;
+    const float *scales = once.scales;
+    ck_assert_mem_eq(activations, again.activations, activations_n);
+    ck_assert_mem_eq(scales, again.scales, scales_n * sizeof(float));
 
     uint32_t seen[256] = {0}, kinds = 0;
     for (uint64_t i = 0; i < activations_n; i++) {
@@ -190,10 +221,57 @@ START_TEST(test_fill)
         ck_assert(isfinite(scales[i]) && scales[i] > 0);
         ck_assert(frexpf(scales[i], &exponent) != 0.5f); // not a power of two
     }
-    free(scales_again);
-    free(scales);
-    free(again);
-    free(activations);
+    fill_deinit(&again);
+    fill_deinit(&once);
+}
+END_TEST
+
+static double scale_of(const struct einsum_weight_format *format,
+                       const struct einsum_operand *operand, uint32_t t, uint32_t g, uint32_t k)
+{
+    const struct einsum_scale_strides strides = einsum_scale_strides(format, operand);
+    const uint8_t *at = (const uint8_t *)operand->scales + t * strides.token + g * strides.group +
+                        k / 4 * strides.word + k % 4 * strides.byte;
+    float value;
+    if (operand->scale_type == EINSUM_SCALE_UE8M0)
+        return ldexp(1, *at - 127);
+    memcpy(&value, at, sizeof value);
+    return (double)value;
+}
+
+// Every token of every layout is one of the three, small scales are 2^-60 of the others, and what
+// pads a layout is NaN.
+START_TEST(test_fill_in_layouts)
+{
+    enum { TOKENS = 7, GROUPS = 3, BLOCKS = 8, BLOCK = 32 };
+    static const struct einsum_weight_format format = {
+        GROUPS, 64, BLOCKS * BLOCK, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_FP32, 32, BLOCK};
+    struct einsum_operand like = {.tokens = TOKENS,
+                                  .activation_layout = EINSUM_ACTIVATIONS_TGR,
+                                  .scale_layout = EINSUM_SCALES_TGK,
+                                  .scale_type = _i & 1 ? EINSUM_SCALE_UE8M0 : EINSUM_SCALE_FP32};
+    const struct einsum_operand plain = fill(&format, like, false);
+    like.activation_layout = EINSUM_ACTIVATIONS_GTR;
+    like.scale_layout = EINSUM_SCALES_GKT;
+    const struct einsum_operand other = fill(&format, like, _i & 2);
+    for (uint32_t t = 0; t < TOKENS; t++)
+        for (uint32_t g = 0; g < GROUPS; g++) {
+            const uint8_t *row = (const uint8_t *)other.activations +
+                                 einsum_activation_offset(EINSUM_ACTIVATIONS_GTR, TOKENS, GROUPS,
+                                                          format.reduced_dim, t, g);
+            const uint8_t *same = (const uint8_t *)plain.activations +
+                                  einsum_activation_offset(EINSUM_ACTIVATIONS_TGR, TOKENS, GROUPS,
+                                                           format.reduced_dim, t % 3, g);
+            ck_assert_mem_eq(row, same, format.reduced_dim);
+            for (uint32_t k = 0; k < BLOCKS; k++)
+                ck_assert_double_eq(
+                    scale_of(&format, &other, t, g, k),
+                    ldexp(scale_of(&format, &plain, t % 3, g, k), _i & 2 ? -60 : 0));
+        }
+    struct einsum_operand padded = other;
+    ck_assert(!(scale_of(&format, &padded, TOKENS, 0, 0) < 0x1p100)); // NaN
+    fill_deinit(&other);
+    fill_deinit(&plain);
 }
 END_TEST
 
@@ -207,7 +285,7 @@ START_TEST(test_right_outputs_pass)
     outputs_init(&outputs, &source);
     struct selftest_answers *answers = answer(&source);
     struct selftest_verdict verdict;
-    selftest_judge(answers, outputs.bf16, false, &verdict);
+    judge(answers, outputs.bf16, false, &verdict);
     ck_assert_msg(verdict.passed, "%s", verdict.message);
     ck_assert_uint_eq(verdict.elements_checked,
                       SELFTEST_TOKENS * formats[_i].groups * SELFTEST_ROWS_PER_GROUP);
@@ -237,7 +315,7 @@ START_TEST(test_what_is_checked)
         uint16_t right = outputs.bf16[i];
         outputs.bf16[i] = right ^ 0x8000;
         struct selftest_verdict verdict;
-        selftest_judge(answers, outputs.bf16, false, &verdict);
+        judge(answers, outputs.bf16, false, &verdict);
         outputs.bf16[i] = right;
         checked += !verdict.passed;
         uint64_t row = i % format->output_dim;
@@ -319,7 +397,7 @@ START_TEST(test_mistakes_are_found)
     mistakes[_i](&source);
     outputs_init(&outputs, &source);
     struct selftest_verdict verdict;
-    selftest_judge(answers, outputs.bf16, false, &verdict);
+    judge(answers, outputs.bf16, false, &verdict);
     ck_assert(!verdict.passed);
     ck_assert_double_gt(verdict.worst_error_ratio, 1);
     selftest_answers_destroy(answers);
@@ -343,14 +421,14 @@ START_TEST(test_losses_of_wgmma)
         ck_assert_int_eq(outputs.wgmma_loss[i] > 0, loses);
         outputs.bf16[i] = bf16_nearest(outputs.exact[i] + outputs.wgmma_loss[i]);
     }
-    selftest_judge(answers, outputs.bf16, true, &verdict);
+    judge(answers, outputs.bf16, true, &verdict);
     ck_assert_msg(verdict.passed, "%s", verdict.message);
-    selftest_judge(answers, outputs.bf16, false, &verdict);
+    judge(answers, outputs.bf16, false, &verdict);
     ck_assert_int_eq(verdict.passed, !loses);
 
     for (uint64_t i = 0; i < outputs.n; i++)
         outputs.bf16[i] = bf16_nearest(1.02 * outputs.exact[i] + 3 * outputs.wgmma_loss[i]);
-    selftest_judge(answers, outputs.bf16, true, &verdict);
+    judge(answers, outputs.bf16, true, &verdict);
     ck_assert(!verdict.passed);
     selftest_answers_destroy(answers);
     outputs_deinit(&outputs);
@@ -368,11 +446,11 @@ START_TEST(test_nan_is_right_only_where_expected)
     ck_assert(isnan(outputs.exact[0]));
     struct selftest_answers *answers = answer(&source);
     struct selftest_verdict verdict;
-    selftest_judge(answers, outputs.bf16, false, &verdict);
+    judge(answers, outputs.bf16, false, &verdict);
     ck_assert_msg(verdict.passed, "%s", verdict.message);
 
     outputs.bf16[0] = 0x3f80;
-    selftest_judge(answers, outputs.bf16, false, &verdict);
+    judge(answers, outputs.bf16, false, &verdict);
     ck_assert(!verdict.passed);
     ck_assert(isinf(verdict.worst_error_ratio));
     ck_assert_ptr_nonnull(
@@ -380,7 +458,7 @@ START_TEST(test_nan_is_right_only_where_expected)
 
     outputs.bf16[0] = 0xffff; // any NaN will do
     outputs.bf16[formats[0].output_dim - 1] = 0x7fc0;
-    selftest_judge(answers, outputs.bf16, false, &verdict);
+    judge(answers, outputs.bf16, false, &verdict);
     ck_assert(!verdict.passed);
     ck_assert_ptr_nonnull(strstr(verdict.message, "token 0, group 0, output 127: got nan"));
     selftest_answers_destroy(answers);
@@ -398,11 +476,11 @@ START_TEST(test_zero_weight)
     outputs_init(&outputs, &source);
     struct selftest_answers *answers = answer(&source);
     struct selftest_verdict verdict;
-    selftest_judge(answers, outputs.bf16, false, &verdict);
+    judge(answers, outputs.bf16, false, &verdict);
     ck_assert(verdict.passed);
     ck_assert_double_eq(verdict.worst_error_ratio, 0);
     outputs.bf16[0] = 0x3f80;
-    selftest_judge(answers, outputs.bf16, false, &verdict);
+    judge(answers, outputs.bf16, false, &verdict);
     ck_assert(!verdict.passed);
     selftest_answers_destroy(answers);
     outputs_deinit(&outputs);
@@ -431,6 +509,7 @@ static Suite *suite(void)
     TCase *tcase = tcase_create("selftest");
     tcase_set_timeout(tcase, 60);
     tcase_add_loop_test(tcase, test_fill, 0, ARRAY_LEN(formats));
+    tcase_add_loop_test(tcase, test_fill_in_layouts, 0, 4);
     tcase_add_loop_test(tcase, test_right_outputs_pass, 0, ARRAY_LEN(formats));
     tcase_add_loop_test(tcase, test_what_is_checked, 0, ARRAY_LEN(formats));
     tcase_add_loop_test(tcase, test_mistakes_are_found, 0, ARRAY_LEN(mistakes));

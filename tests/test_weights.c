@@ -1048,14 +1048,14 @@ START_TEST(test_change_swaps_all_at_once)
 {
     write_shard(in_base("root/a.safetensors"), three_layers, 4, 0);
     write_shard(in_base("root/b.safetensors"), three_layers, 6, 5);
-    struct weights_load load = {.path = "a.safetensors", .output_dim = 32, .origin = 7};
+    struct weights_load load = {.path = "a.safetensors", .output_dim = 32, .tag = 7};
     load_good(&load, 2);
     load = (struct weights_load){.path = "a.safetensors", .output_dim = 32, .name_prefix = "rpc."};
     load_good(&load, 2);
 
     const struct weights_load loads[] = {
-        {.path = "b.safetensors", .output_dim = 32, .origin = 8},
-        {.path = "a.safetensors", .output_dim = 32, .name_prefix = "z.", .origin = 9},
+        {.path = "b.safetensors", .output_dim = 32, .tag = 8},
+        {.path = "a.safetensors", .output_dim = 32, .name_prefix = "z.", .tag = 9},
     };
     const uint64_t drops[] = {7};
     const struct weights_change change = {
@@ -1091,10 +1091,10 @@ END_TEST
 START_TEST(test_change_fails_whole)
 {
     write_shard(in_base("root/a.safetensors"), three_layers, 6, 0);
-    load_good(&(struct weights_load){.path = "a.safetensors", .output_dim = 32, .origin = 1}, 3);
+    load_good(&(struct weights_load){.path = "a.safetensors", .output_dim = 32, .tag = 1}, 3);
     struct weights_load loads[] = {
-        {.path = "a.safetensors", .output_dim = 32, .origin = 2},
-        {.path = "a.safetensors", .output_dim = 32, .name_prefix = "b.", .origin = 3},
+        {.path = "a.safetensors", .output_dim = 32, .tag = 2},
+        {.path = "a.safetensors", .output_dim = 32, .name_prefix = "b.", .tag = 3},
     };
     const uint64_t drops[] = {1};
     struct weights_change change = {.loads = loads, .loads_n = 2, .drops = drops, .drops_n = 1};

@@ -85,6 +85,13 @@ static void assert_agrees(const struct wire_request *request, const uint8_t *fla
     ck_assert_int_eq(request->digest_only, peer->digest_only != 0);
     assert_range_is(flat, request->activations, peer->activations);
     assert_range_is(flat, request->activation_scales, peer->activation_scales);
+    ck_assert_int_eq(request->output_sum, peer->output_crc32c != 0);
+    ck_assert_int_eq(request->first_sum.given, peer->activations_crc32c != NULL);
+    ck_assert_int_eq(request->second_sum.given, peer->activation_scales_crc32c != NULL);
+    if (peer->activations_crc32c)
+        ck_assert_uint_eq(request->first_sum.crc32c, peer->activations_crc32c->value);
+    if (peer->activation_scales_crc32c)
+        ck_assert_uint_eq(request->second_sum.crc32c, peer->activation_scales_crc32c->value);
 }
 
 static void assert_same_request(const struct wire_request *a, const struct wire_request *b)
@@ -131,6 +138,11 @@ static size_t pack_full_request(uint8_t to[MESSAGE_BYTES_MAX])
     request.digest_only = 1;
     request.activations = (ProtobufCBinaryData){sizeof activations, activations};
     request.activation_scales = (ProtobufCBinaryData){sizeof scales, scales};
+    Einsum__V1__Crc32c first = EINSUM__V1__CRC32C__INIT, none = EINSUM__V1__CRC32C__INIT;
+    first.value = 0xe3069283;
+    request.activations_crc32c = &first;
+    request.activation_scales_crc32c = &none; // given, of value 0: an empty message
+    request.output_crc32c = 1;
     ck_assert_uint_le(einsum__v1__einsum_request__get_packed_size(&request), MESSAGE_BYTES_MAX);
     return einsum__v1__einsum_request__pack(&request, to);
 }
@@ -196,7 +208,7 @@ START_TEST(refuses_what_is_cut_short)
         if (peer)
             einsum__v1__einsum_request__free_unpacked(peer, NULL);
     }
-    ck_assert_uint_eq(refused, n - 16); // all but the 16 places between fields
+    ck_assert_uint_eq(refused, n - 19); // all but the 19 places between fields
 }
 END_TEST
 
@@ -269,10 +281,14 @@ static const struct refusal {
     {BYTES("\x6a\xff\xff\xff\xff\x7f"), "activations", "length that runs past the end"},
     {BYTES("\x6a\x80\x80\x80\x80\x80\x00"), "activations", "varint too long"},
     {BYTES("\x72"), "activation_scales", "truncated varint"},
-    {BYTES("\x92\x01\x02\x00"), "", "length that runs past the end"},
-    {BYTES("\x95\x01\x00\x00\x00"), "", "truncated fixed-size value"},
-    {BYTES("\x91\x01\x00\x00\x00\x00\x00\x00\x00"), "", "truncated fixed-size value"},
-    {BYTES("\x90\x01\x80"), "", "truncated varint, at byte 2"},
+    {BYTES("\xaa\x01\x02\x00"), "", "length that runs past the end"},
+    {BYTES("\xad\x01\x00\x00\x00"), "", "truncated fixed-size value"},
+    {BYTES("\xa9\x01\x00\x00\x00\x00\x00\x00\x00"), "", "truncated fixed-size value"},
+    {BYTES("\xa8\x01\x80"), "", "truncated varint, at byte 2"},
+    {BYTES("\x90\x01\x05"), "activations_crc32c", "wire type 0, expected 2"},
+    {BYTES("\x92\x01\x02\x08\x01"), "activations_crc32c", "wire type 0, expected 5"},
+    {BYTES("\x9a\x01\x03\x0d\x01\x02"), "activation_scales_crc32c", "truncated fixed-size value"},
+    {BYTES("\x9a\x01\x05\x0d\x01\x02"), "activation_scales_crc32c", "length that runs past"},
     {BYTES("\x80\x01\x01"), "shared", "wire type 0, expected 2"},
     {BYTES("\x82\x01\x02\x00"), "shared", "length that runs past the end"},
     {BYTES("\x82\x01\x03\x10\x80\x80\x00"), "shared.activations_offset", "truncated varint"},
@@ -335,11 +351,11 @@ END_TEST
 START_TEST(skips_what_it_does_not_know)
 {
     static const uint8_t bytes[] = {
-        0x90, 0x01, 0xff, 0x01,                         // 18: varint
-        0x92, 0x01, 0x03, 0x08, 0x08, 0x08,             // 18: bytes
+        0xa8, 0x01, 0xff, 0x01,                         // 21: varint
+        0xaa, 0x01, 0x03, 0x08, 0x08, 0x08,             // 21: bytes
         0x48, 0x05,                                     // tokens = 5
-        0x95, 0x01, 1,    2,    3,    4,                // 18: fixed32
-        0x91, 0x01, 1,    2,    3,    4,    5, 6, 7, 8, // 18: fixed64
+        0xad, 0x01, 1,    2,    3,    4,                // 21: fixed32
+        0xa9, 0x01, 1,    2,    3,    4,    5, 6, 7, 8, // 21: fixed64
         0xf8, 0xff, 0xff, 0xff, 0x0f, 0x2a,             // 2^29 - 1: varint
     };
     struct wire_request request;

@@ -44,7 +44,7 @@ set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_NAME libeinsum-client-dev)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_SECTION libdevel)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_DEPENDS
   "${CPACK_DEBIAN_LIBRARY_PACKAGE_NAME} (= ${version})")
-set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_RECOMMENDS "libgrpc-dev, libprotobuf-c-dev") # of the archive
+set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_RECOMMENDS "libgrpc-dev, libprotobuf-c-dev, libisal-dev") # of the archive
 set(CPACK_DEBIAN_DEVELOPMENT_DESCRIPTION
 "C library for callers of einsumd, to build with
 Header, static library, and files for pkg-config and CMake.")

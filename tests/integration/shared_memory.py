@@ -140,8 +140,8 @@ def share(request: Any, region: Region, output_bytes: int) -> int:
     return shared.output_offset
 
 
-SUBMISSION = struct.Struct("<Q12IQ6Q16x")
-COMPLETION = struct.Struct("<Q8IQQI4x64s384s")
+SUBMISSION = struct.Struct("<Q12IQ6Q4x3I")
+COMPLETION = struct.Struct("<Q2H7IQQ2I64s384s")
 HEADER_BYTES = 512
 WORDS = ("submit_tail", "submit_head", "complete_tail", "complete_head", "daemon_sleeps",
          "caller_sleeps", "closed")  # fmt: skip
@@ -151,6 +151,7 @@ WORDS = ("submit_tail", "submit_head", "complete_tail", "complete_head", "daemon
 class Completion:
     id: int
     status: int
+    checksums: int
     retry_after_ms: int
     tokens: int
     groups: int
@@ -161,6 +162,7 @@ class Completion:
     queue_ns: int
     run_ns: int
     parts: int
+    output_crc32c: int
     field: bytes
     text: bytes
 
@@ -193,8 +195,11 @@ class Ring:
             self.numbers[op, name], _ = self.connection.ask(op, text=name.encode())
         return self.numbers[op, name]
 
-    def submit(self, request: Any, timeout_ns: int = 0) -> None:
-        """A message whose tensors share() has moved; its shared.region is not looked at."""
+    def submit(
+        self, request: Any, timeout_ns: int = 0, sums: tuple[int, int, int] = (0, 0, 0)
+    ) -> None:
+        """A message whose tensors share() has moved; its shared.region is not looked at. `sums`: bits
+        of einsum_ring_sum, and the CRC-32C of both tensors."""
         shared = request.shared
         project = request.DESCRIPTOR.name == "OutputProjectRequest"
         layouts = (0, 0, 0, 0) if project else (
@@ -206,6 +211,7 @@ class Ring:
             request.output_type, request.tokens, request.group_begin, request.group_end,
             self.region.number, timeout_ns, shared.activations_offset, shared.activations_bytes,
             shared.scales_offset, shared.scales_bytes, shared.output_offset, shared.output_bytes,
+            *sums,
         )  # fmt: skip
         at = self.submissions + self.submitted % self.entries * SUBMISSION.size
         self.region.memory[at : at + SUBMISSION.size] = entry
@@ -224,8 +230,10 @@ class Ring:
         self.words["complete_head"].value = self.read & 0xFFFFFFFF
         return completion
 
-    def project(self, request: Any, timeout_ns: int = 0) -> Completion:
-        self.submit(request, timeout_ns)
+    def project(
+        self, request: Any, timeout_ns: int = 0, sums: tuple[int, int, int] = (0, 0, 0)
+    ) -> Completion:
+        self.submit(request, timeout_ns, sums)
         completion = self.next()
         assert completion.id == request.request_id
         return completion

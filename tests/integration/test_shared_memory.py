@@ -356,7 +356,7 @@ region = connection.register(8 << 20)
 ring = connection.ring(region)
 weight = ring.number(4, {weight!r})
 entry = SUBMISSION.pack(0, 0, weight, 0, *{layouts!r}, 1, {tokens}, 0, 0, region.number, 0,
-                        *{places!r})
+                        *{places!r}, 0, 0, 0)
 print("ready", flush=True)
 while True:
     for i in range(ring.entries):

@@ -175,6 +175,8 @@ class Client:
     tls_server_name     in its certificate; None: the endpoint's host
     token, token_file   sent with each call, at most one of them; the file is read when it changes
     connections         that calls go round
+    checksums           whether tensors go with their CRC-32C, which the server checks, and outputs
+                        come with theirs: a difference is DataLoss. Not of tensors in CUDA memory
     attempts            of one call that is answered RESOURCE_EXHAUSTED or UNAVAILABLE
     retry_for           seconds for which it is tried again, in place of attempts: for a daemon that
                         restarts
@@ -200,6 +202,7 @@ class Client:
         token: str | None = None,
         token_file: str | None = None,
         connections: int = 1,
+        checksums: bool = False,
         attempts: int = 4,
         retry_pause: float = 0.02,
         retry_pause_max: float = 2,
@@ -235,6 +238,7 @@ class Client:
             "token": token,
             "token_file": token_file,
             "connections": connections,
+            "checksums": checksums,
             "attempts_max": attempts,
             "retry_pause_ms": milliseconds(retry_pause, "retry_pause"),
             "retry_pause_ms_max": milliseconds(retry_pause_max, "retry_pause_max"),
