@@ -262,6 +262,7 @@ static const struct key config_keys[] = {
          "after SIGTERM, of serving on as NOT_SERVING; halfway the port and idle connections "
          "close")},
     {BOOL(self_test_at_start, "true", "compare every weight with known answers before serving")},
+    {BOOL(core_dumps, "false", "leave one on a crash; callers' tensors and all secrets are in it")},
     {ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
     {ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},
 };

@@ -119,6 +119,7 @@ struct config {
     uint32_t drain_grace_ms;    // after SIGTERM, for requests in flight; default 30000
     uint32_t lame_duck_ms;      // after SIGTERM, serving on as NOT_SERVING; default 0
     bool self_test_at_start;    // default true
+    bool core_dumps;            // default false
     enum log_level log_level;   // "debug", "info" (default), "warn", "error"
     enum log_format log_format; // "plain" (default), "json"
 };

@@ -80,6 +80,7 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.drain_grace_ms, 30000);
     ck_assert_uint_eq(config.lame_duck_ms, 0);
     ck_assert(config.self_test_at_start);
+    ck_assert(!config.core_dumps);
     ck_assert_int_eq(config.log_level, LOG_LEVEL_INFO);
     ck_assert_int_eq(config.log_format, LOG_FORMAT_PLAIN);
     config_deinit(&config);
@@ -126,7 +127,8 @@ static const char everything[] =
     "    \"beta_fast\": 31.5, \"beta_slow\": 1.5, \"positions_max\": 1048575},"
     "   {\"weights\": \"pro.*\", \"cache\": \"rope.safetensors\", \"cache_tensor\": \"t\"}],"
     " \"load_threads\": 21, \"drain_grace_ms\": 22, \"lame_duck_ms\": 23,"
-    " \"self_test_at_start\": false, \"log_level\": \"debug\", \"log_format\": \"json\"}";
+    " \"self_test_at_start\": false, \"core_dumps\": true, \"log_level\": \"debug\", "
+    "\"log_format\": \"json\"}";
 
 static void ck_shared(const struct config *config)
 {
@@ -226,6 +228,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->drain_grace_ms, 22);
     ck_assert_uint_eq(config->lame_duck_ms, 23);
     ck_assert(!config->self_test_at_start);
+    ck_assert(config->core_dumps);
     ck_assert_int_eq(config->log_level, LOG_LEVEL_DEBUG);
     ck_assert_int_eq(config->log_format, LOG_FORMAT_JSON);
 }

@@ -64,7 +64,7 @@ static struct {
     struct seen seen;
     struct standing standing[MODEL_BATCHES_MAX]; // of all that had room in it since it was opened
     uint64_t share_start_last[MODEL_BATCHES_MAX];
-    bool opened[MODEL_BATCHES_MAX]; // since the lock was taken
+    bool opened[MODEL_BATCHES_MAX];              // since the lock was taken
     uint64_t first_commit_ns[MODEL_BATCHES_MAX]; // 0: none yet
     uint64_t share_now, share_ends[MODEL_CONNECTIONS];
     const struct engine_batch *lanes[MODEL_LANES_MAX];
@@ -148,9 +148,8 @@ static struct needs needs_of(const struct job *job)
         second = lines(tokens * sizeof(struct attention_rotation));
     } else {
         first = lines(einsum_activation_bytes(tokens, operand->groups, format->reduced_dim));
-        second =
-            lines(einsum_scale_bytes(operand->scale_layout, operand->scale_type, tokens,
-                                     operand->groups, format->reduced_dim / format->block_r));
+        second = lines(einsum_scale_bytes(operand->scale_layout, operand->scale_type, tokens,
+                                          operand->groups, format->reduced_dim / format->block_r));
     }
     uint64_t output = lines(
         einsum_output_bytes(operand->output_type, tokens, operand->groups, format->output_dim));
@@ -379,8 +378,9 @@ static bool due(const struct seen_batch *batch)
 // For sure: what is not due but for the clock may have come due since it was read.
 static bool could_have_left(const struct seen_batch *batch)
 {
-    return batch->filling == 0 && (batch->state == BATCH_CLOSED ||
-                                   (batch->jobs_n > 0 && !model.batcher->options.max_queue_delay_us));
+    return batch->filling == 0 &&
+           (batch->state == BATCH_CLOSED ||
+            (batch->jobs_n > 0 && !model.batcher->options.max_queue_delay_us));
 }
 
 static void check_dequeued(uint32_t index)
@@ -444,8 +444,8 @@ static void check_seated(struct tracked *tracked, const struct seen *now, bool p
                      model.seen.free_n == 1 && now->free_n == 0;
     for (uint32_t i = 0; i < now->queue_n && opened && keeps_one; i++) {
         const struct standing *its = &model.standing[now->queue[i]];
-        MUST(now->queue[i] == index || before(tracked->priority, tracked->share_end, its->priority,
-                                              its->share_end),
+        MUST(now->queue[i] == index ||
+                 before(tracked->priority, tracked->share_end, its->priority, its->share_end),
              "the last buffer goes to one that does not stand before all");
     }
 }
@@ -619,8 +619,8 @@ static void on_unlocking(const pthread_mutex_t *mutex)
 static void check_step(const struct tracked *tracked, enum job_state from, enum job_state to)
 {
     const struct batcher *batcher = model.batcher;
-    bool has_turn = batcher->options.ops->polled ? sim_current() == model.scheduler
-                                                 : sim_holds(&batcher->turn);
+    bool has_turn =
+        batcher->options.ops->polled ? sim_current() == model.scheduler : sim_holds(&batcher->turn);
     bool owns = sim_current() == tracked->owner;
     bool may = false;
     switch (from) {
@@ -783,12 +783,13 @@ void model_commit(struct batcher *batcher, struct job *job)
 {
     struct tracked *tracked = find(job);
     const struct batcher_options *options = &batcher->options;
-    uint64_t ahead = tracked->share_end > model.share_now ? tracked->share_end - model.share_now : 0;
+    uint64_t ahead =
+        tracked->share_end > model.share_now ? tracked->share_end - model.share_now : 0;
     model.one_class = model.one_class && job->priority == JOB_PRIORITY_NORMAL;
     tracked->launches = model.launches;
     // At most one batch for each token of others that stands before it, and those that had left.
-    tracked->launches_max = MODEL_CONNECTIONS * (ahead + options->batch_tokens_max) +
-                            options->batches + options->lanes;
+    tracked->launches_max =
+        MODEL_CONNECTIONS * (ahead + options->batch_tokens_max) + options->batches + options->lanes;
     doing(DOING_COMMIT, tracked, false);
     batcher_commit(batcher, job);
     doing(DOING_NOTHING, NULL, false);

@@ -42,7 +42,8 @@ static struct {
     struct engine_ops ops;
     uint32_t buckets[8];
     // Per cent.
-    uint32_t arrivals, cancels, slow_fills, abandons, deadlines, large, given, high, engine_speed, quick_engine, failures;
+    uint32_t arrivals, cancels, slow_fills, abandons, deadlines, large, given, high, engine_speed,
+        quick_engine, failures;
     bool device_fails, priorities;
     uint32_t connections;
     bool draining;
@@ -198,9 +199,9 @@ static void compute_staged(const struct engine_segment *segment)
     void *output = segment->staged_output ? segment->staged_output : operand.output;
     compute(weight, &operand, attention, output);
     if (segment->staged_output)
-        memcpy(segment->operand.output, output,
-               einsum_output_bytes(operand.output_type, operand.tokens, operand.groups,
-                                   OUTPUT_DIM));
+        memcpy(
+            segment->operand.output, output,
+            einsum_output_bytes(operand.output_type, operand.tokens, operand.groups, OUTPUT_DIM));
 }
 
 static void engine_finish(uint32_t lane, enum status status)
@@ -353,9 +354,9 @@ static void make_memory(struct request *request, bool attention)
     struct job *job = &request->job;
     struct einsum_operand operand = job->operand;
     const struct einsum_weight_format *format = &job->weight->format;
-    uint64_t activations = (attention ? 2 : 1) * einsum_activation_bytes(operand.tokens,
-                                                                         operand.groups,
-                                                                         format->reduced_dim);
+    uint64_t activations =
+        (attention ? 2 : 1) *
+        einsum_activation_bytes(operand.tokens, operand.groups, format->reduced_dim);
     uint64_t scales =
         attention ? 0
                   : einsum_scale_bytes(operand.scale_layout, operand.scale_type, operand.tokens,
