@@ -9,9 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Iterator
 
-import pytest
-
 import daemon
+import pytest
 from daemon import Daemon
 
 USER = 65534  # nobody
