@@ -4,8 +4,8 @@
     tests/machine/mutants.py [--build build/release] [WORD ...]
 
 A mutant is one change of a source below server/: the text as it is, and what stands there instead.
-The text must be there once: who changes a source changes its mutants. Prints a table: the promise that
-is broken, the bug, and the seed and step at which it was found. Exit status 1 if one was not.
+The text must be there once: who changes a source changes its mutants. Prints a table: the promise
+that is broken, the bug, and the seed and step at which it was found. Exit status 1 if one was not.
 WORDs choose the mutants that have one of them in their names.
 """
 

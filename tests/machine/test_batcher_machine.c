@@ -32,6 +32,8 @@ struct weight weights[WEIGHTS];
 struct batcher *batcher;
 struct batcher_waker waker;
 
+// The process ends there, and has one thread: what it says may at worst be lost.
+// NOLINTBEGIN(bugprone-signal-handler,cert-sig30-c)
 static void tell_where(void)
 {
     fprintf(stderr, "batcher machine: seed %" PRIu64 ", step %" PRIu64 ", fiber %d\n", run.seed,
@@ -55,6 +57,7 @@ static void on_signal(int number)
     tell_where();
     _exit(1);
 }
+// NOLINTEND(bugprone-signal-handler,cert-sig30-c)
 
 // ---- a run
 
