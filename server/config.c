@@ -328,6 +328,7 @@ static const struct key config_keys[] = {
           "compare every weight with known answers, by every kernel, before serving")},
     {BOOL(self_test_at_load, "true",
           "the same for weights that are loaded later, before they become visible")},
+    {BOOL(core_dumps, "false", "leave one on a crash; callers' tensors and all secrets are in it")},
     {RELOADABLE, ENUM(log_level, log_levels, "\"info\"", "the least that is logged")},
     {RELOADABLE, ENUM(log_format, log_formats, "\"plain\"", "of the lines on standard error")},
 };

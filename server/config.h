@@ -152,6 +152,7 @@ struct config {
     uint32_t watchdog_ms;       // see watchdog.h; 0: off; default 30000
     bool self_test_at_start;    // default true
     bool self_test_at_load;     // default true
+    bool core_dumps;            // default false
     enum log_level log_level;   // "debug", "info" (default), "warn", "error"
     enum log_format log_format; // "plain" (default), "json"
 };

@@ -10,6 +10,7 @@
 #     asan, tsan     the same under AddressSanitizer with UBSan, and under ThreadSanitizer
 #     valgrind       unit tests of the release build under memcheck
 #     fuzz           every libFuzzer target for N seconds, 60 by default
+#     mutants        the batcher with one bug at a time, each of which a test must find
 #     lint           tests/lint.sh
 #
 # --quick stops after packages. --packages also makes the Debian packages and installs them on a
@@ -177,6 +178,9 @@ else
         progress "fuzz: every target for $fuzz_seconds s"
         tests/fuzz/run.sh "$fuzz_seconds" >"$logs/fuzz.log" 2>&1
         count_lines fuzz "$logs/fuzz.log"
+        progress "mutants"
+        tests/machine/mutants.py >"$logs/mutants.log" 2>&1
+        count_lines mutants "$logs/mutants.log"
         progress "lint"
         tests/lint.sh >"$logs/lint.log" 2>&1
         count_lines lint "$logs/lint.log"

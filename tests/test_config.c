@@ -86,6 +86,7 @@ START_TEST(defaults_are_as_documented)
     ck_assert(config.self_test_at_load);
     ck_assert_uint_eq(config.scrub_seconds, 3600);
     ck_assert_uint_eq(config.nan_sample, 16);
+    ck_assert(!config.core_dumps);
     ck_assert_int_eq(config.log_level, LOG_LEVEL_INFO);
     ck_assert_int_eq(config.log_format, LOG_FORMAT_PLAIN);
     config_deinit(&config);
@@ -164,7 +165,7 @@ static const char everything[] =
     " \"load_threads\": 21, \"drain_grace_ms\": 22, \"lame_duck_ms\": 23,"
     " \"watchdog_ms\": 24,"
     " \"self_test_at_start\": false, \"self_test_at_load\": false, \"scrub_seconds\": 60, "
-    "\"nan_sample\": 5, "
+    "\"nan_sample\": 5, \"core_dumps\": true, "
     "\"log_level\": \"debug\", \"log_format\": \"json\"}";
 
 static void ck_access(const struct config *config)
@@ -291,6 +292,7 @@ static void ck_everything(const struct config *config)
     ck_assert(!config->self_test_at_load);
     ck_assert_uint_eq(config->scrub_seconds, 60);
     ck_assert_uint_eq(config->nan_sample, 5);
+    ck_assert(config->core_dumps);
     ck_assert_int_eq(config->log_level, LOG_LEVEL_DEBUG);
     ck_assert_int_eq(config->log_format, LOG_FORMAT_JSON);
 }

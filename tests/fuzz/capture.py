@@ -3,8 +3,8 @@
 
     tests/fuzz/capture.py          after tests/fuzz/run.sh and the release build
 
-The fuzzer's own daemon serves; clients that we did not write, and einsumctl, talk to it through a proxy
-that keeps what they say. Each conversation is one input, behind the byte that says how to send it.
+The fuzzer's own daemon serves; clients that we did not write, and einsumctl, talk to it through a
+proxy that keeps what they say. Each conversation is one input, behind the byte that says how to send it.
 """
 
 import os

@@ -153,8 +153,8 @@ static bool site_receive(int fd, int silent_ms, uint8_t *bytes, size_t n, size_t
         if (poll(&readable, 1, silent_ms) != 1)
             return false;
         bool keep = *received < n;
-        ssize_t got = recv(fd, keep ? bytes + *received : dropped, keep ? n - *received : sizeof dropped,
-                           MSG_DONTWAIT);
+        ssize_t got = recv(fd, keep ? bytes + *received : dropped,
+                           keep ? n - *received : sizeof dropped, MSG_DONTWAIT);
         if (got <= 0)
             return true;
         if (keep)

@@ -5,8 +5,10 @@
 #
 # A target starts from corpus/<name>/ in git and keeps what it finds in build/fuzz/finds/<name>/, so
 # the next run goes on from there. An input that crashes, leaks, hangs or swells is left in
-# build/fuzz/crashes/, and the run fails. Where threads of a daemon run beside the inputs (served, below)
-# leaks are looked for at the end alone: while they work libFuzzer takes each input for one. To add what was found to git, merge it first:
+# build/fuzz/crashes/, and the run fails. Where threads of a daemon run beside the inputs (served,
+# below) leaks are looked for at the end alone: while they work libFuzzer takes each input for one.
+# And AddressSanitizer keeps less of where memory came from: of a daemon's threads it never ends to
+# see new ways. To add what was found to git, merge it first:
 #
 #     build/fuzz/tests/fuzz/fuzz_<name> -merge=1 tests/fuzz/corpus/<name> build/fuzz/finds/<name>
 set -euo pipefail
@@ -34,9 +36,13 @@ for name in "${names[@]}"; do
     mkdir -p "build/fuzz/finds/$name"
     options=(-max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1
         -artifact_prefix="build/fuzz/crashes/$name-")
-    [[ " ${served[*]} " == *" $name "* ]] && options+=(-detect_leaks=0)
+    asan_options=${ASAN_OPTIONS:-}
+    if [[ " ${served[*]} " == *" $name "* ]]; then
+        options+=(-detect_leaks=0)
+        asan_options+=:quarantine_size_mb=64:malloc_context_size=4
+    fi
     [ -f "tests/fuzz/$name.dict" ] && options+=(-dict="tests/fuzz/$name.dict")
-    "build/fuzz/tests/fuzz/fuzz_$name" "${options[@]}" \
+    ASAN_OPTIONS=$asan_options "build/fuzz/tests/fuzz/fuzz_$name" "${options[@]}" \
         "build/fuzz/finds/$name" "tests/fuzz/corpus/$name" >"build/fuzz/logs/$name.log" 2>&1 &
     pids[$name]=$!
 done
