@@ -140,9 +140,9 @@ NODISCARD static enum status map(struct region *region, int fd, struct error *er
 {
     void *memory = mmap(NULL, region->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (memory == MAP_FAILED)
-        return error_field(
-            err, errno == ENOMEM ? STATUS_RESOURCE_EXHAUSTED : STATUS_FAILED_PRECONDITION, "fd",
-            "cannot be mapped to write: %s", strerror(errno));
+        return error_field(err,
+                           errno == ENOMEM ? STATUS_RESOURCE_EXHAUSTED : STATUS_FAILED_PRECONDITION,
+                           "fd", "cannot be mapped to write: %s", strerror(errno));
     region->memory = memory;
     madvise(memory, region->bytes, MADV_DONTDUMP); // a caller's data is not ours to dump
     madvise(memory, region->bytes, MADV_HUGEPAGE); // advice

@@ -295,8 +295,8 @@ void weights_visit(struct weights *weights, void (*visit)(void *context, struct 
 {
     // The callbacks run without the lock: they may take long, or call back in here.
     pthread_rwlock_rdlock(&weights->lock);
-    uint32_t list_n = weights->list_n;
     struct weight **list = weights->list;
+    uint32_t list_n = list ? weights->list_n : 0;
     if (list)
         list_ref(list);
     for (uint32_t i = 0; i < list_n; i++)

@@ -46,9 +46,13 @@ static void read_fault(const char *stage, char action[32], unsigned long *argume
     char *rest = NULL;
     for (char *line = strtok_r(text, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
         size_t bytes = strlen(stage);
-        if (strncmp(line, stage, bytes) == 0 && line[bytes] == ' ')
-            if (sscanf(line + bytes, "%31s %lu", action, argument) >= 1)
-                return;
+        if (strncmp(line, stage, bytes) != 0 || line[bytes] != ' ')
+            continue;
+        const char *word = line + bytes + 1;
+        size_t word_bytes = strcspn(word, " ");
+        snprintf(action, 32, "%.*s", (int)word_bytes, word);
+        *argument = strtoul(word + word_bytes, NULL, 10);
+        return;
     }
 }
 

@@ -119,9 +119,9 @@ static void find_next(void)
 // the C library's business.
 static bool never_fails(const char *name)
 {
-    static const char *const names[] = {"libgrpc", "libgpr", "libstdc++", "libabsl", "libre2",
-                                        "libupb",  "libcares", "libaddress_sorting", "libgcc_s",
-                                        "libasan", "libubsan", "liblsan"};
+    static const char *const names[] = {"libgrpc",  "libgpr",  "libstdc++", "libabsl",
+                                        "libre2",   "libupb",  "libcares",  "libaddress_sorting",
+                                        "libgcc_s", "libasan", "libubsan",  "liblsan"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (strncmp(name, names[i], strlen(names[i])) == 0)
             return true;
