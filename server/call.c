@@ -332,13 +332,17 @@ static void refuse(struct call *call, enum status status, const char *text)
     call_finish(call, NULL, &err);
 }
 
-void call_arrived(struct call *call, bool full)
+void call_arrived(struct call *call, bool full, bool leaves)
 {
     call->deadline_ns = deadline_from_grpc(call->deadline);
     watch_close(call);
     const struct method *method = call->method;
     if (!method) {
         refuse(call, STATUS_UNIMPLEMENTED, "unknown method");
+        return;
+    }
+    if (leaves) {
+        refuse(call, STATUS_UNAVAILABLE, "draining");
         return;
     }
     if (full) {

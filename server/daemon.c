@@ -536,7 +536,7 @@ static void on_grace_over(uv_timer_t *timer)
 
 static bool connection_busy(void *rpc, int fd)
 {
-    return rpc_connection_busy(rpc, fd);
+    return !rpc_leave_idle(rpc, fd);
 }
 
 // Who follows health has left by now. Others, such as most proxies, learn it from a closed port and

@@ -30,6 +30,10 @@ enum {
     CONNECTIONS_MAX = 1 << 20, // whose calls are counted
 };
 
+// In the count of a connection that is about to end: who ends it has seen 0, and a call that comes
+// nevertheless is refused, since the end of its reply could be lost.
+static const uint32_t CONNECTION_LEAVES = UINT32_C(1) << 31;
+
 __thread struct rpc_thread *rpc_thread_here;
 
 // ---- the pool
@@ -54,22 +58,29 @@ static _Atomic uint32_t *connection_calls(const struct rpc *rpc, uint32_t connec
     return connection < rpc->connections_n ? &rpc->connection_calls[connection] : NULL;
 }
 
+static bool claim_idle(_Atomic uint32_t *calls)
+{
+    uint32_t none = 0;
+    return atomic_compare_exchange_strong(calls, &none, CONNECTION_LEAVES);
+}
+
 // The order between the count and `watch_idle` is what makes sure that whoever looks at them, this
 // thread or the main one, sees the end of the last call.
 static void leave_connection(const struct call *call)
 {
     const struct rpc *rpc = call->thread->rpc;
     _Atomic uint32_t *calls = connection_calls(rpc, call->connection);
-    if (calls && atomic_fetch_sub(calls, 1) == 1 && atomic_load(&rpc->watch_idle))
+    if (calls && atomic_fetch_sub(calls, 1) == 1 && atomic_load(&rpc->watch_idle) &&
+        claim_idle(calls))
         rpc->options.on_connection_idle(rpc->options.drained_context, (int)call->connection - 1);
 }
 
-static void link_live(struct call *call)
+// False: the call's connection is about to end.
+static bool link_live(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
     _Atomic uint32_t *calls = connection_calls(thread->rpc, call_connection(call));
-    if (calls)
-        atomic_fetch_add_explicit(calls, 1, memory_order_relaxed);
+    uint32_t before = calls ? atomic_fetch_add(calls, 1) : 0;
     call->previous = NULL;
     call->next = thread->live;
     if (call->next)
@@ -77,6 +88,7 @@ static void link_live(struct call *call)
     thread->live = call;
     thread->live_n++;
     atomic_fetch_add_explicit(&thread->rpc->live_calls, 1, memory_order_relaxed);
+    return (before & CONNECTION_LEAVES) == 0;
 }
 
 static void unlink_live(struct call *call)
@@ -189,7 +201,7 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
         return;
     }
     arm(thread); // before handling: a method without an armed slot hangs its callers
-    link_live(call);
+    bool stays = link_live(call);
     if (call->armed) {
         call->method = call->armed;
     } else {
@@ -200,7 +212,7 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
     }
     call->metrics_call = metrics_call_of(rpc, call->method);
     bool full = thread->live_n > thread->live_max;
-    call_arrived(call, full);
+    call_arrived(call, full, !stays);
 }
 
 void rpc_call_ended(struct call *call)
@@ -555,10 +567,10 @@ void rpc_add_connection(struct rpc *rpc, int fd)
     grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials);
 }
 
-bool rpc_connection_busy(const struct rpc *rpc, int fd)
+bool rpc_leave_idle(const struct rpc *rpc, int fd)
 {
-    const _Atomic uint32_t *calls = connection_calls(rpc, connection_number(fd));
-    return !calls || atomic_load(calls) > 0;
+    _Atomic uint32_t *calls = connection_calls(rpc, connection_number(fd));
+    return calls && claim_idle(calls);
 }
 
 void rpc_watch_idle(struct rpc *rpc)
