@@ -357,13 +357,17 @@ NODISCARD static enum status check_access(struct call *call, struct error *err)
     return access_check(rpc->options.access, &asked, err);
 }
 
-void call_arrived(struct call *call, bool full)
+void call_arrived(struct call *call, bool full, bool leaves)
 {
     call->deadline_ns = deadline_from_grpc(call->deadline);
     watch_close(call);
     const struct method *method = call->method;
     if (!method) {
         refuse(call, STATUS_UNIMPLEMENTED, "unknown method");
+        return;
+    }
+    if (leaves) {
+        refuse(call, STATUS_UNAVAILABLE, "draining");
         return;
     }
     struct error err;

@@ -194,7 +194,7 @@ enum status gate_start(struct gate *gate, struct rpc *rpc, struct error *err)
 static bool busy(void *context, int fd)
 {
     const struct gate *gate = context;
-    return rpc_connection_busy(gate->rpc, fd);
+    return !rpc_leave_idle(gate->rpc, fd);
 }
 
 void gate_close(struct gate *gate)

@@ -30,6 +30,10 @@ enum {
     CONNECTIONS_MAX = 1 << 20, // whose calls are counted
 };
 
+// In the count of a connection that is about to end: who ends it has seen 0, and a call that comes
+// nevertheless is refused, since the end of its reply could be lost.
+static const uint32_t CONNECTION_LEAVES = UINT32_C(1) << 31;
+
 __thread struct rpc_thread *rpc_thread_here;
 
 // ---- the pool
@@ -60,22 +64,29 @@ struct access_peer *rpc_peer(const struct rpc *rpc, uint32_t connection)
     return found ? atomic_load_explicit(&found->peer, memory_order_acquire) : NULL;
 }
 
+static bool claim_idle(_Atomic uint32_t *calls)
+{
+    uint32_t none = 0;
+    return atomic_compare_exchange_strong(calls, &none, CONNECTION_LEAVES);
+}
+
 // The order between the count and `watch_idle` is what makes sure that whoever looks at them, this
 // thread or the main one, sees the end of the last call.
 static void leave_connection(const struct call *call)
 {
     const struct rpc *rpc = call->thread->rpc;
     struct rpc_connection *connection = find_connection(rpc, call->connection);
-    if (connection && atomic_fetch_sub(&connection->calls, 1) == 1 && atomic_load(&rpc->watch_idle))
+    if (connection && atomic_fetch_sub(&connection->calls, 1) == 1 &&
+        atomic_load(&rpc->watch_idle) && claim_idle(&connection->calls))
         rpc->options.on_connection_idle(rpc->options.drained_context, (int)call->connection - 1);
 }
 
-static void link_live(struct call *call)
+// False: the call's connection is about to end.
+static bool link_live(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
     struct rpc_connection *connection = find_connection(thread->rpc, call_connection(call));
-    if (connection)
-        atomic_fetch_add_explicit(&connection->calls, 1, memory_order_relaxed);
+    uint32_t before = connection ? atomic_fetch_add(&connection->calls, 1) : 0;
     call->previous = NULL;
     call->next = thread->live;
     if (call->next)
@@ -83,6 +94,7 @@ static void link_live(struct call *call)
     thread->live = call;
     thread->live_n++;
     atomic_fetch_add_explicit(&thread->rpc->live_calls, 1, memory_order_relaxed);
+    return (before & CONNECTION_LEAVES) == 0;
 }
 
 static void unlink_live(struct call *call)
@@ -195,7 +207,7 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
         return;
     }
     arm(thread); // before handling: a method without an armed slot hangs its callers
-    link_live(call);
+    bool stays = link_live(call);
     if (call->armed) {
         call->method = call->armed;
     } else {
@@ -206,7 +218,7 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
     }
     call->metrics_call = metrics_call_of(rpc, call->method);
     bool full = thread->live_n > thread->live_max;
-    call_arrived(call, full);
+    call_arrived(call, full, !stays);
 }
 
 void rpc_call_ended(struct call *call)
@@ -570,6 +582,7 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
         return;
     }
     access_peer_free(atomic_exchange_explicit(&connection->peer, peer, memory_order_acq_rel));
+    atomic_fetch_and(&connection->calls, ~CONNECTION_LEAVES); // of the last one of this number
     size_t used = atomic_load(&rpc->connections_used);
     while (used <= number &&
            !atomic_compare_exchange_weak(&rpc->connections_used, &used, (size_t)number + 1))
@@ -577,10 +590,10 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
     grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials);
 }
 
-bool rpc_connection_busy(const struct rpc *rpc, int fd)
+bool rpc_leave_idle(const struct rpc *rpc, int fd)
 {
-    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
-    return !connection || atomic_load(&connection->calls) > 0;
+    struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
+    return connection && claim_idle(&connection->calls);
 }
 
 uint32_t rpc_threads(const struct rpc *rpc)

@@ -39,8 +39,9 @@ void rpc_set_reply_timeout(struct rpc *rpc, uint32_t timeout_ms);
 // Any thread: takes a connected socket, and `peer`, whose it is.
 void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer);
 
-// Any thread. Whether calls are live on the connection that was added as `fd`.
-bool rpc_connection_busy(const struct rpc *rpc, int fd);
+// Any thread. False: calls are live on the connection that was added as `fd`. Else it is the
+// caller's to end, once, and calls that still come on it are UNAVAILABLE.
+bool rpc_leave_idle(const struct rpc *rpc, int fd);
 // What its threads are about: works while one handles an event.
 uint32_t rpc_threads(const struct rpc *rpc);
 const struct beat *rpc_beat(const struct rpc *rpc, uint32_t thread);

@@ -135,6 +135,7 @@ extern __thread struct rpc_thread *rpc_thread_here; // set while an rpc thread i
 void rpc_call_ended(struct call *call);             // back to the pool
 
 // call.c: what rpc.c does with the events of a call.
-void call_arrived(struct call *call, bool full); // full: too many are live, refuse it
+// full: too many are live; leaves: its connection ends. Both are refused.
+void call_arrived(struct call *call, bool full, bool leaves);
 void call_tag_popped(struct call *call, enum tag_kind kind, bool success);
 void call_woken(struct call *call); // drops the reference of being in `woken`

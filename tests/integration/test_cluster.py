@@ -22,7 +22,7 @@ from conftest import rng_for, small_weights
 from daemon import EINSUMCTL, count, environment, run, seconds, wait_until
 
 HOSTS = 3
-LAME_DUCK_MS = 600
+LAME_DUCK_MS = 1000
 TOKENS = [1, 3, 200]  # the last is larger than what gRPC keeps for a retry by default, 256 KiB
 LOAD = Path(__file__).with_name("cluster_load.py")
 
