@@ -25,10 +25,12 @@ from cluster_load import SERVICE_CONFIG
 from conftest import rng_for, small_weights
 from daemon import EINSUMCTL, Daemon, count, run, wait_until
 from python_package import arrays
+from scrape import scrape
 
 DEADLINE_S = 60.0
 NAME = TENSOR_NAME.format(0)
 COLD_STARTS = 5
+CHANNELS = 4  # of test_one_of_two, which share no connections
 
 
 class Case:
@@ -236,14 +238,16 @@ def test_one_of_two(einsumd: Any, tmp_path: Path, rounds: int) -> None:
         cases = [Case(client, hosts[0].weights[NAME], tokens) for tokens in (1, 7, 60)]
     callers = Callers(cases)
     targets = [host.daemon.listening[1] for host in hosts]
-    for i in range(4):
+    for i in range(CHANNELS):
         callers.add(f"round robin {i}", round_robin_client(targets))
     with callers:
         for round_ in range(rounds):
             host = hosts[round_ % 2]
             callers.wait_all()
-            with Client(host.daemon.address) as client:  # the round robin has found it again
-                wait_until(lambda client=client: client.counters().answered > 20, 20, "its share")
+            for each in hosts:  # every channel has found both again
+                wait_until(lambda each=each: scrape(each.daemon).value("einsumd_connections")
+                           >= CHANNELS, 30, "a connection of every channel")  # fmt: skip
+            callers.wait_all()
             time.sleep(random.Random(round_).random() * 0.05)
             host.daemon.kill()
             host.start()
