@@ -25,10 +25,12 @@ from cluster_load import SERVICE_CONFIG
 from conftest import rng_for, small_weights
 from daemon import EINSUMCTL, Daemon, count, run, wait_until
 from python_package import arrays
+from scrape import scrape
 
 DEADLINE_S = 60.0
 NAME = TENSOR_NAME.format(0)
 COLD_STARTS = 5
+CHANNELS = 4  # of test_one_of_two, which share no connections
 
 
 class Case:
@@ -98,6 +100,7 @@ class Alone:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        directory.mkdir(exist_ok=True)
         self.weights = small_weights(1)
         model = write_checkpoint(directory / "root/model", self.weights)
         self.sockets = directory / "sockets"
@@ -127,15 +130,28 @@ class Alone:
         return took
 
 
+def standing(directory: Path, n: int) -> Iterator[list[Alone]]:
+    hosts: list[Alone] = []
+    try:
+        hosts.extend(Alone(directory / f"{i}") for i in range(n))
+        yield hosts
+        for host in hosts:
+            host.daemon.stop()
+    finally:
+        for host in hosts:
+            if host.daemon.process.poll() is None:
+                host.daemon.kill()
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[Alone]:
-    alone = Alone(tmp_path)
-    try:
-        yield alone
-        alone.daemon.stop()
-    finally:
-        if alone.daemon.process.poll() is None:
-            alone.daemon.kill()
+    for hosts in standing(tmp_path, 1):
+        yield hosts[0]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[list[Alone]]:
+    yield from standing(tmp_path, 2)
 
 
 def c_client(einsumd: Any, endpoint: str, **options: Any) -> Callable[[Case], bytes]:
@@ -229,29 +245,29 @@ def test_one_daemon(einsumd: Any, alone: Alone, rounds: int) -> None:
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_one_of_two(einsumd: Any, tmp_path: Path, rounds: int) -> None:
+def test_one_of_two(two: list[Alone], rounds: int) -> None:
     """Each in turn, and not before the other is back: gRPC's own retries go to who is there."""
-    hosts = [Alone(tmp_path / f"{i}") for i in range(2)]
+    hosts = two
     with Client(hosts[0].daemon.address) as client:
         cases = [Case(client, hosts[0].weights[NAME], tokens) for tokens in (1, 7, 60)]
     callers = Callers(cases)
     targets = [host.daemon.listening[1] for host in hosts]
-    for i in range(4):
+    for i in range(CHANNELS):
         callers.add(f"round robin {i}", round_robin_client(targets))
     with callers:
         for round_ in range(rounds):
             host = hosts[round_ % 2]
             callers.wait_all()
-            with Client(host.daemon.address) as client:  # the round robin has found it again
-                wait_until(lambda client=client: client.counters().answered > 20, 20, "its share")
+            for each in hosts:  # every channel has found both again
+                wait_until(lambda each=each: scrape(each.daemon).value("einsumd_connections")
+                           >= CHANNELS, 30, "a connection of every channel")  # fmt: skip
+            callers.wait_all()
             time.sleep(random.Random(round_).random() * 0.05)
             host.daemon.kill()
             host.start()
         callers.wait_all()
     print(json.dumps({"rounds": rounds, "answered": callers.answered}))
     assert not callers.failures
-    for host in hosts:
-        host.daemon.stop()
 
 
 def test_einsumctl_tries_again(alone: Alone) -> None:
