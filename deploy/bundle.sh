@@ -39,8 +39,8 @@ for program in "${programs[@]}"; do
     # A wrapper, so that nothing of the machine's own set-up is needed.
     cat >"$folder/$name" <<'WRAPPER'
 #!/bin/sh
-here=$(dirname "$(readlink -f "$0")")
-LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" exec "$here/bin/$(basename "$0")" "$@"
+here=$(cd "${0%/*}" && pwd)
+LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" exec "$here/bin/${0##*/}" "$@"
 WRAPPER
     chmod +x "$folder/$name"
 done | sort -u | grep -vE '/(libc|libm|libpthread|libdl|librt|libresolv|ld-linux[^/]*)\.so' |

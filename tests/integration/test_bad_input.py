@@ -621,7 +621,8 @@ def test_flood(tmp_path: Path, rng: np.random.Generator) -> None:
     come again, and nobody waits for ever."""
     config = {
         "queue_requests_max": 8,
-        "batch_requests_max": 4,
+        "batch_requests_max": 16,
+        "max_queue_delay_us": 2000,  # so that the queue fills, however fast the engine is
         "batches": 3,
         "compute_threads": 1,
         "connection_requests_max": 1000,

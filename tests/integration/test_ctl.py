@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -354,6 +355,7 @@ def png_size(file: Path) -> tuple[int, int]:
     return struct.unpack(">II", raw[16:24])
 
 
+@pytest.mark.skipif(not shutil.which("gnuplot"), reason="gnuplot is not installed")
 def test_bench_plot(ctl: Ctl, tmp_path: Path) -> None:
     """Drawn beside the usual result, over what was there, whatever the file is called."""
     file = tmp_path / "it's \"my\" $(latency) `plot`.png"
