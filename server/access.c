@@ -599,5 +599,5 @@ enum status access_check(struct access *access, const struct access_call *call, 
         return error_set(err, STATUS_UNAUTHENTICATED, "the token has expired");
     }
     has |= found.scopes;
-    return has & call->needs ? STATUS_OK : refuse_scope(access, call, has, name, err);
+    return (has & call->needs) ? STATUS_OK : refuse_scope(access, call, has, name, err);
 }

@@ -29,6 +29,7 @@ NODISCARD static enum status refuse(struct error *err, const char *key, const ch
 }
 
 // A key with a password would have OpenSSL ask at the terminal.
+// NOLINTNEXTLINE(readability-non-const-parameter): OpenSSL's type
 static int no_password(char *text, int bytes, int writing, void *unused)
 {
     (void)text, (void)bytes, (void)writing, (void)unused;

@@ -126,7 +126,7 @@ def test_cve_2023_32731(daemon: Daemon) -> None:
 
 
 def test_cve_2023_32732(daemon: Daemon) -> None:
-    """Bad base64 ends its connection, of one caller if there is no proxy between; and no other's."""
+    """Bad base64 ends its connection, which is one caller's if no proxy is between."""
     with connected(daemon) as other, connected(daemon) as raw:
         raw.send(frame(HEADERS, END_HEADERS, 1, ordinary() + header(b"x-bin", b"!!!")))
         assert answers(raw)[1]

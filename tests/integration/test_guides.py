@@ -95,6 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 SAID = {
     "info\ngrpcurl": ["engine      ", '"weightsBytes"'],
     "bench": ["p50"],
+    "einsumctl token": ["token  ", '"scopes":["infer","read"]'],
     "weights load": ["layers.0.attn.wo_a", "passed"],
     "curl -sf http://127.0.0.1:50062/readyz": ["SERVING", "ready"],
     "/metrics": ["einsumd_ready 1"],
