@@ -25,6 +25,8 @@ enum {
     SOCKET_BUFFER_BYTES =
         1 << 20, // unix sockets: the default of 208 KiB costs a third of the speed at 1 MB messages
     PAUSE_MS = 100, // without file descriptors there is no use in asking again at once
+    NUMBER_MIN = 64, // of sockets that are numbered in turn
+    NUMBER_MAX = 65536,
     ADDRESS_BYTES = 160,
 };
 
@@ -32,7 +34,8 @@ struct connection {
     uv_poll_t hangup; // of a duplicate of the socket that gRPC owns
     int fd;
     int taken_fd; // the number that gRPC knows it by; another's, once gRPC has closed it
-    bool ended;   // guarded by the listener's lock
+    bool ended, cut; // guarded by the listener's lock
+    struct listener_notes notes;
     struct listener *listener;
     struct connection *next, *previous;
 };
@@ -60,9 +63,11 @@ struct listener {
     pthread_mutex_t lock;
     struct connection *live; // guarded by lock; changed by the main thread alone
     uint32_t connections_max;
+    int number_next; // of a socket; 0: as the kernel gives it
+    uint64_t accept_failures;
     bool stopped;
     _Atomic uint32_t connections;
-    _Atomic uint64_t accepted, refused;
+    _Atomic uint64_t accepted, refused, accept_errors;
 };
 
 // ---- connections
@@ -94,6 +99,23 @@ static void on_hangup(uv_poll_t *poll, int status, int events)
     (void)status;
     (void)events;
     drop_connection(CONTAINER_OF(poll, struct connection, hangup));
+}
+
+// The lowest number that is free from the next on, round and round.
+static int renumber(struct listener *listener, int fd)
+{
+    if (listener->number_next == 0)
+        return fd;
+    int other = fcntl(fd, F_DUPFD_CLOEXEC, listener->number_next);
+    if (other < 0) {
+        listener->number_next = NUMBER_MIN;
+        other = fcntl(fd, F_DUPFD_CLOEXEC, listener->number_next);
+    }
+    if (other < 0)
+        return fd;
+    close(fd);
+    listener->number_next = other + 1 < NUMBER_MAX ? other + 1 : NUMBER_MIN;
+    return other;
 }
 
 static bool watch_connection(struct listener *listener, int fd)
@@ -128,6 +150,7 @@ free_connection:
 static void take_connection(struct endpoint *endpoint, int fd)
 {
     struct listener *listener = endpoint->listener;
+    fd = renumber(listener, fd);
     bool full = atomic_load_explicit(&listener->connections, memory_order_relaxed) >=
                 listener->connections_max;
     if (full || !watch_connection(listener, fd)) {
@@ -161,6 +184,19 @@ static void on_pause_over(uv_timer_t *timer)
             uv_poll_start(&listener->endpoints[i].readable, UV_READABLE, on_readable);
 }
 
+// Once, not each time that it is tried again: the reason lasts, and the log has other uses.
+static void on_accept_failed(struct endpoint *endpoint, int reason)
+{
+    struct listener *listener = endpoint->listener;
+    uint64_t failures = ++listener->accept_failures;
+    if ((failures & (failures - 1)) == 0)
+        LOG(WARN, "accept failed", LOG_STR("listen", endpoint->text),
+            LOG_STR("reason", strerror(reason)), LOG_U64("failures", failures));
+    atomic_fetch_add_explicit(&listener->accept_errors, 1, memory_order_relaxed);
+    uv_poll_stop(&endpoint->readable);
+    uv_timer_start(&listener->pause, on_pause_over, PAUSE_MS, 0);
+}
+
 static void on_readable(uv_poll_t *poll, int status, int events)
 {
     (void)status;
@@ -174,12 +210,8 @@ static void on_readable(uv_poll_t *poll, int status, int events)
         }
         if (errno == ECONNABORTED || errno == EINTR)
             continue;
-        if (errno != EAGAIN && errno != EWOULDBLOCK) {
-            LOG(WARN, "accept failed", LOG_STR("listen", endpoint->text),
-                LOG_STR("reason", strerror(errno)));
-            uv_poll_stop(poll);
-            uv_timer_start(&endpoint->listener->pause, on_pause_over, PAUSE_MS, 0);
-        }
+        if (errno != EAGAIN && errno != EWOULDBLOCK)
+            on_accept_failed(endpoint, errno);
         return;
     }
 }
@@ -346,6 +378,7 @@ enum status listener_create(uv_loop_t *loop, const struct listener_options *opti
     listener->endpoints = endpoints;
     listener->key = options->key;
     listener->connections_max = options->connections_max;
+    listener->number_next = options->renumber ? NUMBER_MIN : 0;
     enum status status = STATUS_OK;
     for (size_t i = 0; i < options->addresses_n; i++) {
         struct endpoint *endpoint = &endpoints[i];
@@ -417,6 +450,31 @@ void listener_end_connection(struct listener *listener, int fd)
     pthread_mutex_unlock(&listener->lock);
 }
 
+bool listener_cut_connection(struct listener *listener, int fd, struct sockaddr_storage *peer)
+{
+    bool cut = false;
+    pthread_mutex_lock(&listener->lock);
+    for (struct connection *each = listener->live; each && !cut; each = each->next) {
+        if (each->taken_fd != fd || each->cut)
+            continue;
+        socklen_t bytes = sizeof *peer;
+        if (getpeername(each->fd, (struct sockaddr *)peer, &bytes) != 0)
+            peer->ss_family = AF_UNSPEC; // it is gone
+        each->cut = each->ended = cut = true;
+        shutdown(each->fd, SHUT_RDWR);
+    }
+    pthread_mutex_unlock(&listener->lock);
+    return cut;
+}
+
+void listener_visit(struct listener *listener,
+                    void (*visit)(void *context, int socket, int fd, struct listener_notes *notes),
+                    void *context)
+{
+    for (struct connection *each = listener->live; each; each = each->next)
+        visit(context, each->fd, each->taken_fd, &each->notes);
+}
+
 void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd))
 {
     pthread_mutex_lock(&listener->lock);
@@ -457,5 +515,6 @@ struct listener_stats listener_stats(const struct listener *listener)
         .connections = atomic_load_explicit(&listener->connections, memory_order_relaxed),
         .accepted = atomic_load_explicit(&listener->accepted, memory_order_relaxed),
         .refused = atomic_load_explicit(&listener->refused, memory_order_relaxed),
+        .accept_errors = atomic_load_explicit(&listener->accept_errors, memory_order_relaxed),
     };
 }

@@ -18,6 +18,9 @@ struct listener_options {
     size_t addresses_n;
     uint32_t unix_socket_mode;
     uint32_t connections_max;
+    // Numbers of sockets are taken in turn, not the lowest: one is not another's soon after its end. Not
+    // for who uses select().
+    bool renumber;
 };
 
 // Binds every address, without listening yet. ALREADY_EXISTS: another process has one.
@@ -31,6 +34,9 @@ void listener_stop(struct listener *listener);
 // Any thread. Ends the connection that `take` was given as `fd`, if it is still there: what was
 // written arrives, and the peer, who sees that no more will come, closes it.
 void listener_end_connection(struct listener *listener, int fd);
+// Any thread. Ends it at once, both ways, whatever is under way; `peer` is then its address. False: it is
+// not there, or has been cut before.
+bool listener_cut_connection(struct listener *listener, int fd, struct sockaddr_storage *peer);
 // Each that is not `busy`.
 void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd));
 // Before the loop runs for the last time; destroy comes after it.
@@ -40,8 +46,19 @@ void listener_destroy(struct listener *listener);
 // The addresses as bound (port 0 resolved), with commas between.
 void listener_addresses(const struct listener *listener, char *text, size_t bytes);
 
+// What somebody else keeps of a connection, zero at first.
+struct listener_notes {
+    uint64_t received_bytes, settled_bytes, owed_bytes;
+    bool cut;
+};
+// Main thread. Calls `visit` for each connection: `socket` is for looking at it alone, `fd` what `take`
+// was given.
+void listener_visit(struct listener *listener,
+                    void (*visit)(void *context, int socket, int fd, struct listener_notes *notes),
+                    void *context);
+
 struct listener_stats {
     uint32_t connections;
-    uint64_t accepted, refused;
+    uint64_t accepted, refused, accept_errors;
 };
 struct listener_stats listener_stats(const struct listener *listener); // any thread

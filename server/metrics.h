@@ -61,7 +61,9 @@ struct metrics_values {
     uint64_t received; // requests, of any kind of end
     uint64_t shared;   // of those, with tensors in shared memory
     uint64_t requests[METRICS_METHODS][METRICS_TRANSPORTS][METRICS_STATUSES]; // ended
-    uint64_t refused_calls, refused_draining; // past calls_max; on streams and rings
+    uint64_t refused_calls, refused_connection_calls; // past calls_max; more than others could have
+    uint64_t refused_in_flight, refused_connection_in_flight;
+    uint64_t refused_draining; // on streams and rings
     uint64_t streams_opened, streams_ended;
     struct metrics_histogram durations[METRICS_METHODS];
     struct metrics_histogram phases[METRICS_PHASES];

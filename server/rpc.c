@@ -13,12 +13,14 @@
 #include <grpc/support/alloc.h>
 #include <grpc/support/log.h>
 #include <grpc/support/time.h>
+#include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "backlog.h"
 #include "log.h"
 #include "rpc_internal.h"
 
@@ -28,17 +30,36 @@ enum {
     SPARE_CALLS = 64,          // beyond live and armed: so that a full house still answers
     SWEEP_MS = 500,            // how often replies that nobody reads are looked for
     CONNECTIONS_MAX = 1 << 20, // whose calls are counted
+    CONNECTION_CALLS_SURE = 4, // that each may have open, whatever others have
+    READ_BYTES_MAX = 256 << 10, // at once from a connection, while others wait
+    // Serving front-ends ping every 10 to 30 s, some faster.
+    PING_INTERVAL_MS_MIN = 1000,
+    GRPC_LOG_LINES_A_SECOND = 4,
 };
 
 __thread struct rpc_thread *rpc_thread_here;
 
 // ---- the pool
 
+static struct call *init_call(struct rpc_thread *thread, struct call *call)
+{
+    call->thread = thread;
+    call->status_text = grpc_empty_slice();
+    grpc_metadata_array_init(&call->initial_metadata);
+    grpc_call_details_init(&call->details);
+    for (enum tag_kind kind = 0; kind < TAG_WAKE; kind++)
+        call->tags[kind] = (struct tag){.kind = kind, .call = call};
+    return call;
+}
+
+// Those that were used before come first: memory that is never needed is never touched.
 static struct call *take_free(struct rpc_thread *thread)
 {
     struct call *call = thread->free_list;
     if (call)
         thread->free_list = call->next;
+    else if (thread->calls_used_n < thread->calls_n)
+        call = init_call(thread, &thread->calls[thread->calls_used_n++]);
     return call;
 }
 
@@ -49,9 +70,9 @@ static void put_free(struct call *call)
 }
 
 // NULL: its number is too great to be counted.
-static _Atomic uint32_t *connection_calls(const struct rpc *rpc, uint32_t connection)
+static struct connection_load *connection_load(const struct rpc *rpc, uint32_t connection)
 {
-    return connection < rpc->connections_n ? &rpc->connection_calls[connection] : NULL;
+    return connection < rpc->connections_n ? &rpc->connections[connection] : NULL;
 }
 
 // The order between the count and `watch_idle` is what makes sure that whoever looks at them, this
@@ -59,23 +80,25 @@ static _Atomic uint32_t *connection_calls(const struct rpc *rpc, uint32_t connec
 static void leave_connection(const struct call *call)
 {
     const struct rpc *rpc = call->thread->rpc;
-    _Atomic uint32_t *calls = connection_calls(rpc, call->connection);
-    if (calls && atomic_fetch_sub(calls, 1) == 1 && atomic_load(&rpc->watch_idle))
+    struct connection_load *load = connection_load(rpc, call->connection);
+    if (load && atomic_fetch_sub(&load->calls, 1) == 1 && atomic_load(&rpc->watch_idle))
         rpc->options.on_connection_idle(rpc->options.drained_context, (int)call->connection - 1);
 }
 
 static void link_live(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
-    _Atomic uint32_t *calls = connection_calls(thread->rpc, call_connection(call));
-    if (calls)
-        atomic_fetch_add_explicit(calls, 1, memory_order_relaxed);
+    struct connection_load *load = connection_load(thread->rpc, call_connection(call));
+    if (load) {
+        atomic_fetch_add_explicit(&load->calls, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&load->arrived, 1, memory_order_relaxed);
+    }
+    atomic_fetch_add_explicit(&thread->rpc->arrived, 1, memory_order_relaxed);
     call->previous = NULL;
     call->next = thread->live;
     if (call->next)
         call->next->previous = call;
     thread->live = call;
-    thread->live_n++;
     atomic_fetch_add_explicit(&thread->rpc->live_calls, 1, memory_order_relaxed);
 }
 
@@ -88,7 +111,6 @@ static void unlink_live(struct call *call)
         thread->live = call->next;
     if (call->next)
         call->next->previous = call->previous;
-    thread->live_n--;
 }
 
 static void count_down(struct rpc *rpc)
@@ -118,12 +140,13 @@ static void call_reset(struct call *call)
 
 // ---- arming
 
-static void arm_slot(struct rpc_thread *thread, size_t registered)
+// False: there is no call left; rpc_call_ended arms again.
+static bool arm_slot(struct rpc_thread *thread, size_t registered)
 {
     struct rpc *rpc = thread->rpc;
     struct call *call = take_free(thread);
     if (!call)
-        return; // rpc_call_ended arms again
+        return false;
     call_reset(call);
     struct tag *tag = &call->tags[TAG_ARRIVED];
     grpc_call_error error;
@@ -139,6 +162,7 @@ static void arm_slot(struct rpc_thread *thread, size_t registered)
     }
     ASSERT(error == GRPC_CALL_OK);
     thread->armed[registered]++;
+    return true;
 }
 
 static void arm(struct rpc_thread *thread)
@@ -148,8 +172,8 @@ static void arm(struct rpc_thread *thread)
         return;
     for (size_t i = 0; i <= rpc->registered_n; i++) {
         uint32_t wanted = i < rpc->registered_n ? REGISTERED_SLOTS : GENERIC_SLOTS;
-        while (thread->armed[i] < wanted && thread->free_list)
-            arm_slot(thread, i);
+        while (thread->armed[i] < wanted && arm_slot(thread, i))
+            ;
     }
 }
 
@@ -180,6 +204,63 @@ static uint32_t metrics_call_of(const struct rpc *rpc, const struct method *of)
     return 0;
 }
 
+// Past the limit of all. Before it, a connection may have as many calls as it leaves to others; and a few
+// beside all that, so that no number of calls keeps anybody out.
+NODISCARD static enum status check_full(const struct call *call, struct error *err)
+{
+    const struct rpc_thread *thread = call->thread;
+    const struct rpc *rpc = thread->rpc;
+    const struct connection_load *load = connection_load(rpc, call->connection);
+    uint32_t calls = load ? atomic_load_explicit(&load->admitted, memory_order_relaxed) : 0;
+    uint32_t of_all = atomic_load_explicit(&rpc->admitted, memory_order_relaxed);
+    uint32_t left = of_all < rpc->options.calls_max ? rpc->options.calls_max - of_all : 0;
+    if (calls < CONNECTION_CALLS_SURE && thread->sure_n < thread->sure_max)
+        return STATUS_OK;
+    if (thread->admitted_n >= thread->admitted_max) {
+        METRICS_ADD(rpc->options.metrics, refused_calls, 1);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "too many calls are open (calls_max)");
+    }
+    if (calls >= left) {
+        METRICS_ADD(rpc->options.metrics, refused_connection_calls, 1);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                         "this connection has %" PRIu32 " calls open, and %" PRIu32
+                         " are left for all (calls_max)",
+                         calls, left);
+    }
+    return STATUS_OK;
+}
+
+static void admit(struct call *call)
+{
+    struct rpc_thread *thread = call->thread;
+    struct connection_load *load = connection_load(thread->rpc, call->connection);
+    uint32_t before =
+        load ? atomic_fetch_add_explicit(&load->admitted, 1, memory_order_relaxed) : UINT32_MAX;
+    call->admitted = true;
+    call->sure = before < CONNECTION_CALLS_SURE && thread->sure_n < thread->sure_max;
+    if (call->sure) {
+        thread->sure_n++;
+    } else {
+        thread->admitted_n++;
+        atomic_fetch_add_explicit(&thread->rpc->admitted, 1, memory_order_relaxed);
+    }
+}
+
+static void unadmit(struct call *call)
+{
+    struct rpc_thread *thread = call->thread;
+    struct connection_load *load = connection_load(thread->rpc, call->connection);
+    call->admitted = false;
+    if (call->sure) {
+        thread->sure_n--;
+    } else {
+        thread->admitted_n--;
+        atomic_fetch_sub_explicit(&thread->rpc->admitted, 1, memory_order_relaxed);
+    }
+    if (load)
+        atomic_fetch_sub_explicit(&load->admitted, 1, memory_order_relaxed);
+}
+
 static void on_arrived(struct rpc_thread *thread, struct call *call, bool success)
 {
     struct rpc *rpc = thread->rpc;
@@ -199,14 +280,104 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
         grpc_slice_unref(call->details.host);
     }
     call->metrics_call = metrics_call_of(rpc, call->method);
-    bool full = thread->live_n > thread->live_max;
-    call_arrived(call, full);
+    if (call->received)
+        rpc_message_came(call, call->received);
+    struct error full;
+    bool admitted = check_full(call, &full) == STATUS_OK;
+    if (admitted)
+        admit(call);
+    call_arrived(call, admitted ? NULL : &full);
+}
+
+void rpc_message_came(struct call *call, const grpc_byte_buffer *message)
+{
+    struct connection_load *load = connection_load(call->thread->rpc, call_connection(call));
+    uint64_t bytes = CALL_OVERHEAD_BYTES;
+    if (message)
+        bytes += grpc_byte_buffer_length((grpc_byte_buffer *)(uintptr_t)message);
+    if (load)
+        atomic_fetch_add_explicit(&load->settled_bytes, bytes, memory_order_relaxed);
+}
+
+uint64_t rpc_settled_bytes(const struct rpc *rpc, int fd)
+{
+    const struct connection_load *load = connection_load(rpc, connection_number(fd));
+    return load ? atomic_load_explicit(&load->settled_bytes, memory_order_relaxed) : UINT64_MAX;
+}
+
+uint64_t rpc_backlog(const struct rpc *rpc)
+{
+    uint64_t arrived = atomic_load_explicit(&rpc->arrived, memory_order_relaxed);
+    uint64_t started = backlog_calls_started();
+    return started > arrived ? started - arrived : 0;
+}
+
+uint64_t rpc_connection_backlog(const struct rpc *rpc, int fd)
+{
+    const struct connection_load *load = connection_load(rpc, connection_number(fd));
+    if (!load)
+        return 0;
+    uint64_t arrived = atomic_load_explicit(&load->arrived, memory_order_relaxed);
+    uint64_t started = backlog_streams_started(load->channelz);
+    return started > arrived ? started - arrived : 0;
+}
+
+// A second begins with the first reset in it. Two threads may both begin one: it is then a little longer.
+void rpc_call_reset(struct call *call)
+{
+    const struct rpc *rpc = call->thread->rpc;
+    struct connection_load *load = connection_load(rpc, call->connection);
+    if (!load)
+        return;
+    uint64_t now = now_ns();
+    uint64_t since = atomic_load_explicit(&load->resets_since_ns, memory_order_relaxed);
+    if (now - since > 1000000000u) {
+        atomic_store_explicit(&load->resets_since_ns, now, memory_order_relaxed);
+        atomic_store_explicit(&load->resets, 0, memory_order_relaxed);
+    }
+    uint32_t resets = atomic_fetch_add_explicit(&load->resets, 1, memory_order_relaxed);
+    if (resets == rpc->options.connection_resets_max)
+        rpc->options.on_connection_resets(rpc->options.drained_context, (int)call->connection - 1);
+}
+
+enum status call_request_begin(struct call *call, struct error *err)
+{
+    struct rpc *rpc = call->thread->rpc;
+    const struct rpc_options *options = &rpc->options;
+    struct connection_load *load = connection_load(rpc, call_connection(call));
+    uint32_t of_all = atomic_fetch_add_explicit(&rpc->requests, 1, memory_order_relaxed);
+    uint32_t of_it =
+        load ? atomic_fetch_add_explicit(&load->requests, 1, memory_order_relaxed) : 0;
+    if (of_it < options->connection_in_flight_max && of_all < options->in_flight_max)
+        return STATUS_OK;
+    call_request_end(call);
+    if (of_it >= options->connection_in_flight_max) {
+        METRICS_ADD(options->metrics, refused_connection_in_flight, 1);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                         "this connection has %" PRIu32
+                         " requests in flight (connection_in_flight_max)",
+                         of_it);
+    }
+    METRICS_ADD(options->metrics, refused_in_flight, 1);
+    return error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                     "%" PRIu32 " requests are in flight (in_flight_max)", of_all);
+}
+
+void call_request_end(struct call *call)
+{
+    struct rpc *rpc = call->thread->rpc;
+    struct connection_load *load = connection_load(rpc, call->connection);
+    atomic_fetch_sub_explicit(&rpc->requests, 1, memory_order_relaxed);
+    if (load)
+        atomic_fetch_sub_explicit(&load->requests, 1, memory_order_relaxed);
 }
 
 void rpc_call_ended(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
     unlink_live(call);
+    if (call->admitted)
+        unadmit(call);
     leave_connection(call);
     put_free(call);
     arm(thread);
@@ -308,8 +479,20 @@ static void *thread_main(void *argument)
 
 // ---- start and stop
 
+// gRPC has a line for each thing that a hostile client does wrong: a few say it.
+static bool grpc_log_lines_left(void)
+{
+    static _Atomic uint64_t second, lines;
+    uint64_t now = now_ns() / 1000000000u;
+    if (atomic_exchange_explicit(&second, now, memory_order_relaxed) != now)
+        atomic_store_explicit(&lines, 0, memory_order_relaxed);
+    return atomic_fetch_add_explicit(&lines, 1, memory_order_relaxed) < GRPC_LOG_LINES_A_SECOND;
+}
+
 static void on_grpc_log(gpr_log_func_args *args)
 {
+    if (args->severity == GPR_LOG_SEVERITY_ERROR && !grpc_log_lines_left())
+        return;
     if (args->severity == GPR_LOG_SEVERITY_ERROR)
         LOG(WARN, "grpc", LOG_STR("text", args->message));
     else
@@ -328,6 +511,11 @@ static int clamp_int(uint64_t value)
     return value > INT32_MAX ? INT32_MAX : (int)value;
 }
 
+static int or_never(uint32_t ms)
+{
+    return ms > 0 ? clamp_int(ms) : INT32_MAX;
+}
+
 static grpc_server *create_server(const struct rpc_options *options)
 {
     grpc_resource_quota *quota = grpc_resource_quota_create("einsumd");
@@ -342,9 +530,19 @@ static grpc_server *create_server(const struct rpc_options *options)
         integer_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS, clamp_int(options->connection_requests_max)),
         // Compressed messages are inflated before their size is checked: refuse them.
         integer_arg(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1),
-        // Serving front-ends ping every 10 to 30 s; gRPC's default strikes them out.
+        integer_arg(GRPC_ARG_MAX_METADATA_SIZE, clamp_int(options->metadata_bytes_max)),
+        integer_arg(GRPC_ARG_KEEPALIVE_TIME_MS, or_never(options->keepalive_ms)),
+        integer_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, clamp_int(options->keepalive_timeout_ms)),
         integer_arg(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
-        integer_arg(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10000),
+        // Pings are only answered. gRPC's own way with too many takes it time that grows with the
+        // square of their number; a flood of anything is cut off by guard.h.
+        integer_arg(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, PING_INTERVAL_MS_MIN),
+        integer_arg(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0),
+        integer_arg(GRPC_ARG_MAX_CONNECTION_IDLE_MS, or_never(options->connection_idle_ms)),
+        integer_arg(GRPC_ARG_MAX_CONNECTION_AGE_MS, or_never(options->connection_age_ms)),
+        integer_arg(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS,
+                    or_never(options->connection_age_grace_ms)),
+        integer_arg("grpc.experimental.tcp_max_read_chunk_size", READ_BYTES_MAX),
         quota_arg,
     };
     const grpc_channel_args channel_args = {.num_args = ARRAY_LEN(args),
@@ -375,27 +573,17 @@ NODISCARD static enum status create_pool(struct rpc_thread *thread, struct error
 {
     const struct rpc *rpc = thread->rpc;
     size_t calls_n =
-        thread->live_max + GENERIC_SLOTS + rpc->registered_n * REGISTERED_SLOTS + SPARE_CALLS;
+        thread->admitted_max + thread->sure_max + GENERIC_SLOTS + rpc->registered_n * REGISTERED_SLOTS + SPARE_CALLS;
     thread->calls = calloc(calls_n, sizeof *thread->calls);
     if (!thread->calls)
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for %zu calls", calls_n);
     thread->calls_n = calls_n;
-    for (size_t i = 0; i < calls_n; i++) {
-        struct call *call = &thread->calls[i];
-        call->thread = thread;
-        call->status_text = grpc_empty_slice();
-        grpc_metadata_array_init(&call->initial_metadata);
-        grpc_call_details_init(&call->details);
-        for (enum tag_kind kind = 0; kind < TAG_WAKE; kind++)
-            call->tags[kind] = (struct tag){.kind = kind, .call = call};
-        put_free(call);
-    }
     return STATUS_OK;
 }
 
 static void destroy_pool(struct rpc_thread *thread)
 {
-    for (size_t i = 0; i < thread->calls_n; i++)
+    for (size_t i = 0; i < thread->calls_used_n; i++)
         grpc_metadata_array_destroy(&thread->calls[i].initial_metadata);
     free(thread->calls);
 }
@@ -454,7 +642,7 @@ static void free_rpc(struct rpc *rpc)
         grpc_completion_queue_destroy(rpc->threads[i].queue);
     }
     grpc_shutdown();
-    free(rpc->connection_calls);
+    free(rpc->connections);
     free(rpc->threads);
     free(rpc);
 }
@@ -472,16 +660,16 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
     struct rpc *rpc = calloc(1, sizeof *rpc);
     struct rpc_thread *threads = calloc(options->threads, sizeof *threads);
     size_t connections_n = files_max();
-    _Atomic uint32_t *connection_calls = calloc(connections_n, sizeof *connection_calls);
-    if (!rpc || !threads || !connection_calls) {
+    struct connection_load *connections = calloc(connections_n, sizeof *connections);
+    if (!rpc || !threads || !connections) {
         free(rpc);
         free(threads);
-        free(connection_calls);
+        free(connections);
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the gRPC server");
     }
     rpc->options = *options;
     rpc->threads = threads;
-    rpc->connection_calls = connection_calls;
+    rpc->connections = connections;
     rpc->connections_n = connections_n;
     rpc->shutdown_tag = (struct tag){.kind = TAG_SHUTDOWN};
     atomic_init(&rpc->live_calls, 1); // the server's own, until its shutdown tag pops
@@ -494,7 +682,8 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
     for (uint32_t i = 0; i < options->threads; i++) {
         struct rpc_thread *thread = &threads[i];
         thread->rpc = rpc;
-        thread->live_max = (options->calls_max + options->threads - 1) / options->threads;
+        thread->admitted_max = (options->calls_max + options->threads - 1) / options->threads;
+        thread->sure_max = options->connections_max * CONNECTION_CALLS_SURE / options->threads + 1;
         thread->queue = grpc_completion_queue_create_for_next(NULL);
         grpc_server_register_completion_queue(rpc->server, thread->queue, NULL);
         create_waker(thread);
@@ -524,13 +713,24 @@ shut_down:
 
 void rpc_add_connection(struct rpc *rpc, int fd)
 {
+    struct connection_load *load = connection_load(rpc, connection_number(fd));
+    if (load) {
+        atomic_store_explicit(&load->resets, 0, memory_order_relaxed);
+        atomic_store_explicit(&load->resets_since_ns, 0, memory_order_relaxed);
+        atomic_store_explicit(&load->arrived, 0, memory_order_relaxed);
+    }
     grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials);
+    if (!load)
+        return;
+    load->channelz = backlog_find_socket(rpc->channelz_last, fd);
+    if (load->channelz)
+        rpc->channelz_last = load->channelz;
 }
 
 bool rpc_connection_busy(const struct rpc *rpc, int fd)
 {
-    const _Atomic uint32_t *calls = connection_calls(rpc, connection_number(fd));
-    return !calls || atomic_load(calls) > 0;
+    const struct connection_load *load = connection_load(rpc, connection_number(fd));
+    return !load || atomic_load(&load->calls) > 0;
 }
 
 void rpc_watch_idle(struct rpc *rpc)

@@ -42,10 +42,11 @@ struct rpc_thread {
     // The thread's own.
     bool started;
     struct call *calls; // the whole pool
-    size_t calls_n;
+    size_t calls_n, calls_used_n; // those beyond have never been taken
     struct call *free_list; // linked by next
     struct call *live;      // doubly linked by next, previous
-    uint32_t live_n, live_max;
+    // Of those that are live; the others are being refused. `sure` are the few of each connection.
+    uint32_t admitted_n, admitted_max, sure_n, sure_max;
     // Slots that wait, by registered method; behind those in use, the generic slots.
     uint32_t armed[RPC_REGISTERED_MAX + 1];
     bool draining; // on_drain has been run
@@ -60,6 +61,7 @@ struct call {
     grpc_call *grpc; // NULL once the call is over: only then does gRPC let go of what it was lent
     uint64_t deadline_ns;
     uint32_t connection; // see call_connection; 0: not asked for yet
+    bool admitted, sure;
     void *state;
 
     // References: one of the rpc thread until the call is over, one for each hold, one for being in
@@ -91,6 +93,21 @@ struct call {
     _Alignas(max_align_t) unsigned char inline_state[CALL_INLINE_STATE_BYTES];
 };
 
+// What one connection asks of us. Its number is another's some time after it is closed.
+struct connection_load {
+    _Atomic uint32_t calls;    // live ones
+    _Atomic uint32_t admitted; // of those, the ones that are not being refused
+    _Atomic uint32_t requests; // in flight; see call_request_begin
+    _Atomic uint32_t resets;   // calls that the client reset, since `resets_since_ns`
+    _Atomic uint64_t resets_since_ns;
+    _Atomic uint64_t settled_bytes; // see rpc_settled_bytes
+    _Atomic uint64_t arrived;       // calls since it was added
+    int64_t channelz;               // gRPC's number for it; main thread
+};
+
+// What a call may cost beside its messages: headers, frames, window updates for the reply.
+enum { CALL_OVERHEAD_BYTES = 16 << 10 };
+
 struct rpc {
     struct rpc_options options;
     grpc_server *server;
@@ -103,8 +120,12 @@ struct rpc {
     grpc_server_credentials *credentials;
     _Atomic bool draining;
     _Atomic bool watch_idle;
-    _Atomic uint32_t *connection_calls; // live ones, by connection_number
-    size_t connections_n;               // numbers in it; a connection beyond is never idle
+    _Atomic uint64_t arrived;  // calls, since the start
+    int64_t channelz_last;     // of the connection added last; main thread
+    _Atomic uint32_t admitted; // calls
+    _Atomic uint32_t requests; // in flight
+    struct connection_load *connections; // by connection_number
+    size_t connections_n;                // numbers in it; a connection beyond is never idle
     _Atomic uint32_t
         live_calls; // of all threads, and one for the server until its shutdown tag has popped
 };
@@ -118,8 +139,11 @@ static inline uint32_t connection_number(int fd)
 // rpc.c
 extern __thread struct rpc_thread *rpc_thread_here; // set while an rpc thread is outside of gRPC
 void rpc_call_ended(struct call *call);             // back to the pool
+void rpc_message_came(struct call *call, const grpc_byte_buffer *message);
+void rpc_call_reset(struct call *call); // by its client, before its answer had left
 
 // call.c: what rpc.c does with the events of a call.
-void call_arrived(struct call *call, bool full); // full: too many are live, refuse it
+// `full` not NULL: too many are live, refuse it for that reason.
+void call_arrived(struct call *call, struct error *full);
 void call_tag_popped(struct call *call, enum tag_kind kind, bool success);
 void call_woken(struct call *call); // drops the reference of being in `woken`

@@ -14,6 +14,7 @@ struct batcher;
 struct config;
 struct gpus;
 struct record;
+struct guard;
 struct health;
 struct http;
 struct listener;
@@ -32,6 +33,7 @@ struct service_context {
     struct control *control; // runs what may block: loads, self-tests
     struct health *health;
     struct listener *listener;
+    struct guard *guard;
     struct listener *http_listener; // NULL, as the next: no HTTP
     struct http *http;
     struct gpus *gpus;       // looked at by the main thread; may be NULL
