@@ -176,9 +176,9 @@ static const struct key config_keys[] = {
          "in gRPC's own buffers, a last resort; 0: 1 GiB and 64 of the largest requests")},
     {U32(rpc_threads, 0, 256, "0", "threads", "that serve gRPC; 0: one per 4 cores, at least 1")},
 
-    {SECTION("what callers may do"),
-     U32(in_flight_max, 1, 1 << 24, "16384", "requests",
-         "of all calls and streams, until their replies have left; past these, RESOURCE_EXHAUSTED")},
+    {SECTION("what callers may do"), U32(in_flight_max, 1, 1 << 24, "16384", "requests",
+                                         "of all calls and streams, until their replies have left; "
+                                         "past these, RESOURCE_EXHAUSTED")},
     {U32(connection_in_flight_max, 1, 1 << 24, "4096", "requests",
          "of one connection; past these, RESOURCE_EXHAUSTED")},
     {U64(message_bytes_max, 0, INT32_MAX, "0", "bytes",
@@ -186,7 +186,8 @@ static const struct key config_keys[] = {
     {U32(metadata_bytes_max, 1024, 1 << 20, "8192", "bytes",
          "of one call's headers, 32 more for each; past these, RESOURCE_EXHAUSTED")},
     {U64(connection_bytes_max, 0, 1ull << 40, "0", "bytes",
-         "a TCP connection may be ahead of its messages, or is cut off; 0: 64 MiB and four requests")},
+         "a TCP connection may be ahead of its messages, or is cut off; 0: 64 MiB and four "
+         "requests")},
     {U32(connection_resets_max, 1, 1 << 20, "1000", "calls",
          "that a connection may reset within a second; past these it is cut off")},
     {U32(penalty_ms, 0, DAY_MS, "2000", "milliseconds",

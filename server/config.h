@@ -65,16 +65,17 @@ struct config {
     uint32_t connection_in_flight_max; // of one connection; default 4096
     uint64_t message_bytes_max;        // of one request; 0 (default): what the largest one needs
     uint32_t metadata_bytes_max;       // of one call; default 8192
-    uint64_t connection_bytes_max; // sent and no whole message yet; 0 (default): four of the largest
-    uint32_t connection_resets_max;    // calls reset by their client, a second; default 1000
-    uint32_t penalty_ms;               // that the address of who was cut off is kept out; default 2000
-    uint32_t handshake_ms;             // until a connection must speak HTTP/2; default 10000
-    uint32_t keepalive_ms;             // of silence, until it is asked whether it lives; 0: never;
-                                       // default 60000
-    uint32_t keepalive_timeout_ms;     // for the answer; default 20000
-    uint32_t connection_idle_ms;       // without calls, then it is closed; 0 (default): never
-    uint32_t connection_age_ms;        // then it is closed between calls; 0 (default): never
-    uint32_t connection_age_grace_ms;  // for calls that are still open then; default 60000
+    uint64_t
+        connection_bytes_max; // sent and no whole message yet; 0 (default): four of the largest
+    uint32_t connection_resets_max; // calls reset by their client, a second; default 1000
+    uint32_t penalty_ms;            // that the address of who was cut off is kept out; default 2000
+    uint32_t handshake_ms;          // until a connection must speak HTTP/2; default 10000
+    uint32_t keepalive_ms;          // of silence, until it is asked whether it lives; 0: never;
+                                    // default 60000
+    uint32_t keepalive_timeout_ms;  // for the answer; default 20000
+    uint32_t connection_idle_ms;    // without calls, then it is closed; 0 (default): never
+    uint32_t connection_age_ms;     // then it is closed between calls; 0 (default): never
+    uint32_t connection_age_grace_ms; // for calls that are still open then; default 60000
 
     // shared memory, for callers on this host
     char *shared_memory_listen;      // "unix:/PATH" of the control socket; "" (default): none

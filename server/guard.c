@@ -4,6 +4,7 @@
 #include "guard.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
@@ -68,6 +69,7 @@ struct greeting {
     uint8_t open_handles;
     uint64_t pause_ms, ends_ms; // on the loop's clock
     size_t seen;                // bytes that hold whole frames, from the start
+    bool is_tcp;                // what the kernel can hold back is; of others the preface must do
     bool told;                  // our SETTINGS are sent
     struct greeting *next, *previous;
 };
@@ -219,6 +221,8 @@ static enum verdict judge(struct greeting *greeting, const uint8_t *sent, size_t
         return VERDICT_NOT_HTTP2;
     if (bytes < PREFACE_BYTES)
         return VERDICT_MORE;
+    if (!greeting->is_tcp)
+        return VERDICT_GREETED;
     if (!greeting->told)
         tell_settings(greeting);
     if (greeting->seen == 0)
@@ -239,6 +243,23 @@ static enum verdict judge(struct greeting *greeting, const uint8_t *sent, size_t
     return bytes == PEEK_BYTES ? VERDICT_NOT_HTTP2 : VERDICT_MORE;
 }
 
+// What gRPC takes for an acknowledgement of its own settings must not come to it before it has sent
+// these, or would count for none: until then the kernel tells nobody that there is something to read.
+static void hand_over(struct greeting *greeting)
+{
+    struct guard *guard = greeting->guard;
+    int fd = greeting->fd, held_back = INT32_MAX, at_once = 1;
+    int twin = greeting->is_tcp ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
+    end_greeting(greeting);
+    if (twin >= 0)
+        setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &held_back, sizeof held_back);
+    guard->options.take(guard->options.rpc, fd); // writes before it returns
+    if (twin < 0)
+        return;
+    setsockopt(twin, SOL_SOCKET, SO_RCVLOWAT, &at_once, sizeof at_once);
+    close(twin);
+}
+
 static void on_timer(uv_timer_t *timer);
 
 static void look_again_later(struct greeting *greeting)
@@ -246,8 +267,8 @@ static void look_again_later(struct greeting *greeting)
     uint64_t now = uv_now(greeting->guard->options.loop);
     uv_poll_stop(&greeting->readable);
     uint64_t left = greeting->ends_ms > now ? greeting->ends_ms - now : 0;
-    uv_timer_start(&greeting->timer, on_timer, greeting->pause_ms < left ? greeting->pause_ms : left,
-                   0);
+    uv_timer_start(&greeting->timer, on_timer,
+                   greeting->pause_ms < left ? greeting->pause_ms : left, 0);
     greeting->pause_ms = greeting->pause_ms < PAUSE_MS_MAX ? greeting->pause_ms * 2 : PAUSE_MS_MAX;
 }
 
@@ -268,8 +289,7 @@ static void look(struct greeting *greeting)
         look_again_later(greeting);
         break;
     case VERDICT_GREETED:
-        end_greeting(greeting);
-        guard->options.take(guard->options.rpc, fd);
+        hand_over(greeting);
         break;
     case VERDICT_NOT_HTTP2:
         // What is left unread would have the kernel reset the connection, and the answer with it.
@@ -297,6 +317,14 @@ static void on_timer(uv_timer_t *timer)
         look(greeting);
 }
 
+static bool is_tcp(int fd)
+{
+    int protocol = 0;
+    socklen_t bytes = sizeof protocol;
+    return getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &bytes) == 0 &&
+           protocol == IPPROTO_TCP;
+}
+
 void guard_take(void *argument, int fd)
 {
     struct guard *guard = argument;
@@ -314,6 +342,7 @@ void guard_take(void *argument, int fd)
     greeting->guard = guard;
     greeting->fd = fd;
     greeting->pause_ms = 1;
+    greeting->is_tcp = is_tcp(fd);
     greeting->ends_ms = uv_now(loop) + guard->options.handshake_ms;
     greeting->readable.data = greeting->timer.data = greeting;
     if (uv_poll_init(loop, &greeting->readable, fd) != 0) {

@@ -27,7 +27,7 @@ struct guard_options {
     uint64_t bytes_max;            // of all together; then the one with most is cut off
     uint32_t penalty_ms;           // that the address of who was cut off is kept out
     void (*take)(void *rpc, int fd); // greeted; takes the socket
-    struct rpc *rpc; // whose calls and bytes are looked at
+    struct rpc *rpc;                 // whose calls and bytes are looked at
 };
 
 NODISCARD enum status guard_create(const struct guard_options *options, struct guard **guard,
@@ -45,8 +45,8 @@ enum guard_reason {
     GUARD_CONNECTION_BYTES, // connection_bytes_max
     GUARD_TRANSPORT_BYTES,  // bytes_max
     GUARD_RESETS,           // rpc_options.connection_resets_max
-    GUARD_BACKLOG,          // calls that gRPC has and we do not, many times what HTTP/2 lets a client have
-    GUARD_PENALTY,          // one from its address was cut off just now
+    GUARD_BACKLOG, // calls that gRPC has and we do not, many times what HTTP/2 lets a client have
+    GUARD_PENALTY, // one from its address was cut off just now
     GUARD_REASONS
 };
 extern const char *const guard_reason_names[GUARD_REASONS];

@@ -24,7 +24,7 @@ enum {
     ACCEPTS_A_TURN = 64, // then the loop may do something else
     SOCKET_BUFFER_BYTES =
         1 << 20, // unix sockets: the default of 208 KiB costs a third of the speed at 1 MB messages
-    PAUSE_MS = 100, // without file descriptors there is no use in asking again at once
+    PAUSE_MS = 100,  // without file descriptors there is no use in asking again at once
     NUMBER_MIN = 64, // of sockets that are numbered in turn
     NUMBER_MAX = 65536,
     ADDRESS_BYTES = 160,
@@ -33,7 +33,7 @@ enum {
 struct connection {
     uv_poll_t hangup; // of a duplicate of the socket that gRPC owns
     int fd;
-    int taken_fd; // the number that gRPC knows it by; another's, once gRPC has closed it
+    int taken_fd;    // the number that gRPC knows it by; another's, once gRPC has closed it
     bool ended, cut; // guarded by the listener's lock
     struct listener_notes notes;
     struct listener *listener;

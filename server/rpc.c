@@ -25,13 +25,14 @@
 #include "rpc_internal.h"
 
 enum {
-    GENERIC_SLOTS = 16,        // armed on each queue for the methods that are looked up by path
-    REGISTERED_SLOTS = 64,     // armed on each queue for each message_with_call method
-    SPARE_CALLS = 64,          // beyond live and armed: so that a full house still answers
-    SWEEP_MS = 500,            // how often replies that nobody reads are looked for
-    CONNECTIONS_MAX = 1 << 20, // whose calls are counted
-    CONNECTION_CALLS_SURE = 4, // that each may have open, whatever others have
-    READ_BYTES_MAX = 256 << 10, // at once from a connection, while others wait
+    GENERIC_SLOTS = 16,           // armed on each queue for the methods that are looked up by path
+    REGISTERED_SLOTS = 64,        // armed on each queue for each message_with_call method
+    SPARE_CALLS = 64,             // beyond live and armed: so that a full house still answers
+    SWEEP_MS = 500,               // how often replies that nobody reads are looked for
+    CONNECTIONS_MAX = 1 << 20,    // whose calls are counted
+    CONNECTION_CALLS_SURE = 4,    // that each may have open, whatever others have
+    METADATA_OVERHEAD_BYTES = 32, // as HTTP/2 reckons each entry
+    READ_BYTES_MAX = 256 << 10,   // at once from a connection, while others wait
     // Serving front-ends ping every 10 to 30 s, some faster.
     PING_INTERVAL_MS_MIN = 1000,
     GRPC_LOG_LINES_A_SECOND = 4,
@@ -206,7 +207,7 @@ static uint32_t metrics_call_of(const struct rpc *rpc, const struct method *of)
 
 // Past the limit of all. Before it, a connection may have as many calls as it leaves to others; and a few
 // beside all that, so that no number of calls keeps anybody out.
-NODISCARD static enum status check_full(const struct call *call, struct error *err)
+NODISCARD static enum status check_calls(const struct call *call, struct error *err)
 {
     const struct rpc_thread *thread = call->thread;
     const struct rpc *rpc = thread->rpc;
@@ -228,6 +229,24 @@ NODISCARD static enum status check_full(const struct call *call, struct error *e
                          calls, left);
     }
     return STATUS_OK;
+}
+
+// gRPC looks at the limit frame by frame, so that what comes in many gets past it.
+NODISCARD static enum status check_metadata(const struct call *call, struct error *err)
+{
+    const struct rpc_options *options = &call->thread->rpc->options;
+    size_t bytes = 0;
+    for (size_t i = 0; i < call->initial_metadata.count; i++) {
+        const grpc_metadata *metadata = &call->initial_metadata.metadata[i];
+        bytes += GRPC_SLICE_LENGTH(metadata->key) + GRPC_SLICE_LENGTH(metadata->value) +
+                 METADATA_OVERHEAD_BYTES;
+    }
+    if (bytes <= options->metadata_bytes_max)
+        return STATUS_OK;
+    METRICS_ADD(options->metrics, refused_metadata, 1);
+    return error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                     "metadata of %zu bytes, at most %" PRIu32 " (metadata_bytes_max)", bytes,
+                     options->metadata_bytes_max);
 }
 
 static void admit(struct call *call)
@@ -283,7 +302,8 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
     if (call->received)
         rpc_message_came(call, call->received);
     struct error full;
-    bool admitted = check_full(call, &full) == STATUS_OK;
+    bool admitted =
+        check_metadata(call, &full) == STATUS_OK && check_calls(call, &full) == STATUS_OK;
     if (admitted)
         admit(call);
     call_arrived(call, admitted ? NULL : &full);
@@ -346,17 +366,15 @@ enum status call_request_begin(struct call *call, struct error *err)
     const struct rpc_options *options = &rpc->options;
     struct connection_load *load = connection_load(rpc, call_connection(call));
     uint32_t of_all = atomic_fetch_add_explicit(&rpc->requests, 1, memory_order_relaxed);
-    uint32_t of_it =
-        load ? atomic_fetch_add_explicit(&load->requests, 1, memory_order_relaxed) : 0;
+    uint32_t of_it = load ? atomic_fetch_add_explicit(&load->requests, 1, memory_order_relaxed) : 0;
     if (of_it < options->connection_in_flight_max && of_all < options->in_flight_max)
         return STATUS_OK;
     call_request_end(call);
     if (of_it >= options->connection_in_flight_max) {
         METRICS_ADD(options->metrics, refused_connection_in_flight, 1);
-        return error_set(err, STATUS_RESOURCE_EXHAUSTED,
-                         "this connection has %" PRIu32
-                         " requests in flight (connection_in_flight_max)",
-                         of_it);
+        return error_set(
+            err, STATUS_RESOURCE_EXHAUSTED,
+            "this connection has %" PRIu32 " requests in flight (connection_in_flight_max)", of_it);
     }
     METRICS_ADD(options->metrics, refused_in_flight, 1);
     return error_set(err, STATUS_RESOURCE_EXHAUSTED,
@@ -572,8 +590,8 @@ static void register_methods(struct rpc *rpc)
 NODISCARD static enum status create_pool(struct rpc_thread *thread, struct error *err)
 {
     const struct rpc *rpc = thread->rpc;
-    size_t calls_n =
-        thread->admitted_max + thread->sure_max + GENERIC_SLOTS + rpc->registered_n * REGISTERED_SLOTS + SPARE_CALLS;
+    size_t calls_n = thread->admitted_max + thread->sure_max + GENERIC_SLOTS +
+                     rpc->registered_n * REGISTERED_SLOTS + SPARE_CALLS;
     thread->calls = calloc(calls_n, sizeof *thread->calls);
     if (!thread->calls)
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for %zu calls", calls_n);

@@ -17,16 +17,17 @@ struct rpc_options {
     uint32_t connection_requests_max; // HTTP/2 streams of one connection
     uint32_t connection_resets_max;   // calls that a connection may reset within a second
     uint32_t connection_in_flight_max, in_flight_max; // requests: see call_request_begin
-    uint64_t message_bytes_max;       // received
-    uint32_t metadata_bytes_max;      // of one call, received
+    uint64_t message_bytes_max;                       // received
+    uint32_t metadata_bytes_max;                      // of one call, received
     uint32_t keepalive_ms, keepalive_timeout_ms;
     uint32_t connection_idle_ms, connection_age_ms, connection_age_grace_ms; // 0: for ever
-    uint64_t transport_bytes_max;     // gRPC's own buffers: a last resort, well above admission
+    uint64_t transport_bytes_max; // gRPC's own buffers: a last resort, well above admission
     uint32_t reply_timeout_ms;
     const struct method *const *methods; // tables that end with a NULL path; NULL-terminated
     struct service_context *context;
     struct metrics *metrics;
-    uint32_t (*retry_after_ms)(const struct service_context *context); // advice, when calls are too many
+    uint32_t (*retry_after_ms)(
+        const struct service_context *context); // advice, when calls are too many
     // Called on an rpc thread once the server has shut down and no call is left.
     void (*on_drained)(void *drained_context);
     // Called on an rpc thread, after rpc_watch_idle, when the last call has ended of the connection

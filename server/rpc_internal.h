@@ -41,10 +41,10 @@ struct rpc_thread {
 
     // The thread's own.
     bool started;
-    struct call *calls; // the whole pool
+    struct call *calls;           // the whole pool
     size_t calls_n, calls_used_n; // those beyond have never been taken
-    struct call *free_list; // linked by next
-    struct call *live;      // doubly linked by next, previous
+    struct call *free_list;       // linked by next
+    struct call *live;            // doubly linked by next, previous
     // Of those that are live; the others are being refused. `sure` are the few of each connection.
     uint32_t admitted_n, admitted_max, sure_n, sure_max;
     // Slots that wait, by registered method; behind those in use, the generic slots.
@@ -120,10 +120,10 @@ struct rpc {
     grpc_server_credentials *credentials;
     _Atomic bool draining;
     _Atomic bool watch_idle;
-    _Atomic uint64_t arrived;  // calls, since the start
-    int64_t channelz_last;     // of the connection added last; main thread
-    _Atomic uint32_t admitted; // calls
-    _Atomic uint32_t requests; // in flight
+    _Atomic uint64_t arrived;            // calls, since the start
+    int64_t channelz_last;               // of the connection added last; main thread
+    _Atomic uint32_t admitted;           // calls
+    _Atomic uint32_t requests;           // in flight
     struct connection_load *connections; // by connection_number
     size_t connections_n;                // numbers in it; a connection beyond is never idle
     _Atomic uint32_t

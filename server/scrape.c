@@ -169,6 +169,9 @@ static void write_requests(struct scrape *scrape)
         snprintf(labels, sizeof labels, "phase=\"%s\"", metrics_phase_names[phase]);
         sample_times(page, labels, &values->phases[phase]);
     }
+    page_family(page, "einsumd_refusal_duration_seconds", PAGE_HISTOGRAM,
+                "From the arrival of a projection that is past a limit to when it is told so.");
+    sample_times(page, "", &values->refusals);
     const struct copy_counters *copies = &scrape->context->copies;
     page_family(
         page, "einsumd_copied_bytes_total", PAGE_COUNTER,
@@ -229,8 +232,8 @@ static void write_connections(struct scrape *scrape)
     page_u64(page, "reason=\"calls\"", scrape->values.refused_calls);
     page_u64(page, "reason=\"connection_calls\"", scrape->values.refused_connection_calls);
     page_u64(page, "reason=\"in_flight\"", scrape->values.refused_in_flight);
-    page_u64(page, "reason=\"connection_in_flight\"",
-             scrape->values.refused_connection_in_flight);
+    page_u64(page, "reason=\"connection_in_flight\"", scrape->values.refused_connection_in_flight);
+    page_u64(page, "reason=\"metadata\"", scrape->values.refused_metadata);
     struct guard_stats guard = guard_stats(context->guard);
     for (size_t i = 0; i < GUARD_REASONS; i++) {
         char labels[PAGE_LABELS_BYTES] = "";
@@ -240,6 +243,10 @@ static void write_connections(struct scrape *scrape)
     page_u64(page, "reason=\"draining\"", scrape->values.refused_draining);
     page_u64(page, "reason=\"connections\"", listener.refused);
     page_u64(page, "reason=\"shared_connections\"", sharing.connections_refused);
+    counter(page, "einsumd_accept_errors_total", listener.accept_errors,
+            "Times that no connection could be taken, as without file descriptors.");
+    gauge(page, "einsumd_unsettled_bytes", guard.owed_bytes,
+          "Sent over TCP and no whole message yet: what gRPC holds of callers.");
 }
 
 static void write_queue(struct scrape *scrape)
