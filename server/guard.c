@@ -31,6 +31,10 @@ enum {
     HTTP2_ACK = 1,
     HTTP2_MAX_CONCURRENT_STREAMS = 3,
     FRAME_HEAD_BYTES = 9,
+    // A thread that has spent so much in gRPC without an event, on few bytes, has met a header that never
+    // ends: gRPC copies all of it again with every frame. A large message takes it far less.
+    STUCK_MS = 300,
+    STUCK_BYTES_A_MS = 256 << 10,
     PENALTIES = 64, // addresses kept out at once; the oldest gives way
 };
 
@@ -49,6 +53,7 @@ const char *const guard_reason_names[GUARD_REASONS] = {
     [GUARD_TRANSPORT_BYTES] = "transport_bytes",
     [GUARD_RESETS] = "connection_resets",
     [GUARD_BACKLOG] = "connection_backlog",
+    [GUARD_STUCK] = "connection_stuck",
     [GUARD_PENALTY] = "penalty",
 };
 static const char *const reason_keys[GUARD_REASONS] = {
@@ -58,6 +63,7 @@ static const char *const reason_keys[GUARD_REASONS] = {
     [GUARD_TRANSPORT_BYTES] = "transport_bytes_max",
     [GUARD_RESETS] = "connection_resets_max",
     [GUARD_BACKLOG] = "connection_requests_max",
+    [GUARD_STUCK] = "300 ms of CPU",
     [GUARD_PENALTY] = "penalty_ms",
 };
 
@@ -86,12 +92,17 @@ struct guard {
     uv_timer_t watch;
     uint64_t watched_ns;
     bool stopped;
-    int owes_most; // found by a visit: its fd; -1: nobody
+    int owes_most;                          // found by a visit: its fd; -1: nobody
+    struct listener_notes *owes_most_notes; // its, for as long as the visit's turn
     uint64_t owed_most, owed;
     uint8_t *peeked; // PEEK_BYTES, of one greeting at a time
     _Atomic uint64_t ended[GUARD_REASONS];
     _Atomic uint64_t owed_bytes;
-    pthread_mutex_t lock; // guards the next
+    struct labour {
+        uint64_t events, cpu_ns, received; // when it last got anywhere
+    } * labours;                           // of each rpc thread
+    uint64_t received;                     // by all connections since the start
+    pthread_mutex_t lock;                  // guards the next
     struct penalty penalties[PENALTIES];
     uint32_t penalty_next;
 };
@@ -413,15 +424,18 @@ static void look_at_bytes(struct visit *visit, int fd, uint64_t received,
     uint64_t settled = rpc_settled_bytes(guard->options.rpc, fd);
     if (notes->received_bytes == 0) // the number's figures are those of who had it before, too
         notes->settled_bytes = settled;
-    notes->owed_bytes += received - notes->received_bytes;
+    uint64_t before = notes->received_bytes;
+    notes->owed_bytes += received - before;
     uint64_t paid = settled - notes->settled_bytes + visit->forgiven;
     notes->owed_bytes -= paid < notes->owed_bytes ? paid : notes->owed_bytes;
     notes->received_bytes = received;
     notes->settled_bytes = settled;
+    guard->received += received - before;
     guard->owed += notes->owed_bytes;
     if (notes->owed_bytes > guard->owed_most) {
         guard->owed_most = notes->owed_bytes;
         guard->owes_most = fd;
+        guard->owes_most_notes = notes;
     }
     if (notes->owed_bytes > guard->options.connection_bytes_max)
         note_over(visit, fd, notes, GUARD_CONNECTION_BYTES);
@@ -443,6 +457,29 @@ static void look_at(void *argument, int socket, int fd, struct listener_notes *n
         note_over(visit, fd, notes, GUARD_BACKLOG);
 }
 
+static bool watch_labour(struct guard *guard)
+{
+    bool stuck = false;
+    for (uint32_t i = 0; i < rpc_threads_n(guard->options.rpc); i++) {
+        struct labour *labour = &guard->labours[i];
+        struct rpc_progress now = rpc_progress(guard->options.rpc, i);
+        if (!now.within_grpc || now.events != labour->events) {
+            *labour = (struct labour){now.events, now.cpu_ns, guard->received};
+            continue;
+        }
+        uint64_t spent_ms = (now.cpu_ns - labour->cpu_ns) / 1000000u;
+        stuck |= spent_ms >= STUCK_MS &&
+                 guard->received - labour->received < spent_ms * STUCK_BYTES_A_MS;
+    }
+    return stuck;
+}
+
+static void cut_most(struct guard *guard, enum guard_reason reason)
+{
+    guard->owes_most_notes->cut = true; // the next in line is somebody else
+    guard_cut(guard, guard->owes_most, reason);
+}
+
 static void on_watch(uv_timer_t *timer)
 {
     struct guard *guard = timer->data;
@@ -460,7 +497,9 @@ static void on_watch(uv_timer_t *timer)
     for (size_t i = 0; i < visit.over_n; i++)
         guard_cut(guard, visit.over[i].fd, visit.over[i].reason);
     if (visit.over_n == 0 && guard->owed > guard->options.bytes_max && guard->owes_most >= 0)
-        guard_cut(guard, guard->owes_most, GUARD_TRANSPORT_BYTES);
+        cut_most(guard, GUARD_TRANSPORT_BYTES);
+    else if (watch_labour(guard) && guard->owes_most >= 0)
+        cut_most(guard, GUARD_STUCK);
 }
 
 // ---- create, destroy
@@ -469,13 +508,16 @@ enum status guard_create(const struct guard_options *options, struct guard **out
 {
     struct guard *guard = calloc(1, sizeof *guard);
     uint8_t *peeked = malloc(PEEK_BYTES);
-    if (!guard || !peeked) {
+    struct labour *labours = calloc(rpc_threads_n(options->rpc), sizeof *labours);
+    if (!guard || !peeked || !labours) {
         free(guard);
         free(peeked);
+        free(labours);
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for greeting connections");
     }
     guard->options = *options;
     guard->peeked = peeked;
+    guard->labours = labours;
     guard->watched_ns = now_ns();
     pthread_mutex_init(&guard->lock, NULL);
     uv_timer_init(options->loop, &guard->watch);
@@ -499,6 +541,7 @@ void guard_stop(struct guard *guard)
 void guard_destroy(struct guard *guard)
 {
     pthread_mutex_destroy(&guard->lock);
+    free(guard->labours);
     free(guard->peeked);
     free(guard);
 }

@@ -46,6 +46,7 @@ enum guard_reason {
     GUARD_TRANSPORT_BYTES,  // bytes_max
     GUARD_RESETS,           // rpc_options.connection_resets_max
     GUARD_BACKLOG, // calls that gRPC has and we do not, many times what HTTP/2 lets a client have
+    GUARD_STUCK,   // gRPC labours on its bytes and gets nowhere
     GUARD_PENALTY, // one from its address was cut off just now
     GUARD_REASONS
 };

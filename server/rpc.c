@@ -342,6 +342,25 @@ uint64_t rpc_connection_backlog(const struct rpc *rpc, int fd)
     return started > arrived ? started - arrived : 0;
 }
 
+uint32_t rpc_threads_n(const struct rpc *rpc)
+{
+    return rpc->options.threads;
+}
+
+struct rpc_progress rpc_progress(const struct rpc *rpc, uint32_t index)
+{
+    const struct rpc_thread *thread = &rpc->threads[index];
+    struct rpc_progress progress = {
+        .events = atomic_load_explicit(&thread->events, memory_order_relaxed),
+        .within_grpc = atomic_load_explicit(&thread->within_grpc, memory_order_relaxed),
+    };
+    clockid_t clock;
+    struct timespec cpu;
+    if (pthread_getcpuclockid(thread->pthread, &clock) == 0 && clock_gettime(clock, &cpu) == 0)
+        progress.cpu_ns = (uint64_t)cpu.tv_sec * 1000000000u + (uint64_t)cpu.tv_nsec;
+    return progress;
+}
+
 // A second begins with the first reset in it. Two threads may both begin one: it is then a little longer.
 void rpc_call_reset(struct call *call)
 {
@@ -476,7 +495,10 @@ static void *thread_main(void *argument)
         if (thread->live)
             until = gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
                                  gpr_time_from_millis(SWEEP_MS, GPR_TIMESPAN));
+        atomic_store_explicit(&thread->within_grpc, true, memory_order_relaxed);
         grpc_event event = grpc_completion_queue_next(thread->queue, until, NULL);
+        atomic_store_explicit(&thread->within_grpc, false, memory_order_relaxed);
+        atomic_fetch_add_explicit(&thread->events, 1, memory_order_relaxed);
         if (event.type == GRPC_QUEUE_SHUTDOWN)
             return NULL;
         rpc_thread_here = thread;

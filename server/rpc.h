@@ -56,6 +56,14 @@ uint64_t rpc_settled_bytes(const struct rpc *rpc, int fd);
 uint64_t rpc_backlog(const struct rpc *rpc);
 uint64_t rpc_connection_backlog(const struct rpc *rpc, int fd);
 
+// Main thread. How far an rpc thread has come, counted from 0.
+struct rpc_progress {
+    uint64_t events, cpu_ns;
+    bool within_grpc;
+};
+uint32_t rpc_threads_n(const struct rpc *rpc);
+struct rpc_progress rpc_progress(const struct rpc *rpc, uint32_t index);
+
 // Any thread. Whether calls are live on the connection that was added as `fd`.
 bool rpc_connection_busy(const struct rpc *rpc, int fd);
 // Main thread.

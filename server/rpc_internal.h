@@ -39,6 +39,10 @@ struct rpc_thread {
     struct tag wake_tag;
     _Atomic(struct call *) woken; // stack of calls to wake, linked by wake_next
 
+    // Events handled, and whether it is within gRPC now: for who looks whether it gets anywhere.
+    _Atomic uint64_t events;
+    _Atomic bool within_grpc;
+
     // The thread's own.
     bool started;
     struct call *calls;           // the whole pool
