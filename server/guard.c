@@ -158,7 +158,7 @@ static bool punished(struct guard *guard, int fd)
 
 void guard_cut(struct guard *guard, int fd, enum guard_reason reason)
 {
-    struct sockaddr_storage peer;
+    struct sockaddr_storage peer = {0};
     if (!listener_cut_connection(guard->options.listener, fd, &peer))
         return;
     punish(guard, &peer);
