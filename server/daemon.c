@@ -566,7 +566,7 @@ static void on_closing(uv_timer_t *timer)
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, closing);
     listener_stop(daemon->context.listener);
     rpc_watch_idle(daemon->rpc);
-    listener_end_idle(daemon->context.listener, connection_busy);
+    listener_end_idle(daemon->context.listener, connection_busy, daemon->rpc);
 }
 
 // New calls are refused and connections told to go elsewhere; what is in flight finishes.

@@ -475,11 +475,12 @@ void listener_visit(struct listener *listener,
         visit(context, each->fd, each->taken_fd, &each->notes);
 }
 
-void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd))
+void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd),
+                       void *context)
 {
     pthread_mutex_lock(&listener->lock);
     for (struct connection *each = listener->live; each; each = each->next) {
-        if (!busy(listener->context, each->taken_fd))
+        if (!busy(context, each->taken_fd))
             end_connection_locked(each);
     }
     pthread_mutex_unlock(&listener->lock);

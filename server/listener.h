@@ -38,7 +38,8 @@ void listener_end_connection(struct listener *listener, int fd);
 // not there, or has been cut before.
 bool listener_cut_connection(struct listener *listener, int fd, struct sockaddr_storage *peer);
 // Each that is not `busy`.
-void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd));
+void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd),
+                       void *context);
 // Before the loop runs for the last time; destroy comes after it.
 void listener_drop_connections(struct listener *listener);
 void listener_destroy(struct listener *listener);
