@@ -25,6 +25,7 @@ struct room {
     uint64_t input_bytes, output_bytes;
     uint64_t waiting_bytes; // kept elsewhere while it waits; a part's are counted with its request
     uint64_t staged_input, staged_output; // bytes
+    bool part;                            // of a request that is cut
 };
 
 static uint64_t activation_bytes(const struct job *job, uint32_t tokens)
@@ -65,6 +66,7 @@ static struct room room_for_tokens(const struct job *job, uint32_t tokens, bool 
         .waiting_bytes = job->whole ? 0 : input,
         .staged_input = job->staged ? given : 0,
         .staged_output = job->staged && job->output_given ? output : 0,
+        .part = job->whole != NULL,
     };
 }
 
@@ -291,14 +293,34 @@ bool batcher_must_wake_locked(struct batcher *batcher)
 
 // --- the life of a job
 
-// How long until the batches that wait now have run.
+static uint64_t queued_tokens_locked(const struct batcher *batcher)
+{
+    uint64_t tokens = batcher->waiting_tokens;
+    for (const struct batch *batch = batcher->queue; batch; batch = batch->next)
+        tokens += batch->tokens;
+    return tokens;
+}
+
+// What runs and what waits will have been so many batches, as many at once as there are lanes.
 static uint32_t retry_advice_ms_locked(const struct batcher *batcher)
 {
-    uint64_t wait_ns = batcher->run_ns_average * batcher->queue_batches;
+    const struct batcher_options *options = &batcher->options;
+    uint64_t to_come = batcher->waiting_tokens + options->batch_tokens_max - 1;
+    uint64_t batches = batcher->queue_batches + to_come / options->batch_tokens_max;
+    uint64_t busy = options->lanes - batcher->lanes_free;
+    uint64_t wait_ns = batcher->run_ns_average * (batches + busy) / options->lanes;
     uint64_t wait_ms = (wait_ns + 999999) / 1000000;
     if (wait_ms < RETRY_MS_MIN)
         return RETRY_MS_MIN;
     return wait_ms < RETRY_MS_MAX ? (uint32_t)wait_ms : RETRY_MS_MAX;
+}
+
+uint32_t batcher_retry_ms(struct batcher *batcher)
+{
+    pthread_mutex_lock(&batcher->lock);
+    uint32_t ms = retry_advice_ms_locked(batcher);
+    pthread_mutex_unlock(&batcher->lock);
+    return ms;
 }
 
 // With buffers enough one is kept for whoever stands before all batches that wait for a lane.
@@ -403,6 +425,15 @@ static void batch_reserve_locked(struct batcher *batcher, struct batch *batch, s
         batch_close_locked(batcher, batch);
 }
 
+// One may have any number, and parts wait with the request that was let in.
+static bool tokens_left_locked(const struct batcher *batcher, const struct room *room)
+{
+    uint64_t most = batcher->options.queue_tokens_max;
+    if (most == 0 || room->part || batcher->stats.queued == 0)
+        return true;
+    return queued_tokens_locked(batcher) + room->tokens <= most;
+}
+
 // Whether a job for which there is no room now may wait for some.
 static enum batcher_full full_locked(const struct batcher *batcher, bool may_wait,
                                      const struct room *room)
@@ -410,10 +441,11 @@ static enum batcher_full full_locked(const struct batcher *batcher, bool may_wai
     const struct batcher_options *options = &batcher->options;
     if (batcher->stats.queued >= options->queue_requests_max)
         return FULL_REQUESTS;
+    if (!tokens_left_locked(batcher, room))
+        return FULL_TOKENS;
     if (!may_wait)
         return FULL_BUFFERS;
-    bool fits = batcher->waiting_bytes + room->waiting_bytes <=
-                options->batches * options->batch_input_bytes;
+    bool fits = batcher->waiting_bytes + room->waiting_bytes <= options->queue_bytes_max;
     return fits ? FULL_NOT : FULL_BYTES;
 }
 
@@ -426,8 +458,12 @@ static enum status refuse(const struct batcher_options *options, enum batcher_fu
                   __atomic_load_n(&options->queue_requests_max, __ATOMIC_RELAXED)); // no lock here
     else if (full == FULL_BYTES)
         error_set(err, STATUS_RESOURCE_EXHAUSTED,
-                  "the queue is full: %" PRIu64 " bytes wait (batches * batch_input_bytes)",
-                  options->batches * options->batch_input_bytes);
+                  "the queue is full: at most %" PRIu64 " bytes wait (queue_bytes_max)",
+                  options->queue_bytes_max);
+    else if (full == FULL_TOKENS)
+        error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                  "the queue is full: at most %" PRIu64 " tokens wait (queue_tokens_max)",
+                  options->queue_tokens_max);
     else
         error_set(err, STATUS_RESOURCE_EXHAUSTED,
                   "all %" PRIu32 " batch buffers are in use (batches)", options->batches);
@@ -478,31 +514,43 @@ static struct job *take_out_locked(struct batcher *batcher, struct job **at, str
     return out;
 }
 
+static uint64_t beyond(uint64_t value, uint64_t most)
+{
+    return most > 0 && value > most ? value - most : 0;
+}
+
 // Of the jobs that wait, takes out as many of the last as leave room for `job` to wait, if it stands
 // before them: whoever has had most gives way. NULL if that does not suffice.
 static struct job *push_out_locked(struct batcher *batcher, const struct job *job,
                                    const struct room *room)
 {
     const struct batcher_options *options = &batcher->options;
-    uint64_t bytes = batcher->waiting_bytes + room->waiting_bytes;
-    uint64_t bytes_max = options->batches * options->batch_input_bytes;
-    uint64_t needed = bytes > bytes_max ? bytes - bytes_max : 0, behind = 0;
+    uint64_t bytes_needed =
+        beyond(batcher->waiting_bytes + room->waiting_bytes, options->queue_bytes_max);
+    uint64_t tokens_needed = room->part ? 0
+                                        : beyond(queued_tokens_locked(batcher) + room->tokens,
+                                                 options->queue_tokens_max);
+    uint64_t bytes = 0, tokens = 0; // of those behind
     struct job **at = &batcher->waiting, *kept_last = NULL;
     while (*at && !job_stands_before(job, *at)) {
         kept_last = *at;
         at = &(*at)->next_waiting;
     }
-    for (const struct job *other = *at; other; other = other->next_waiting)
-        behind += room_for(other).waiting_bytes;
-    if (!*at || behind < needed)
+    for (const struct job *other = *at; other; other = other->next_waiting) {
+        bytes += room_for(other).waiting_bytes;
+        tokens += other->operand.tokens;
+    }
+    if (!*at || bytes < bytes_needed || tokens < tokens_needed)
         return NULL;
-    while ((*at)->next_waiting && behind - room_for(*at).waiting_bytes >= needed) {
-        behind -= room_for(*at).waiting_bytes;
+    while ((*at)->next_waiting && bytes - room_for(*at).waiting_bytes >= bytes_needed &&
+           tokens - (*at)->operand.tokens >= tokens_needed) {
+        bytes -= room_for(*at).waiting_bytes;
+        tokens -= (*at)->operand.tokens;
         kept_last = *at;
         at = &(*at)->next_waiting;
     }
-    batcher->waiting_bytes -= behind;
-    return take_out_locked(batcher, at, kept_last, needed > 0);
+    batcher->waiting_bytes -= bytes;
+    return take_out_locked(batcher, at, kept_last, bytes_needed > 0);
 }
 
 static void answer_pushed_out(struct job *job, uint32_t retry_after_ms)
@@ -525,7 +573,8 @@ static void answer_pushed_out(struct job *job, uint32_t retry_after_ms)
 static struct batch *find_room_locked(struct batcher *batcher, const struct job *job,
                                       const struct room *room, bool patient)
 {
-    if (batcher->stats.queued >= batcher->options.queue_requests_max)
+    if (batcher->stats.queued >= batcher->options.queue_requests_max ||
+        !tokens_left_locked(batcher, room))
         return NULL;
     if (batcher->waiting && !job_stands_before(job, batcher->waiting))
         return NULL;
@@ -794,12 +843,10 @@ void batcher_stats(struct batcher *batcher, struct batcher_stats *stats)
     *stats = batcher->stats;
     if (batcher->lanes_free < batcher->options.lanes && now > batcher->busy_since_ns)
         stats->busy_ns += now - batcher->busy_since_ns;
-    stats->queued_tokens = batcher->waiting_tokens;
+    stats->queued_tokens = queued_tokens_locked(batcher);
     stats->queued_bytes = batcher->waiting_bytes;
-    for (const struct batch *batch = batcher->queue; batch; batch = batch->next) {
-        stats->queued_tokens += batch->tokens;
+    for (const struct batch *batch = batcher->queue; batch; batch = batch->next)
         stats->queued_bytes += batch->input_used;
-    }
     stats->buffers_free = atomic_load_explicit(&batcher->free_n, memory_order_relaxed);
     pthread_mutex_unlock(&batcher->lock);
 }
@@ -888,6 +935,8 @@ enum status batcher_create(const struct batcher_options *options, struct batcher
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory for %" PRIu32 " batches",
                          options->batches);
     batcher->options = *options;
+    if (options->queue_bytes_max == 0)
+        batcher->options.queue_bytes_max = options->batches * options->batch_input_bytes;
     batcher->waker = waker;
     batcher->queue_end = &batcher->queue;
     batcher->lanes_free = options->lanes;

@@ -20,8 +20,8 @@
 // are passed by.
 //
 // A batch owns one buffer of input and one of output memory, given by the engine at start. Nothing
-// is allocated afterwards: when no buffer is free, jobs wait their turn in a queue of limited length
-// and bytes. Past that, those that stand last give way to who stands before them, and else reserving
+// is allocated afterwards: when no buffer is free, jobs wait their turn in a queue of limited length,
+// tokens and bytes. Past that, those that stand last give way to who stands before them, and else reserving
 // fails with RESOURCE_EXHAUSTED and advice
 // when to come again.
 #pragma once
@@ -39,6 +39,8 @@ struct batcher_options {
     uint64_t batch_input_bytes, batch_output_bytes;
     uint32_t batch_tokens_max, batch_requests_max;
     uint32_t queue_requests_max;
+    uint64_t queue_tokens_max; // 0: as many as the others let in
+    uint64_t queue_bytes_max;  // that wait for room; 0: as many as all buffers of input hold
     uint32_t max_queue_delay_us;
     const uint32_t *buckets; // ascending, the last one batch_tokens_max; borrowed
     uint32_t buckets_n;
@@ -94,6 +96,10 @@ void batcher_release(struct batcher *batcher, struct job *job);
 // Any thread: no buffer is free, so whoever can do without its output memory should release it.
 bool batcher_scarce(struct batcher *batcher);
 
+// Any thread. How long until what waits now will have run, by how fast batches ran of late: advice for
+// whoever is refused.
+uint32_t batcher_retry_ms(struct batcher *batcher);
+
 // True once the engine has reported the device lost. Every later reserve fails.
 bool batcher_device_lost(struct batcher *batcher);
 
@@ -119,6 +125,7 @@ void batcher_set_limits(struct batcher *batcher, uint32_t queue_requests_max,
 enum batcher_full {
     FULL_NOT,
     FULL_REQUESTS,
+    FULL_TOKENS,
     FULL_BYTES,
     FULL_BUFFERS,
     FULL_GAVE_WAY,

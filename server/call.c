@@ -320,21 +320,13 @@ static void watch_close(struct call *call)
 }
 
 // For calls whose method never starts: none of its callbacks will run.
-static void refuse_with(struct call *call, const struct error *err)
+static void refuse(struct call *call, const struct error *err)
 {
     call->method = NULL;
     if (call->received)
         grpc_byte_buffer_destroy(call->received);
     call->received = NULL;
     call_finish(call, NULL, err);
-}
-
-static void refuse(struct call *call, enum status status, const char *text)
-{
-    struct error err;
-    error_set(&err, status, "%s", text);
-    err.retry_after_ms = status == STATUS_RESOURCE_EXHAUSTED ? 10 : 0;
-    refuse_with(call, &err);
 }
 
 // Before anything of the message is looked at.
@@ -357,27 +349,30 @@ NODISCARD static enum status check_access(struct call *call, struct error *err)
     return access_check(rpc->options.access, &asked, err);
 }
 
-void call_arrived(struct call *call, bool full, bool leaves)
+void call_arrived(struct call *call, struct error *full, bool leaves)
 {
     call->deadline_ns = deadline_from_grpc(call->deadline);
     watch_close(call);
     const struct method *method = call->method;
+    struct error err;
     if (!method) {
-        refuse(call, STATUS_UNIMPLEMENTED, "unknown method");
+        error_set(&err, STATUS_UNIMPLEMENTED, "unknown method");
+        refuse(call, &err);
         return;
     }
     if (leaves) {
-        refuse(call, STATUS_UNAVAILABLE, "draining");
+        error_set(&err, STATUS_UNAVAILABLE, "draining");
+        refuse(call, &err);
         return;
     }
-    struct error err;
     if (check_access(call, &err) != STATUS_OK) {
-        refuse_with(call, &err);
+        refuse(call, &err);
         return;
     }
     if (full) {
-        METRICS_ADD(call->thread->rpc->options.metrics, refused_calls, 1);
-        refuse(call, STATUS_RESOURCE_EXHAUSTED, "too many calls are open (calls_max)");
+        const struct rpc_options *options = &call->thread->rpc->options;
+        full->retry_after_ms = options->retry_after_ms(options->context);
+        refuse(call, full);
         return;
     }
     if (method->on_start)
@@ -397,6 +392,7 @@ static void on_received(struct call *call)
     grpc_byte_buffer *message = call->received;
     call->received = NULL;
     call->reading = false;
+    rpc_message_came(call, message);
     if (call->method && call->method->on_message && !call->finish_asked)
         call->method->on_message(call, message);
     if (message)
@@ -419,6 +415,7 @@ static void on_closed(struct call *call)
     if (!call->closed_cancelled)
         return;
     atomic_store_explicit(&call->cancelled, true, memory_order_release);
+    rpc_call_reset(call);
     if (call->method && call->method->on_cancel && !call->finish_started)
         call->method->on_cancel(call);
 }

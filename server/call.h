@@ -83,6 +83,11 @@ bool call_metadata(const struct call *call, const char *key, const char **value,
 // Goes to the client with the call's end, which has not been asked for yet. `key` is static; one a call.
 void call_add_trailer(struct call *call, const char *key, const char *text);
 
+// A request on behalf of the call, of which a stream may have many: counts it against the limits of its
+// connection and of all, and fails past these. Any thread ends it, while the call is held.
+NODISCARD enum status call_request_begin(struct call *call, struct error *err);
+void call_request_end(struct call *call);
+
 bool call_cancelled(const struct call *call); // any thread that holds it
 uint64_t
 call_deadline_ns(const struct call *call); // on now_ns()'s clock, capped by deadline_ms_max

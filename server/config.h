@@ -88,6 +88,22 @@ struct config {
     bool insecure_listen;                   // default false
     char *health_listen[CONFIG_LISTEN_MAX]; // of health alone, never TLS; default none
     size_t health_listen_n;
+    // what callers may do
+    uint32_t in_flight_max;            // requests, of calls and streams; default 16384
+    uint32_t connection_in_flight_max; // of one connection; default 4096
+    uint64_t message_bytes_max;        // of one request; 0 (default): what the largest one needs
+    uint32_t metadata_bytes_max;       // of one call; default 8192
+    uint64_t
+        connection_bytes_max; // sent and no whole message yet; 0 (default): four of the largest
+    uint32_t connection_resets_max; // calls reset by their client, a second; default 1000
+    uint32_t penalty_ms;            // that the address of who was cut off is kept out; default 2000
+    uint32_t handshake_ms;          // until a connection must speak HTTP/2; default 10000
+    uint32_t keepalive_ms;          // of silence, until it is asked whether it lives; 0: never;
+                                    // default 60000
+    uint32_t keepalive_timeout_ms;  // for the answer; default 20000
+    uint32_t connection_idle_ms;    // without calls, then it is closed; 0 (default): never
+    uint32_t connection_age_ms;     // then it is closed between calls; 0 (default): never
+    uint32_t connection_age_grace_ms; // for calls that are still open then; default 60000
 
     // shared memory, for callers on this host
     char *shared_memory_listen;      // "unix:/PATH" of the control socket; "" (default): none
@@ -129,6 +145,8 @@ struct config {
                                 // weight at start
     uint64_t batch_output_bytes;
     uint32_t queue_requests_max; // decoded and not yet launched; default 1024
+    uint64_t queue_tokens_max;   // theirs; 0 (default): no limit of its own
+    uint64_t queue_bytes_max;    // of those that wait for a buffer; 0 (default): all buffers' input
     uint64_t cut_bytes_max;    // of all requests that are cut; 0 (default): of four of the largest
     uint32_t deadline_ms_max;  // cap on any request's deadline, and the deadline of those without;
                                // default 60000

@@ -19,6 +19,8 @@
 #include "control.h"
 #include "gate.h"
 #include "gpus.h"
+#include "guard.h"
+#include "heap.h"
 #include "http.h"
 #include "listener.h"
 #include "projection.h"
@@ -45,6 +47,8 @@ enum {
     BATCHES_BEYOND_LANES = 3,          // one forming, two being answered
     MESSAGE_OVERHEAD_BYTES = 64 << 10, // of a request beyond its tensors
     TRANSPORT_REQUESTS = 64,
+    CONNECTION_REQUESTS = 4, // of the largest, that one connection may be sending
+    CONNECTION_BYTES = 64 << 20,
     CUT_REQUESTS = 4,
     HTTP_TIMEOUT_MS = 10000, // of a connection, from start to end
     REDUCED_DIM_MAX = 16384, // four times V4's: the engine's scratch is sized by it
@@ -56,7 +60,7 @@ struct daemon {
     struct config file;      // as it was read
     uv_loop_t loop;
     uv_signal_t on_term, on_int, on_hup;
-    uv_timer_t closing, lame_duck, grace, device_check, alive;
+    uv_timer_t closing, lame_duck, grace, device_check, alive, heap;
     uv_work_t nothing;
     uv_async_t drained; // from the rpc thread that ended the last call
     struct batcher_waker waker;
@@ -128,13 +132,18 @@ static void resolve_message_bytes(struct config *config, struct service_context 
 {
     uint64_t input = for_largest_request(config, config->batch_input_bytes);
     uint64_t output = for_largest_request(config, config->batch_output_bytes);
-    context->message_bytes_max = input + MESSAGE_OVERHEAD_BYTES;
+    context->message_bytes_max =
+        config->message_bytes_max ? config->message_bytes_max : input + MESSAGE_OVERHEAD_BYTES;
     if (context->message_bytes_max > INT32_MAX) // gRPC's own limit
         context->message_bytes_max = INT32_MAX;
     context->reply_bytes_max = output + PROJECTION_HEAD_BYTES_MAX;
     if (config->cut_bytes_max == 0)
         config->cut_bytes_max =
             CUT_REQUESTS * (context->message_bytes_max + context->reply_bytes_max);
+    config->message_bytes_max = context->message_bytes_max;
+    if (config->connection_bytes_max == 0)
+        config->connection_bytes_max =
+            CONNECTION_BYTES + CONNECTION_REQUESTS * context->message_bytes_max;
     if (config->transport_bytes_max == 0)
         config->transport_bytes_max =
             (1ull << 30) + config->cut_bytes_max +
@@ -315,6 +324,8 @@ NODISCARD static enum status create_batcher(struct daemon *daemon, struct error 
         .batch_tokens_max = config->batch_tokens_max,
         .batch_requests_max = config->batch_requests_max,
         .queue_requests_max = config->queue_requests_max,
+        .queue_tokens_max = config->queue_tokens_max,
+        .queue_bytes_max = config->queue_bytes_max,
         .max_queue_delay_us = config->max_queue_delay_us,
         .buckets = config->buckets,
         .buckets_n = (uint32_t)config->buckets_n,
@@ -399,6 +410,17 @@ NODISCARD static enum status create_regions(struct daemon *daemon, struct error 
         .context = context->sharing,
     };
     return regions_create(&options, &context->regions, err);
+}
+
+static void on_connection_resets(void *argument, int fd)
+{
+    struct daemon *daemon = argument;
+    gate_cut(daemon->context.gate, fd, GUARD_RESETS);
+}
+
+static uint32_t retry_after_ms(const struct service_context *context)
+{
+    return batcher_retry_ms(context->batcher);
 }
 
 static void on_calls_drained(void *argument)
@@ -493,8 +515,18 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
     const struct rpc_options options = {
         .threads = config->rpc_threads,
         .calls_max = config->calls_max,
+        .connections_max = config->connections_max,
         .connection_requests_max = config->connection_requests_max,
+        .connection_resets_max = config->connection_resets_max,
+        .connection_in_flight_max = config->connection_in_flight_max,
+        .in_flight_max = config->in_flight_max,
         .message_bytes_max = context->message_bytes_max,
+        .metadata_bytes_max = config->metadata_bytes_max,
+        .keepalive_ms = config->keepalive_ms,
+        .keepalive_timeout_ms = config->keepalive_timeout_ms,
+        .connection_idle_ms = config->connection_idle_ms,
+        .connection_age_ms = config->connection_age_ms,
+        .connection_age_grace_ms = config->connection_age_grace_ms,
         .transport_bytes_max = config->transport_bytes_max,
         .reply_timeout_ms = config->reply_timeout_ms,
         .methods = methods,
@@ -502,7 +534,9 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .metrics = context->metrics,
         .access = gate_access(daemon->context.gate),
         .on_drained = on_calls_drained,
+        .retry_after_ms = retry_after_ms,
         .on_connection_idle = on_connection_idle,
+        .on_connection_resets = on_connection_resets,
         .drained_context = daemon,
     };
     enum status status = rpc_create(&options, &daemon->rpc, err);
@@ -753,6 +787,7 @@ static void run_loop(struct daemon *daemon)
     uv_signal_start(&daemon->on_int, on_stop_signal, SIGINT);
     uv_signal_start(&daemon->on_hup, on_hangup, SIGHUP);
     uv_timer_start(&daemon->device_check, on_device_check, DEVICE_CHECK_MS, DEVICE_CHECK_MS);
+    heap_watch(&daemon->loop, &daemon->heap);
     uint64_t alive_ms = supervisor_alive_ms();
     if (alive_ms > 0)
         uv_timer_start(&daemon->alive, on_alive, 0, alive_ms);

@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "log.h"
 #include "tls.h"
@@ -12,6 +13,8 @@ struct gate {
     struct tls *tls; // NULL: none
     struct listener *listener;
     struct listener *health_listener; // NULL: none
+    struct guard *guard, *health_guard; // of these
+    uv_loop_t *loop;
     struct rpc *rpc;
     uv_timer_t look;
 };
@@ -29,6 +32,7 @@ NODISCARD static enum status bind_all(struct gate *gate, uv_loop_t *loop, struct
         .connections_max = config->connections_max,
         .loopback_only = !config->insecure_listen && !config->tokens_file[0] && !gate->tls,
         .tunnel = gate->tls != NULL,
+        .renumber = true,
     };
     enum status status = listener_create(loop, &listen, &gate->listener, err);
     if (status != STATUS_OK || config->health_listen_n == 0)
@@ -39,6 +43,7 @@ NODISCARD static enum status bind_all(struct gate *gate, uv_loop_t *loop, struct
         .addresses_n = config->health_listen_n,
         .unix_socket_mode = config->unix_socket_mode,
         .connections_max = config->connections_max,
+        .renumber = true,
     };
     return listener_create(loop, &health, &gate->health_listener, err);
 }
@@ -87,6 +92,7 @@ enum status gate_create(uv_loop_t *loop, const struct config *config, struct met
     if (!gate)
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
     gate->config = config;
+    gate->loop = loop;
     uv_timer_init(loop, &gate->look);
     *out = gate; // what is there, whoever stops the daemon takes down
     enum status status = create_access(gate, metrics, err);
@@ -116,17 +122,38 @@ static void on_look(uv_timer_t *timer)
 static void take(void *context, const struct listener_taken *taken)
 {
     struct gate *gate = context;
-    if (taken->wire >= 0)
+    if (taken->wire < 0) {
+        guard_take(gate->guard, taken->fd, taken->is_unix ? &access_peer_unix : &access_peer_tcp);
+    } else if (guard_admits(gate->guard, taken->wire)) {
         tls_take(gate->tls, taken);
-    else
-        rpc_add_connection(gate->rpc, taken->fd,
-                           taken->is_unix ? &access_peer_unix : &access_peer_tcp);
+    } else {
+        close(taken->fd);
+        close(taken->wire);
+        close(taken->tunnel);
+    }
 }
 
 static void take_health(void *context, const struct listener_taken *taken)
 {
     struct gate *gate = context;
-    rpc_add_connection(gate->rpc, taken->fd, &access_peer_health);
+    guard_take(gate->health_guard, taken->fd, &access_peer_health);
+}
+
+NODISCARD static enum status create_guard(const struct gate *gate, struct listener *listener,
+                                          struct guard **guard, struct error *err)
+{
+    const struct config *config = gate->config;
+    const struct guard_options options = {
+        .loop = gate->loop,
+        .listener = listener,
+        .handshake_ms = config->handshake_ms,
+        .streams_max = config->connection_requests_max,
+        .penalty_ms = config->penalty_ms,
+        .connection_bytes_max = config->connection_bytes_max,
+        .bytes_max = config->transport_bytes_max / 4 * 3, // gRPC's own way is to drop anybody's
+        .rpc = gate->rpc,
+    };
+    return guard_create(&options, guard, err);
 }
 
 static const char *credential_of(const struct config *config,
@@ -181,7 +208,11 @@ enum status gate_start(struct gate *gate, struct rpc *rpc, struct error *err)
     log_addresses(gate);
     uv_timer_start(&gate->look, on_look, gate->config->access_look_ms,
                    gate->config->access_look_ms);
-    enum status status = gate->tls ? tls_start(gate->tls, err) : STATUS_OK;
+    enum status status = create_guard(gate, gate->listener, &gate->guard, err);
+    if (status == STATUS_OK && gate->health_listener)
+        status = create_guard(gate, gate->health_listener, &gate->health_guard, err);
+    if (status == STATUS_OK && gate->tls)
+        status = tls_start(gate->tls, err);
     if (status == STATUS_OK)
         status = listener_start(gate->listener, take, gate, err);
     if (status == STATUS_OK && gate->health_listener)
@@ -201,12 +232,31 @@ void gate_close(struct gate *gate)
 {
     listener_stop(gate->listener);
     rpc_watch_idle(gate->rpc);
-    listener_end_idle(gate->listener, busy);
+    listener_end_idle(gate->listener, busy, gate);
 }
 
 void gate_end_connection(struct gate *gate, int fd)
 {
     listener_end_connection(gate->listener, fd);
+}
+
+void gate_cut(struct gate *gate, int fd, enum guard_reason reason)
+{
+    guard_cut(gate->guard, fd, reason);
+    if (gate->health_guard)
+        guard_cut(gate->health_guard, fd, reason);
+}
+
+struct guard_stats gate_guard_stats(const struct gate *gate)
+{
+    struct guard_stats stats = guard_stats(gate->guard);
+    if (!gate->health_guard)
+        return stats;
+    struct guard_stats health = guard_stats(gate->health_guard);
+    for (size_t i = 0; i < GUARD_REASONS; i++)
+        stats.ended[i] += health.ended[i];
+    stats.owed_bytes += health.owed_bytes;
+    return stats;
 }
 
 void gate_stop(struct gate *gate)
@@ -215,6 +265,10 @@ void gate_stop(struct gate *gate)
         listener_stop(gate->listener);
     if (gate->health_listener)
         listener_stop(gate->health_listener);
+    if (gate->guard)
+        guard_stop(gate->guard);
+    if (gate->health_guard)
+        guard_stop(gate->health_guard);
     if (gate->tls)
         tls_stop(gate->tls);
     uv_timer_stop(&gate->look);
@@ -234,6 +288,8 @@ void gate_destroy(struct gate *gate)
         listener_destroy(gate->listener);
     if (gate->health_listener)
         listener_destroy(gate->health_listener);
+    guard_destroy(gate->guard);
+    guard_destroy(gate->health_guard);
     tls_destroy(gate->tls);
     access_destroy(gate->access);
     free(gate);

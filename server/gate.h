@@ -1,15 +1,19 @@
 // Where callers come in: the addresses of `listen` and `health_listen`, what protects each, and
 // whose a connection is by the time that gRPC gets it. Main thread, but where it says any.
 //
-//     unix socket -----------------------------------------> gRPC, as access_peer_unix
-//     TCP --------[TLS handshake, client certificate]------> gRPC, as access_peer_tcp or its own
-//     health_listen ---------------------------------------> gRPC, as access_peer_health
+//     unix socket --[greeting]------------------------------> gRPC, as access_peer_unix
+//     TCP ----------[greeting]------------------------------> gRPC, as access_peer_tcp
+//     TCP ----------[TLS handshake, client certificate]-----> gRPC, as access_peer_tcp or its own
+//     health_listen [greeting]------------------------------> gRPC, as access_peer_health
+//
+// All of them are watched (guard.h) as long as they last.
 #pragma once
 
 #include <uv.h>
 
 #include "access.h"
 #include "config.h"
+#include "guard.h"
 #include "listener.h"
 #include "rpc.h"
 
@@ -29,6 +33,9 @@ NODISCARD enum status gate_reload(struct gate *gate, struct error *err);
 void gate_close(struct gate *gate);
 // Any thread. As listener_end_connection.
 void gate_end_connection(struct gate *gate, int fd);
+// Any thread. As guard_cut.
+void gate_cut(struct gate *gate, int fd, enum guard_reason reason);
+struct guard_stats gate_guard_stats(const struct gate *gate); // any thread
 // No further callers at all. Again is harmless.
 void gate_stop(struct gate *gate);
 // Before the loop runs for the last time; destroy comes after it.

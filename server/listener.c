@@ -24,15 +24,19 @@ enum {
     ACCEPTS_A_TURN = 64, // then the loop may do something else
     SOCKET_BUFFER_BYTES =
         1 << 20, // unix sockets: the default of 208 KiB costs a third of the speed at 1 MB messages
-    PAUSE_MS = 100, // without file descriptors there is no use in asking again at once
+    PAUSE_MS = 100,  // without file descriptors there is no use in asking again at once
+    NUMBER_MIN = 64, // of sockets that are numbered in turn
+    NUMBER_MAX = 65536,
     ADDRESS_BYTES = 160,
 };
 
 struct connection {
     uv_poll_t hangup; // of a duplicate of the socket that gRPC owns
     int fd;
-    int taken_fd; // the number that gRPC knows it by; another's, once gRPC has closed it
-    bool ended;   // guarded by the listener's lock
+    int wire;        // a duplicate of the socket itself, where `fd` is of a tunnel's end; else -1
+    int taken_fd;    // the number that gRPC knows it by; another's, once gRPC has closed it
+    bool ended, cut; // guarded by the listener's lock
+    struct listener_notes notes;
     struct listener *listener;
     struct connection *next, *previous;
 };
@@ -62,17 +66,32 @@ struct listener {
     pthread_mutex_t lock;
     struct connection *live; // guarded by lock; changed by the main thread alone
     uint32_t connections_max;
+    int number_next; // of a socket; 0: as the kernel gives it
+    uint64_t accept_failures;
     bool stopped;
     _Atomic uint32_t connections;
-    _Atomic uint64_t accepted, refused;
+    _Atomic uint64_t accepted, refused, accept_errors;
 };
 
 // ---- connections
 
+// The socket that the caller is at the other end of.
+static int looked_at(const struct connection *connection)
+{
+    return connection->wire >= 0 ? connection->wire : connection->fd;
+}
+
+static void close_duplicates(const struct connection *connection)
+{
+    close(connection->fd);
+    if (connection->wire >= 0)
+        close(connection->wire);
+}
+
 static void on_connection_closed(uv_handle_t *handle)
 {
     struct connection *connection = CONTAINER_OF(handle, struct connection, hangup);
-    close(connection->fd);
+    close_duplicates(connection);
     free(connection);
 }
 
@@ -98,16 +117,37 @@ static void on_hangup(uv_poll_t *poll, int status, int events)
     drop_connection(CONTAINER_OF(poll, struct connection, hangup));
 }
 
-static bool watch_connection(struct listener *listener, int fd)
+// The lowest number that is free from the next on, round and round.
+static int renumber(struct listener *listener, int fd)
+{
+    if (listener->number_next == 0)
+        return fd;
+    int other = fcntl(fd, F_DUPFD_CLOEXEC, listener->number_next);
+    if (other < 0) {
+        listener->number_next = NUMBER_MIN;
+        other = fcntl(fd, F_DUPFD_CLOEXEC, listener->number_next);
+    }
+    if (other < 0)
+        return fd;
+    close(fd);
+    listener->number_next = other + 1 < NUMBER_MAX ? other + 1 : NUMBER_MIN;
+    return other;
+}
+
+static bool watch_connection(struct listener *listener, const struct listener_taken *taken)
 {
     struct connection *connection = calloc(1, sizeof *connection);
     if (!connection)
         return false;
     connection->listener = listener;
-    connection->taken_fd = fd;
-    connection->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    connection->taken_fd = taken->fd;
+    connection->notes.by_tls = taken->wire >= 0;
+    connection->fd = fcntl(taken->fd, F_DUPFD_CLOEXEC, 0);
     if (connection->fd < 0)
         goto free_connection;
+    connection->wire = taken->wire >= 0 ? fcntl(taken->wire, F_DUPFD_CLOEXEC, 0) : -1;
+    if (taken->wire >= 0 && connection->wire < 0)
+        goto close_duplicate;
     if (uv_poll_init(listener->loop, &connection->hangup, connection->fd) != 0)
         goto close_duplicate;
     uv_poll_start(&connection->hangup, UV_DISCONNECT, on_hangup);
@@ -121,7 +161,7 @@ static bool watch_connection(struct listener *listener, int fd)
     return true;
 
 close_duplicate:
-    close(connection->fd);
+    close_duplicates(connection);
 free_connection:
     free(connection);
     return false;
@@ -134,7 +174,7 @@ static void set_send_buffer(int fd)
 }
 
 // The pair for a connection by TCP: the server gets one end, and its end is seen there.
-static bool make_tunnel(struct listener_taken *taken)
+static bool make_tunnel(struct listener *listener, struct listener_taken *taken)
 {
     int ends[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) != 0)
@@ -142,7 +182,7 @@ static bool make_tunnel(struct listener_taken *taken)
     set_send_buffer(ends[0]);
     set_send_buffer(ends[1]);
     taken->wire = taken->fd;
-    taken->fd = ends[0];
+    taken->fd = renumber(listener, ends[0]);
     taken->tunnel = ends[1];
     return true;
 }
@@ -159,12 +199,14 @@ static void close_taken(const struct listener_taken *taken)
 static void take_connection(struct endpoint *endpoint, int fd)
 {
     struct listener *listener = endpoint->listener;
-    struct listener_taken taken = {
-        .fd = fd, .is_unix = endpoint->path[0] != '\0', .wire = -1, .tunnel = -1};
+    struct listener_taken taken = {.fd = renumber(listener, fd),
+                                   .is_unix = endpoint->path[0] != '\0',
+                                   .wire = -1,
+                                   .tunnel = -1};
     bool full = atomic_load_explicit(&listener->connections, memory_order_relaxed) >=
                 listener->connections_max;
     bool tunnelled = listener->tunnel && !taken.is_unix;
-    if (full || (tunnelled && !make_tunnel(&taken)) || !watch_connection(listener, taken.fd)) {
+    if (full || (tunnelled && !make_tunnel(listener, &taken)) || !watch_connection(listener, &taken)) {
         uint64_t refused = atomic_fetch_add_explicit(&listener->refused, 1, memory_order_relaxed);
         if ((refused & (refused + 1)) ==
             0) // the 1st, 2nd, 4th, 8th ...: a flood must not fill the log
@@ -194,6 +236,19 @@ static void on_pause_over(uv_timer_t *timer)
             uv_poll_start(&listener->endpoints[i].readable, UV_READABLE, on_readable);
 }
 
+// Once, not each time that it is tried again: the reason lasts, and the log has other uses.
+static void on_accept_failed(struct endpoint *endpoint, int reason)
+{
+    struct listener *listener = endpoint->listener;
+    uint64_t failures = ++listener->accept_failures;
+    if ((failures & (failures - 1)) == 0)
+        LOG(WARN, "accept failed", LOG_STR("listen", endpoint->text),
+            LOG_STR("reason", strerror(reason)), LOG_U64("failures", failures));
+    atomic_fetch_add_explicit(&listener->accept_errors, 1, memory_order_relaxed);
+    uv_poll_stop(&endpoint->readable);
+    uv_timer_start(&listener->pause, on_pause_over, PAUSE_MS, 0);
+}
+
 static void on_readable(uv_poll_t *poll, int status, int events)
 {
     (void)status;
@@ -207,12 +262,8 @@ static void on_readable(uv_poll_t *poll, int status, int events)
         }
         if (errno == ECONNABORTED || errno == EINTR)
             continue;
-        if (errno != EAGAIN && errno != EWOULDBLOCK) {
-            LOG(WARN, "accept failed", LOG_STR("listen", endpoint->text),
-                LOG_STR("reason", strerror(errno)));
-            uv_poll_stop(poll);
-            uv_timer_start(&endpoint->listener->pause, on_pause_over, PAUSE_MS, 0);
-        }
+        if (errno != EAGAIN && errno != EWOULDBLOCK)
+            on_accept_failed(endpoint, errno);
         return;
     }
 }
@@ -401,6 +452,7 @@ enum status listener_create(uv_loop_t *loop, const struct listener_options *opti
     listener->connections_max = options->connections_max;
     listener->loopback_only = options->loopback_only;
     listener->tunnel = options->tunnel;
+    listener->number_next = options->renumber ? NUMBER_MIN : 0;
     enum status status = STATUS_OK;
     for (size_t i = 0; i < options->addresses_n; i++) {
         struct endpoint *endpoint = &endpoints[i];
@@ -477,11 +529,38 @@ void listener_end_connection(struct listener *listener, int fd)
     pthread_mutex_unlock(&listener->lock);
 }
 
-void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd))
+bool listener_cut_connection(struct listener *listener, int fd, struct sockaddr_storage *peer)
+{
+    bool cut = false;
+    pthread_mutex_lock(&listener->lock);
+    for (struct connection *each = listener->live; each && !cut; each = each->next) {
+        if (each->taken_fd != fd || each->cut)
+            continue;
+        socklen_t bytes = sizeof *peer;
+        if (getpeername(looked_at(each), (struct sockaddr *)peer, &bytes) != 0)
+            peer->ss_family = AF_UNSPEC; // it is gone
+        each->cut = each->ended = cut = true;
+        shutdown(each->fd, SHUT_RDWR);
+        shutdown(looked_at(each), SHUT_RDWR);
+    }
+    pthread_mutex_unlock(&listener->lock);
+    return cut;
+}
+
+void listener_visit(struct listener *listener,
+                    void (*visit)(void *context, int socket, int fd, struct listener_notes *notes),
+                    void *context)
+{
+    for (struct connection *each = listener->live; each; each = each->next)
+        visit(context, looked_at(each), each->taken_fd, &each->notes);
+}
+
+void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd),
+                       void *context)
 {
     pthread_mutex_lock(&listener->lock);
     for (struct connection *each = listener->live; each; each = each->next) {
-        if (!busy(listener->context, each->taken_fd))
+        if (!busy(context, each->taken_fd))
             end_connection_locked(each);
     }
     pthread_mutex_unlock(&listener->lock);
@@ -530,5 +609,6 @@ struct listener_stats listener_stats(const struct listener *listener)
         .connections = atomic_load_explicit(&listener->connections, memory_order_relaxed),
         .accepted = atomic_load_explicit(&listener->accepted, memory_order_relaxed),
         .refused = atomic_load_explicit(&listener->refused, memory_order_relaxed),
+        .accept_errors = atomic_load_explicit(&listener->accept_errors, memory_order_relaxed),
     };
 }

@@ -20,6 +20,9 @@ struct listener_options {
     uint32_t connections_max;
     bool loopback_only; // of TCP addresses, any other is refused
     bool tunnel;        // what comes in by TCP gets a pair of sockets, see listener_taken
+    // Numbers of sockets are taken in turn, not the lowest: one is not another's soon after its end. Not
+    // for who uses select().
+    bool renumber;
 };
 
 // A connection that has come in, whose sockets are the taker's.
@@ -45,8 +48,12 @@ void listener_stop(struct listener *listener);
 // Any thread. Ends the connection that `take` was given as `fd`, if it is still there: what was
 // written arrives, and the peer, who sees that no more will come, closes it.
 void listener_end_connection(struct listener *listener, int fd);
+// Any thread. Ends it at once, both ways, whatever is under way; `peer` is then its address. False: it is
+// not there, or has been cut before.
+bool listener_cut_connection(struct listener *listener, int fd, struct sockaddr_storage *peer);
 // Each that is not `busy`.
-void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd));
+void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd),
+                       void *context);
 // Before the loop runs for the last time; destroy comes after it.
 void listener_drop_connections(struct listener *listener);
 void listener_destroy(struct listener *listener);
@@ -61,9 +68,20 @@ struct listener_address {
 };
 size_t listener_addresses_n(const struct listener *listener);
 struct listener_address listener_address(const struct listener *listener, size_t index);
+// What somebody else keeps of a connection, zero at first.
+struct listener_notes {
+    uint64_t received_bytes, settled_bytes, owed_bytes;
+    bool cut;
+    bool by_tls; // the listener's: what is received is more than what gets to the server
+};
+// Main thread. Calls `visit` for each connection: `socket` is for looking at it alone, `fd` what `take`
+// was given.
+void listener_visit(struct listener *listener,
+                    void (*visit)(void *context, int socket, int fd, struct listener_notes *notes),
+                    void *context);
 
 struct listener_stats {
     uint32_t connections;
-    uint64_t accepted, refused;
+    uint64_t accepted, refused, accept_errors;
 };
 struct listener_stats listener_stats(const struct listener *listener); // any thread

@@ -1,6 +1,5 @@
 // einsumd's command line. What the daemon does is in daemon.c.
 #include <getopt.h>
-#include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -9,6 +8,7 @@
 #include <sys/prctl.h>
 
 #include "daemon.h"
+#include "heap.h"
 
 enum { EXIT_USAGE = 2 };
 
@@ -95,15 +95,6 @@ static struct arguments parse_arguments(int argc, char **argv)
     return arguments;
 }
 
-// With glibc's defaults every large message is returned to the kernel and faulted in again, which
-// halves the speed.
-static void tune_malloc(void)
-{
-    mallopt(M_TRIM_THRESHOLD, 1 << 30);
-    mallopt(M_MMAP_THRESHOLD, 1 << 30);
-    mallopt(M_TOP_PAD, 64 << 20);
-}
-
 // Before the first thread: all inherit the mask, and the main loop alone lets them in again. What a
 // thread raises by itself stays open.
 static void block_signals(void)
@@ -158,7 +149,7 @@ int main(int argc, char **argv)
         config_print(config);
         break;
     case ACTION_SERVE:
-        tune_malloc();
+        heap_tune();
         confine(config);
         log_configure(config->log_level, config->log_format);
         log_never_wait();

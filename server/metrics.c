@@ -147,6 +147,11 @@ void metrics_observe_duration(struct metrics *metrics, enum metrics_method metho
     observe(metrics, WORD_OF(durations) + (size_t)method * HISTOGRAM_WORDS, ns);
 }
 
+void metrics_observe_refusal(struct metrics *metrics, uint64_t ns)
+{
+    observe(metrics, WORD_OF(refusals), ns);
+}
+
 void metrics_observe_phase(struct metrics *metrics, enum metrics_phase phase, uint64_t ns)
 {
     observe(metrics, WORD_OF(phases) + (size_t)phase * HISTOGRAM_WORDS, ns);

@@ -64,7 +64,10 @@ struct metrics_values {
     uint64_t received; // requests, of any kind of end
     uint64_t shared;   // of those, with tensors in shared memory
     uint64_t requests[METRICS_METHODS][METRICS_TRANSPORTS][METRICS_STATUSES]; // ended
-    uint64_t refused_calls, refused_draining;         // past calls_max; on streams and rings
+    uint64_t refused_calls, refused_connection_calls; // past calls_max; more than others could have
+    uint64_t refused_in_flight, refused_connection_in_flight;
+    uint64_t refused_metadata;
+    uint64_t refused_draining;                        // on streams and rings
     uint64_t access_refused[METRICS_ACCESS_REFUSALS]; // calls, by reason
     uint64_t streams_opened, streams_ended;
     // Of requests that were looked at: all, those whose output holds NaN though their input has some, or
@@ -72,6 +75,7 @@ struct metrics_values {
     uint64_t nan_looked, nan_input, nan_other;
     struct metrics_histogram durations[METRICS_METHODS];
     struct metrics_histogram phases[METRICS_PHASES];
+    struct metrics_histogram refusals;                   // of requests past a limit
     uint64_t calls[METRICS_CALLS_MAX][METRICS_STATUSES]; // of gRPC, ended
 };
 
@@ -94,6 +98,7 @@ void metrics_count_request(struct metrics *metrics, enum metrics_method method,
                            enum metrics_transport transport, enum status status);
 void metrics_count_call(struct metrics *metrics, uint32_t call, enum status status);
 void metrics_observe_duration(struct metrics *metrics, enum metrics_method method, uint64_t ns);
+void metrics_observe_refusal(struct metrics *metrics, uint64_t ns);
 void metrics_observe_phase(struct metrics *metrics, enum metrics_phase phase, uint64_t ns);
 void metrics_read(const struct metrics *metrics, struct metrics_values *values);
 

@@ -146,8 +146,6 @@ NODISCARD static enum status submit(struct projection *projection, grpc_byte_buf
 
 // ---- a request becomes a job for each of its parts
 
-enum { CUT_RETRY_MS = 100 };
-
 NODISCARD static enum status fill_part(struct job *whole, const struct job *part, struct error *err)
 {
     struct projection *projection = CONTAINER_OF(whole, struct projection, job);
@@ -182,7 +180,7 @@ NODISCARD static enum status admit(struct projection *projection, const grpc_byt
               "requests of more tokens than a batch hold %" PRIu64 " bytes, and %" PRIu64
               " more are too many (cut_bytes_max)",
               before, bytes);
-    err->retry_after_ms = CUT_RETRY_MS;
+    err->retry_after_ms = batcher_retry_ms(context->batcher);
     return err->status;
 }
 
@@ -323,6 +321,23 @@ NODISCARD static enum status check_message(const struct projection *projection,
     return status;
 }
 
+NODISCARD static enum status begin(struct projection *projection, struct batcher_cut at,
+                                   grpc_byte_buffer *message, struct error *err)
+{
+    struct call *call = projection->call;
+    uint32_t tokens = projection->job.operand.tokens;
+    enum status status = call_request_begin(call, err);
+    if (status != STATUS_OK) {
+        err->retry_after_ms = batcher_retry_ms(call_context(call)->batcher);
+        return status;
+    }
+    status = at.tokens == 0 || at.tokens == tokens ? submit(projection, message, err)
+                                                   : submit_cut(projection, message, at, err);
+    if (status != STATUS_OK)
+        call_request_end(call);
+    return status;
+}
+
 enum status projection_start(struct projection *projection, const struct wire_request *request,
                              grpc_byte_buffer *message, bool *running, struct error *err)
 {
@@ -347,9 +362,7 @@ enum status projection_start(struct projection *projection, const struct wire_re
     if (status == STATUS_OK && request->tokens > 0) {
         struct batcher_cut at =
             batcher_cut(call_context(projection->call)->batcher, &projection->job);
-        status = at.tokens == 0 || at.tokens == request->tokens
-                     ? submit(projection, message, err)
-                     : submit_cut(projection, message, at, err);
+        status = begin(projection, at, message, err);
         *running = status == STATUS_OK;
     }
     if (!*running)
@@ -419,6 +432,7 @@ void projection_release(struct projection *projection)
     weight_unref(projection->job.weight);
     if (projection->streamed)
         free(projection);
+    call_request_end(call);
     call_unhold(call);
 }
 

@@ -218,6 +218,10 @@ void record_end(struct record *record, struct service_context *context)
             metrics_observe_phase(context->metrics, phase, ns);
     if (between(record->received_ns, end_ns(record), &total_ns))
         metrics_observe_duration(context->metrics, record->method, total_ns);
+    // One that waited and then gave way to another is not among them: it was let in.
+    if (record->status == STATUS_RESOURCE_EXHAUSTED && record->room_ns == 0 &&
+        between(record->received_ns, record->answered_ns, &total_ns))
+        metrics_observe_refusal(context->metrics, total_ns);
     if (record->logged)
         write_line(record, total_ns);
     if (record->traced)

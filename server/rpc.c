@@ -13,21 +13,29 @@
 #include <grpc/support/alloc.h>
 #include <grpc/support/log.h>
 #include <grpc/support/time.h>
+#include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "backlog.h"
 #include "log.h"
 #include "rpc_internal.h"
 
 enum {
-    GENERIC_SLOTS = 16,        // armed on each queue for the methods that are looked up by path
-    REGISTERED_SLOTS = 64,     // armed on each queue for each message_with_call method
-    SPARE_CALLS = 64,          // beyond live and armed: so that a full house still answers
-    SWEEP_MS = 500,            // how often replies that nobody reads are looked for
-    CONNECTIONS_MAX = 1 << 20, // whose calls are counted
+    GENERIC_SLOTS = 16,           // armed on each queue for the methods that are looked up by path
+    REGISTERED_SLOTS = 64,        // armed on each queue for each message_with_call method
+    SPARE_CALLS = 64,             // beyond live and armed: so that a full house still answers
+    SWEEP_MS = 500,               // how often replies that nobody reads are looked for
+    CONNECTIONS_MAX = 1 << 20,    // whose calls are counted
+    CONNECTION_CALLS_SURE = 4,    // that each may have open, whatever others have
+    METADATA_OVERHEAD_BYTES = 32, // as HTTP/2 reckons each entry
+    READ_BYTES_MAX = 256 << 10,   // at once from a connection, while others wait
+    // Serving front-ends ping every 10 to 30 s, some faster.
+    PING_INTERVAL_MS_MIN = 1000,
+    GRPC_LOG_LINES_A_SECOND = 4,
 };
 
 // In the count of a connection that is about to end: who ends it has seen 0, and a call that comes
@@ -38,11 +46,25 @@ __thread struct rpc_thread *rpc_thread_here;
 
 // ---- the pool
 
+static struct call *init_call(struct rpc_thread *thread, struct call *call)
+{
+    call->thread = thread;
+    call->status_text = grpc_empty_slice();
+    grpc_metadata_array_init(&call->initial_metadata);
+    grpc_call_details_init(&call->details);
+    for (enum tag_kind kind = 0; kind < TAG_WAKE; kind++)
+        call->tags[kind] = (struct tag){.kind = kind, .call = call};
+    return call;
+}
+
+// Those that were used before come first: memory that is never needed is never touched.
 static struct call *take_free(struct rpc_thread *thread)
 {
     struct call *call = thread->free_list;
     if (call)
         thread->free_list = call->next;
+    else if (thread->calls_used_n < thread->calls_n)
+        call = init_call(thread, &thread->calls[thread->calls_used_n++]);
     return call;
 }
 
@@ -87,12 +109,14 @@ static bool link_live(struct call *call)
     struct rpc_thread *thread = call->thread;
     struct rpc_connection *connection = find_connection(thread->rpc, call_connection(call));
     uint32_t before = connection ? atomic_fetch_add(&connection->calls, 1) : 0;
+    if (connection)
+        atomic_fetch_add_explicit(&connection->arrived, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&thread->rpc->arrived, 1, memory_order_relaxed);
     call->previous = NULL;
     call->next = thread->live;
     if (call->next)
         call->next->previous = call;
     thread->live = call;
-    thread->live_n++;
     atomic_fetch_add_explicit(&thread->rpc->live_calls, 1, memory_order_relaxed);
     return (before & CONNECTION_LEAVES) == 0;
 }
@@ -106,7 +130,6 @@ static void unlink_live(struct call *call)
         thread->live = call->next;
     if (call->next)
         call->next->previous = call->previous;
-    thread->live_n--;
 }
 
 static void count_down(struct rpc *rpc)
@@ -136,12 +159,13 @@ static void call_reset(struct call *call)
 
 // ---- arming
 
-static void arm_slot(struct rpc_thread *thread, size_t registered)
+// False: there is no call left; rpc_call_ended arms again.
+static bool arm_slot(struct rpc_thread *thread, size_t registered)
 {
     struct rpc *rpc = thread->rpc;
     struct call *call = take_free(thread);
     if (!call)
-        return; // rpc_call_ended arms again
+        return false;
     call_reset(call);
     struct tag *tag = &call->tags[TAG_ARRIVED];
     grpc_call_error error;
@@ -157,6 +181,7 @@ static void arm_slot(struct rpc_thread *thread, size_t registered)
     }
     ASSERT(error == GRPC_CALL_OK);
     thread->armed[registered]++;
+    return true;
 }
 
 static void arm(struct rpc_thread *thread)
@@ -166,8 +191,8 @@ static void arm(struct rpc_thread *thread)
         return;
     for (size_t i = 0; i <= rpc->registered_n; i++) {
         uint32_t wanted = i < rpc->registered_n ? REGISTERED_SLOTS : GENERIC_SLOTS;
-        while (thread->armed[i] < wanted && thread->free_list)
-            arm_slot(thread, i);
+        while (thread->armed[i] < wanted && arm_slot(thread, i))
+            ;
     }
 }
 
@@ -198,6 +223,81 @@ static uint32_t metrics_call_of(const struct rpc *rpc, const struct method *of)
     return 0;
 }
 
+// Past the limit of all. Before it, a connection may have as many calls as it leaves to others; and a few
+// beside all that, so that no number of calls keeps anybody out.
+NODISCARD static enum status check_calls(const struct call *call, struct error *err)
+{
+    const struct rpc_thread *thread = call->thread;
+    const struct rpc *rpc = thread->rpc;
+    const struct rpc_connection *connection = find_connection(rpc, call->connection);
+    uint32_t calls = connection ? atomic_load_explicit(&connection->admitted, memory_order_relaxed) : 0;
+    uint32_t of_all = atomic_load_explicit(&rpc->admitted, memory_order_relaxed);
+    uint32_t left = of_all < rpc->options.calls_max ? rpc->options.calls_max - of_all : 0;
+    if (calls < CONNECTION_CALLS_SURE && thread->sure_n < thread->sure_max)
+        return STATUS_OK;
+    if (thread->admitted_n >= thread->admitted_max) {
+        METRICS_ADD(rpc->options.metrics, refused_calls, 1);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "too many calls are open (calls_max)");
+    }
+    if (calls >= left) {
+        METRICS_ADD(rpc->options.metrics, refused_connection_calls, 1);
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                         "this connection has %" PRIu32 " calls open, and %" PRIu32
+                         " are left for all (calls_max)",
+                         calls, left);
+    }
+    return STATUS_OK;
+}
+
+// gRPC looks at the limit frame by frame, so that what comes in many gets past it.
+NODISCARD static enum status check_metadata(const struct call *call, struct error *err)
+{
+    const struct rpc_options *options = &call->thread->rpc->options;
+    size_t bytes = 0;
+    for (size_t i = 0; i < call->initial_metadata.count; i++) {
+        const grpc_metadata *metadata = &call->initial_metadata.metadata[i];
+        bytes += GRPC_SLICE_LENGTH(metadata->key) + GRPC_SLICE_LENGTH(metadata->value) +
+                 METADATA_OVERHEAD_BYTES;
+    }
+    if (bytes <= options->metadata_bytes_max)
+        return STATUS_OK;
+    METRICS_ADD(options->metrics, refused_metadata, 1);
+    return error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                     "metadata of %zu bytes, at most %" PRIu32 " (metadata_bytes_max)", bytes,
+                     options->metadata_bytes_max);
+}
+
+static void admit(struct call *call)
+{
+    struct rpc_thread *thread = call->thread;
+    struct rpc_connection *connection = find_connection(thread->rpc, call->connection);
+    uint32_t before =
+        connection ? atomic_fetch_add_explicit(&connection->admitted, 1, memory_order_relaxed) : UINT32_MAX;
+    call->admitted = true;
+    call->sure = before < CONNECTION_CALLS_SURE && thread->sure_n < thread->sure_max;
+    if (call->sure) {
+        thread->sure_n++;
+    } else {
+        thread->admitted_n++;
+        atomic_fetch_add_explicit(&thread->rpc->admitted, 1, memory_order_relaxed);
+    }
+}
+
+static void unadmit(struct call *call)
+{
+    struct rpc_thread *thread = call->thread;
+    struct rpc_connection *connection = find_connection(thread->rpc, call->connection);
+    call->admitted = false;
+    if (call->sure) {
+        thread->sure_n--;
+    } else {
+        thread->admitted_n--;
+        atomic_fetch_sub_explicit(&thread->rpc->admitted, 1, memory_order_relaxed);
+    }
+    if (connection)
+        atomic_fetch_sub_explicit(&connection->admitted, 1, memory_order_relaxed);
+}
+
 static void on_arrived(struct rpc_thread *thread, struct call *call, bool success)
 {
     struct rpc *rpc = thread->rpc;
@@ -217,14 +317,117 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
         grpc_slice_unref(call->details.host);
     }
     call->metrics_call = metrics_call_of(rpc, call->method);
-    bool full = thread->live_n > thread->live_max;
-    call_arrived(call, full, !stays);
+    if (call->received)
+        rpc_message_came(call, call->received);
+    struct error full;
+    bool admitted =
+        check_metadata(call, &full) == STATUS_OK && check_calls(call, &full) == STATUS_OK;
+    if (admitted)
+        admit(call);
+    call_arrived(call, admitted ? NULL : &full, !stays);
+}
+
+void rpc_message_came(struct call *call, const grpc_byte_buffer *message)
+{
+    struct rpc_connection *connection = find_connection(call->thread->rpc, call_connection(call));
+    uint64_t bytes = CALL_OVERHEAD_BYTES;
+    if (message)
+        bytes += grpc_byte_buffer_length((grpc_byte_buffer *)(uintptr_t)message);
+    if (connection)
+        atomic_fetch_add_explicit(&connection->settled_bytes, bytes, memory_order_relaxed);
+}
+
+uint64_t rpc_settled_bytes(const struct rpc *rpc, int fd)
+{
+    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
+    return connection ? atomic_load_explicit(&connection->settled_bytes, memory_order_relaxed) : UINT64_MAX;
+}
+
+uint64_t rpc_backlog(const struct rpc *rpc)
+{
+    uint64_t arrived = atomic_load_explicit(&rpc->arrived, memory_order_relaxed);
+    uint64_t started = backlog_calls_started();
+    return started > arrived ? started - arrived : 0;
+}
+
+uint64_t rpc_connection_backlog(const struct rpc *rpc, int fd)
+{
+    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
+    if (!connection)
+        return 0;
+    uint64_t arrived = atomic_load_explicit(&connection->arrived, memory_order_relaxed);
+    uint64_t started = backlog_streams_started(connection->channelz);
+    return started > arrived ? started - arrived : 0;
+}
+
+struct rpc_progress rpc_progress(const struct rpc *rpc, uint32_t index)
+{
+    const struct rpc_thread *thread = &rpc->threads[index];
+    struct rpc_progress progress = {
+        .events = atomic_load_explicit(&thread->events, memory_order_relaxed),
+        .within_grpc = atomic_load_explicit(&thread->within_grpc, memory_order_relaxed),
+    };
+    clockid_t clock;
+    struct timespec cpu;
+    if (pthread_getcpuclockid(thread->pthread, &clock) == 0 && clock_gettime(clock, &cpu) == 0)
+        progress.cpu_ns = (uint64_t)cpu.tv_sec * 1000000000u + (uint64_t)cpu.tv_nsec;
+    return progress;
+}
+
+// A second begins with the first reset in it. Two threads may both begin one: it is then a little longer.
+void rpc_call_reset(struct call *call)
+{
+    const struct rpc *rpc = call->thread->rpc;
+    struct rpc_connection *connection = find_connection(rpc, call->connection);
+    if (!connection)
+        return;
+    uint64_t now = now_ns();
+    uint64_t since = atomic_load_explicit(&connection->resets_since_ns, memory_order_relaxed);
+    if (now - since > 1000000000u) {
+        atomic_store_explicit(&connection->resets_since_ns, now, memory_order_relaxed);
+        atomic_store_explicit(&connection->resets, 0, memory_order_relaxed);
+    }
+    uint32_t resets = atomic_fetch_add_explicit(&connection->resets, 1, memory_order_relaxed);
+    if (resets == rpc->options.connection_resets_max)
+        rpc->options.on_connection_resets(rpc->options.drained_context, (int)call->connection - 1);
+}
+
+enum status call_request_begin(struct call *call, struct error *err)
+{
+    struct rpc *rpc = call->thread->rpc;
+    const struct rpc_options *options = &rpc->options;
+    struct rpc_connection *connection = find_connection(rpc, call_connection(call));
+    uint32_t of_all = atomic_fetch_add_explicit(&rpc->requests, 1, memory_order_relaxed);
+    uint32_t of_it = connection ? atomic_fetch_add_explicit(&connection->requests, 1, memory_order_relaxed) : 0;
+    if (of_it < options->connection_in_flight_max && of_all < options->in_flight_max)
+        return STATUS_OK;
+    call_request_end(call);
+    if (of_it >= options->connection_in_flight_max) {
+        METRICS_ADD(options->metrics, refused_connection_in_flight, 1);
+        return error_set(
+            err, STATUS_RESOURCE_EXHAUSTED,
+            "this connection has %" PRIu32 " requests in flight (connection_in_flight_max)", of_it);
+    }
+    METRICS_ADD(options->metrics, refused_in_flight, 1);
+    return error_set(err, STATUS_RESOURCE_EXHAUSTED,
+                     "%" PRIu32 " requests are in flight (in_flight_max)", of_all);
+}
+
+void call_request_end(struct call *call)
+{
+    struct rpc *rpc = call->thread->rpc;
+    struct rpc_connection *connection = find_connection(rpc, call->connection);
+    atomic_fetch_sub_explicit(&rpc->requests, 1, memory_order_relaxed);
+    if (connection)
+        atomic_fetch_sub_explicit(&connection->requests, 1, memory_order_relaxed);
 }
 
 void rpc_call_ended(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
     unlink_live(call);
+    if (call->admitted)
+        unadmit(call);
     leave_connection(call);
     put_free(call);
     arm(thread);
@@ -324,7 +527,10 @@ static void *thread_main(void *argument)
         if (thread->live)
             until = gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
                                  gpr_time_from_millis(SWEEP_MS, GPR_TIMESPAN));
+        atomic_store_explicit(&thread->within_grpc, true, memory_order_relaxed);
         grpc_event event = grpc_completion_queue_next(thread->queue, until, NULL);
+        atomic_store_explicit(&thread->within_grpc, false, memory_order_relaxed);
+        atomic_fetch_add_explicit(&thread->events, 1, memory_order_relaxed);
         if (event.type == GRPC_QUEUE_SHUTDOWN)
             return NULL;
         rpc_thread_here = thread;
@@ -350,8 +556,20 @@ static void *thread_main(void *argument)
 
 // ---- start and stop
 
+// gRPC has a line for each thing that a hostile client does wrong: a few say it.
+static bool grpc_log_lines_left(void)
+{
+    static _Atomic uint64_t second, lines;
+    uint64_t now = now_ns() / 1000000000u;
+    if (atomic_exchange_explicit(&second, now, memory_order_relaxed) != now)
+        atomic_store_explicit(&lines, 0, memory_order_relaxed);
+    return atomic_fetch_add_explicit(&lines, 1, memory_order_relaxed) < GRPC_LOG_LINES_A_SECOND;
+}
+
 static void on_grpc_log(gpr_log_func_args *args)
 {
+    if (args->severity == GPR_LOG_SEVERITY_ERROR && !grpc_log_lines_left())
+        return;
     if (args->severity == GPR_LOG_SEVERITY_ERROR)
         LOG(WARN, "grpc", LOG_STR("text", args->message));
     else
@@ -370,6 +588,11 @@ static int clamp_int(uint64_t value)
     return value > INT32_MAX ? INT32_MAX : (int)value;
 }
 
+static int or_never(uint32_t ms)
+{
+    return ms > 0 ? clamp_int(ms) : INT32_MAX;
+}
+
 static grpc_server *create_server(const struct rpc_options *options)
 {
     grpc_resource_quota *quota = grpc_resource_quota_create("einsumd");
@@ -384,9 +607,19 @@ static grpc_server *create_server(const struct rpc_options *options)
         integer_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS, clamp_int(options->connection_requests_max)),
         // Compressed messages are inflated before their size is checked: refuse them.
         integer_arg(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1),
-        // Serving front-ends ping every 10 to 30 s; gRPC's default strikes them out.
+        integer_arg(GRPC_ARG_MAX_METADATA_SIZE, clamp_int(options->metadata_bytes_max)),
+        integer_arg(GRPC_ARG_KEEPALIVE_TIME_MS, or_never(options->keepalive_ms)),
+        integer_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, clamp_int(options->keepalive_timeout_ms)),
         integer_arg(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
-        integer_arg(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10000),
+        // Pings are only answered. gRPC's own way with too many takes it time that grows with the
+        // square of their number; a flood of anything is cut off by guard.h.
+        integer_arg(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, PING_INTERVAL_MS_MIN),
+        integer_arg(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0),
+        integer_arg(GRPC_ARG_MAX_CONNECTION_IDLE_MS, or_never(options->connection_idle_ms)),
+        integer_arg(GRPC_ARG_MAX_CONNECTION_AGE_MS, or_never(options->connection_age_ms)),
+        integer_arg(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS,
+                    or_never(options->connection_age_grace_ms)),
+        integer_arg("grpc.experimental.tcp_max_read_chunk_size", READ_BYTES_MAX),
         quota_arg,
     };
     const grpc_channel_args channel_args = {.num_args = ARRAY_LEN(args),
@@ -416,28 +649,18 @@ static void register_methods(struct rpc *rpc)
 NODISCARD static enum status create_pool(struct rpc_thread *thread, struct error *err)
 {
     const struct rpc *rpc = thread->rpc;
-    size_t calls_n =
-        thread->live_max + GENERIC_SLOTS + rpc->registered_n * REGISTERED_SLOTS + SPARE_CALLS;
+    size_t calls_n = thread->admitted_max + thread->sure_max + GENERIC_SLOTS +
+                     rpc->registered_n * REGISTERED_SLOTS + SPARE_CALLS;
     thread->calls = calloc(calls_n, sizeof *thread->calls);
     if (!thread->calls)
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for %zu calls", calls_n);
     thread->calls_n = calls_n;
-    for (size_t i = 0; i < calls_n; i++) {
-        struct call *call = &thread->calls[i];
-        call->thread = thread;
-        call->status_text = grpc_empty_slice();
-        grpc_metadata_array_init(&call->initial_metadata);
-        grpc_call_details_init(&call->details);
-        for (enum tag_kind kind = 0; kind < TAG_WAKE; kind++)
-            call->tags[kind] = (struct tag){.kind = kind, .call = call};
-        put_free(call);
-    }
     return STATUS_OK;
 }
 
 static void destroy_pool(struct rpc_thread *thread)
 {
-    for (size_t i = 0; i < thread->calls_n; i++)
+    for (size_t i = 0; i < thread->calls_used_n; i++)
         grpc_metadata_array_destroy(&thread->calls[i].initial_metadata);
     free(thread->calls);
 }
@@ -496,6 +719,7 @@ static void free_rpc(struct rpc *rpc)
         grpc_completion_queue_destroy(rpc->threads[i].queue);
     }
     grpc_shutdown();
+    pthread_mutex_destroy(&rpc->adding);
     for (size_t i = 0; i < rpc->connections_used; i++)
         access_peer_free(rpc->connections[i].peer);
     free(rpc->connections);
@@ -529,6 +753,7 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
     rpc->connections_n = connections_n;
     rpc->shutdown_tag = (struct tag){.kind = TAG_SHUTDOWN};
     atomic_init(&rpc->reply_timeout_ms, options->reply_timeout_ms);
+    pthread_mutex_init(&rpc->adding, NULL);
     atomic_init(&rpc->live_calls, 1); // the server's own, until its shutdown tag pops
 
     gpr_set_log_function(on_grpc_log);
@@ -539,7 +764,8 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
     for (uint32_t i = 0; i < options->threads; i++) {
         struct rpc_thread *thread = &threads[i];
         thread->rpc = rpc;
-        thread->live_max = (options->calls_max + options->threads - 1) / options->threads;
+        thread->admitted_max = (options->calls_max + options->threads - 1) / options->threads;
+        thread->sure_max = options->connections_max * CONNECTION_CALLS_SURE / options->threads + 1;
         thread->queue = grpc_completion_queue_create_for_next(NULL);
         grpc_server_register_completion_queue(rpc->server, thread->queue, NULL);
         create_waker(thread);
@@ -583,11 +809,18 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
     }
     access_peer_free(atomic_exchange_explicit(&connection->peer, peer, memory_order_acq_rel));
     atomic_fetch_and(&connection->calls, ~CONNECTION_LEAVES); // of the last one of this number
-    size_t used = atomic_load(&rpc->connections_used);
-    while (used <= number &&
-           !atomic_compare_exchange_weak(&rpc->connections_used, &used, (size_t)number + 1))
-        ;
+    atomic_store_explicit(&connection->resets, 0, memory_order_relaxed);
+    atomic_store_explicit(&connection->resets_since_ns, 0, memory_order_relaxed);
+    atomic_store_explicit(&connection->arrived, 0, memory_order_relaxed);
+    pthread_mutex_lock(&rpc->adding);
+    if (rpc->connections_used <= number)
+        rpc->connections_used = (size_t)number + 1;
     grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials);
+    int64_t channelz = backlog_find_socket(rpc->channelz_last, fd);
+    if (channelz)
+        rpc->channelz_last = channelz;
+    pthread_mutex_unlock(&rpc->adding);
+    atomic_store_explicit(&connection->channelz, channelz, memory_order_relaxed);
 }
 
 bool rpc_leave_idle(const struct rpc *rpc, int fd)

@@ -14,19 +14,30 @@ struct rpc;
 struct rpc_options {
     uint32_t threads;
     uint32_t calls_max;               // open at once, of any kind; past it RESOURCE_EXHAUSTED
+    uint32_t connections_max;         // of which each has some calls of its own beside calls_max
     uint32_t connection_requests_max; // HTTP/2 streams of one connection
-    uint64_t message_bytes_max;       // received
-    uint64_t transport_bytes_max;     // gRPC's own buffers: a last resort, well above admission
+    uint32_t connection_resets_max;   // calls that a connection may reset within a second
+    uint32_t connection_in_flight_max, in_flight_max; // requests: see call_request_begin
+    uint64_t message_bytes_max;                       // received
+    uint32_t metadata_bytes_max;                      // of one call, received
+    uint32_t keepalive_ms, keepalive_timeout_ms;
+    uint32_t connection_idle_ms, connection_age_ms, connection_age_grace_ms; // 0: for ever
+    uint64_t transport_bytes_max; // gRPC's own buffers: a last resort, well above admission
     uint32_t reply_timeout_ms;
     const struct method *const *methods; // tables that end with a NULL path; NULL-terminated
     struct service_context *context;
     struct metrics *metrics;
     struct access *access;
+    uint32_t (*retry_after_ms)(
+        const struct service_context *context); // advice, when calls are too many
     // Called on an rpc thread once the server has shut down and no call is left.
     void (*on_drained)(void *drained_context);
     // Called on an rpc thread, after rpc_watch_idle, when the last call has ended of the connection
     // that was added as `fd`, which may be closed by then.
     void (*on_connection_idle)(void *drained_context, int fd);
+    // Called on an rpc thread: the connection that was added as `fd` resets its calls faster than any
+    // client in need of answers; it should be cut off.
+    void (*on_connection_resets)(void *drained_context, int fd);
     void *drained_context;
 };
 
@@ -45,6 +56,23 @@ bool rpc_leave_idle(const struct rpc *rpc, int fd);
 // What its threads are about: works while one handles an event.
 uint32_t rpc_threads(const struct rpc *rpc);
 const struct beat *rpc_beat(const struct rpc *rpc, uint32_t thread);
+
+// Any thread. How many bytes of what the connection added as `fd` has sent are settled: they came as
+// whole messages, or are what calls cost beside these. Only grows. What a connection has sent beyond is
+// what gRPC holds of it, or has wasted its time with.
+uint64_t rpc_settled_bytes(const struct rpc *rpc, int fd);
+
+// Main thread. Calls that gRPC has and that have not come to us: of all, and of the connection that was
+// added as `fd`. Each asks gRPC for a text, and reads it.
+uint64_t rpc_backlog(const struct rpc *rpc);
+uint64_t rpc_connection_backlog(const struct rpc *rpc, int fd);
+
+// Main thread. How far an rpc thread has come, counted from 0.
+struct rpc_progress {
+    uint64_t events, cpu_ns;
+    bool within_grpc;
+};
+struct rpc_progress rpc_progress(const struct rpc *rpc, uint32_t index);
 // Main thread.
 void rpc_watch_idle(struct rpc *rpc);
 

@@ -41,13 +41,18 @@ struct rpc_thread {
     struct beat beat;
     _Atomic(struct call *) woken; // stack of calls to wake, linked by wake_next
 
+    // Events handled, and whether it is within gRPC now: for who looks whether it gets anywhere.
+    _Atomic uint64_t events;
+    _Atomic bool within_grpc;
+
     // The thread's own.
     bool started;
-    struct call *calls; // the whole pool
-    size_t calls_n;
-    struct call *free_list; // linked by next
-    struct call *live;      // doubly linked by next, previous
-    uint32_t live_n, live_max;
+    struct call *calls;           // the whole pool
+    size_t calls_n, calls_used_n; // those beyond have never been taken
+    struct call *free_list;       // linked by next
+    struct call *live;            // doubly linked by next, previous
+    // Of those that are live; the others are being refused. `sure` are the few of each connection.
+    uint32_t admitted_n, admitted_max, sure_n, sure_max;
     // Slots that wait, by registered method; behind those in use, the generic slots.
     uint32_t armed[RPC_REGISTERED_MAX + 1];
     bool draining;    // on_drain has been run
@@ -63,6 +68,7 @@ struct call {
     grpc_call *grpc; // NULL once the call is over: only then does gRPC let go of what it was lent
     uint64_t deadline_ns;
     uint32_t connection; // see call_connection; 0: not asked for yet
+    bool admitted, sure;
     void *state;
 
     // References: one of the rpc thread until the call is over, one for each hold, one for being in
@@ -94,11 +100,22 @@ struct call {
     _Alignas(max_align_t) unsigned char inline_state[CALL_INLINE_STATE_BYTES];
 };
 
-// By the number of a connection: see connection_number.
+// What one connection asks of us, by its number: see connection_number. The number is another's some
+// time after it is closed.
 struct rpc_connection {
-    _Atomic uint32_t calls;             // live ones
     _Atomic(struct access_peer *) peer; // owned; NULL: none has had this number
+    _Atomic uint32_t calls;             // live ones
+    _Atomic uint32_t admitted;          // of those, the ones that are not being refused
+    _Atomic uint32_t requests;          // in flight; see call_request_begin
+    _Atomic uint32_t resets;            // calls that the client reset, since `resets_since_ns`
+    _Atomic uint64_t resets_since_ns;
+    _Atomic uint64_t settled_bytes; // see rpc_settled_bytes
+    _Atomic uint64_t arrived;       // calls since it was added
+    _Atomic int64_t channelz;       // gRPC's number for it
 };
+
+// What a call may cost beside its messages: headers, frames, window updates for the reply.
+enum { CALL_OVERHEAD_BYTES = 16 << 10 };
 
 struct rpc {
     struct rpc_options options;
@@ -114,9 +131,14 @@ struct rpc {
     _Atomic bool draining;
     _Atomic bool end_calls;
     _Atomic bool watch_idle;
+    _Atomic uint64_t arrived;     // calls, since the start
+    pthread_mutex_t adding;          // one connection at a time; guards the next two
+    int64_t channelz_last;           // of the connection added last
+    size_t connections_used;         // none from here on has been added: pages never touched
+    _Atomic uint32_t admitted;    // calls
+    _Atomic uint32_t requests;    // in flight
     struct rpc_connection *connections;
     size_t connections_n;            // numbers in it; a connection beyond is closed at once
-    _Atomic size_t connections_used; // none from here on has been added: pages never touched
     _Atomic uint32_t
         live_calls; // of all threads, and one for the server until its shutdown tag has popped
 };
@@ -133,9 +155,11 @@ static inline uint32_t connection_number(int fd)
 struct access_peer *rpc_peer(const struct rpc *rpc, uint32_t connection);
 extern __thread struct rpc_thread *rpc_thread_here; // set while an rpc thread is outside of gRPC
 void rpc_call_ended(struct call *call);             // back to the pool
+void rpc_message_came(struct call *call, const grpc_byte_buffer *message);
+void rpc_call_reset(struct call *call); // by its client, before its answer had left
 
 // call.c: what rpc.c does with the events of a call.
-// full: too many are live; leaves: its connection ends. Both are refused.
-void call_arrived(struct call *call, bool full, bool leaves);
+// `full` not NULL: too many are live; `leaves`: its connection ends. Both are refused.
+void call_arrived(struct call *call, struct error *full, bool leaves);
 void call_tag_popped(struct call *call, enum tag_kind kind, bool success);
 void call_woken(struct call *call); // drops the reference of being in `woken`

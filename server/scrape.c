@@ -12,6 +12,8 @@
 #include "config.h"
 #include "gate.h"
 #include "gpus.h"
+#include "guard.h"
+#include "heap.h"
 #include "listener.h"
 #include "log.h"
 #include "reload.h"
@@ -187,6 +189,9 @@ static void write_requests(struct scrape *scrape)
         snprintf(labels, sizeof labels, "phase=\"%s\"", metrics_phase_names[phase]);
         sample_times(page, labels, &values->phases[phase]);
     }
+    page_family(page, "einsumd_refusal_duration_seconds", PAGE_HISTOGRAM,
+                "From the arrival of a projection that is past a limit to when it is told so.");
+    sample_times(page, "", &values->refusals);
     const struct copy_counters *copies = &scrape->context->copies;
     page_family(
         page, "einsumd_copied_bytes_total", PAGE_COUNTER,
@@ -243,10 +248,25 @@ static void write_connections(struct scrape *scrape)
     page_u64(page, "reason=\"queue_bytes\"", batches->refused[FULL_BYTES]);
     page_u64(page, "reason=\"batch_buffers\"", batches->refused[FULL_BUFFERS]);
     page_u64(page, "reason=\"gave_way\"", batches->refused[FULL_GAVE_WAY]);
+    page_u64(page, "reason=\"queue_tokens\"", batches->refused[FULL_TOKENS]);
     page_u64(page, "reason=\"calls\"", scrape->values.refused_calls);
+    page_u64(page, "reason=\"connection_calls\"", scrape->values.refused_connection_calls);
+    page_u64(page, "reason=\"in_flight\"", scrape->values.refused_in_flight);
+    page_u64(page, "reason=\"connection_in_flight\"", scrape->values.refused_connection_in_flight);
+    page_u64(page, "reason=\"metadata\"", scrape->values.refused_metadata);
+    struct guard_stats guard = gate_guard_stats(context->gate);
+    for (size_t i = 0; i < GUARD_REASONS; i++) {
+        char labels[PAGE_LABELS_BYTES] = "";
+        page_label(labels, "reason", guard_reason_names[i]);
+        page_u64(page, labels, guard.ended[i]);
+    }
     page_u64(page, "reason=\"draining\"", scrape->values.refused_draining);
     page_u64(page, "reason=\"connections\"", listener.refused);
     page_u64(page, "reason=\"shared_connections\"", sharing.connections_refused);
+    counter(page, "einsumd_accept_errors_total", listener.accept_errors,
+            "Times that no connection could be taken, as without file descriptors.");
+    gauge(page, "einsumd_unsettled_bytes", guard.owed_bytes,
+          "Sent over TCP and no whole message yet: what gRPC holds of callers.");
 }
 
 static void write_access(struct scrape *scrape)
@@ -471,19 +491,6 @@ static uint64_t open_fds(void)
     return n - 1; // the directory's own
 }
 
-// The second number of statm, in pages.
-static uint64_t resident_bytes(void)
-{
-    char text[128];
-    FILE *statm = fopen("/proc/self/statm", "re");
-    if (!statm)
-        return 0;
-    bool read = fgets(text, sizeof text, statm) != NULL;
-    fclose(statm);
-    const char *resident = read ? strchr(text, ' ') : NULL;
-    return resident ? strtoull(resident, NULL, 10) * (uint64_t)sysconf(_SC_PAGESIZE) : 0;
-}
-
 static void write_process(struct scrape *scrape)
 {
     struct page *page = &scrape->page;
@@ -498,7 +505,7 @@ static void write_process(struct scrape *scrape)
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu);
     page_family(page, "process_cpu_seconds_total", PAGE_COUNTER, "CPU time of all threads.");
     page_f64(page, "", (double)cpu.tv_sec + (double)cpu.tv_nsec / 1e9);
-    gauge(page, "process_resident_memory_bytes", resident_bytes(), "Host memory in use.");
+    gauge(page, "process_resident_memory_bytes", heap_resident_bytes(), "Host memory in use.");
     gauge(page, "process_open_fds", open_fds(), "File descriptors, open.");
     struct rlimit limit = {0};
     getrlimit(RLIMIT_NOFILE, &limit);

@@ -15,6 +15,7 @@ struct config;
 struct gate;
 struct gpus;
 struct record;
+struct guard;
 struct health;
 struct http;
 struct listener;

@@ -1497,6 +1497,38 @@ START_TEST(a_flood_of_few_tokens_does_not_hold_up_a_large_one)
 }
 END_TEST
 
+// Tokens are counted wherever they wait, in batches and for room; one request may have any number.
+START_TEST(a_queue_of_tokens_has_its_limit)
+{
+    struct batcher_options options = base;
+    options.queue_tokens_max = 6;
+    atomic_store(&rooms, 0);
+    start(&options);
+    commit(0, 8); // more than the limit, but nothing waits
+    wait_submitted(1);
+    ck_assert_uint_eq(stats().queued_tokens, 0);
+    reserve(1, 4);
+    reserve(2, 2);
+    ck_assert_uint_eq(stats().queued_tokens, 6);
+    struct error err;
+    bool waits;
+    struct job *job = job_init(3, 1);
+    job->on_room = on_room;
+    ck_assert_int_eq(batcher_reserve_or_wait(batcher, job, &waits, &err),
+                     STATUS_RESOURCE_EXHAUSTED);
+    ck_assert_str_eq(err.text, "the queue is full: at most 6 tokens wait (queue_tokens_max)");
+    ck_assert_uint_ge(err.retry_after_ms, 1);
+    ck_assert_uint_eq(stats().refused[FULL_TOKENS], 1);
+    batcher_abandon(batcher, &jobs[2].job);
+    reserve(3, 1);
+    batcher_abandon(batcher, &jobs[1].job);
+    batcher_abandon(batcher, &jobs[3].job);
+    fake_complete(&engine, 0, STATUS_OK);
+    wait_release(0, STATUS_OK);
+    ck_assert_uint_eq(stats().jobs, 0);
+}
+END_TEST
+
 // A connection that has filled the queue gives way to others, as many of its last as it takes.
 START_TEST(a_full_queue_is_shared)
 {
@@ -2088,6 +2120,7 @@ int main(void)
     tcase_add_test(rules, nothing_lines_up_behind_a_long_batch_of_a_serial_engine);
     tcase_add_test(rules, a_flood_of_few_tokens_does_not_hold_up_a_large_one);
     tcase_add_loop_test(rules, a_full_queue_is_shared, 0, 2);
+    tcase_add_test(rules, a_queue_of_tokens_has_its_limit);
     tcase_add_test(rules, priorities_come_before_shares_and_shares_before_arrival);
     tcase_add_test(rules, the_queue_of_those_who_wait_has_limits);
     tcase_add_test(rules, those_who_wait_hear_of_a_lost_device);

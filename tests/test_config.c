@@ -50,6 +50,21 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.calls_max, 4096);
     ck_assert_uint_eq(config.transport_bytes_max, 0);
     ck_assert_uint_eq(config.rpc_threads, 0);
+    ck_assert_uint_eq(config.in_flight_max, 16384);
+    ck_assert_uint_eq(config.connection_in_flight_max, 4096);
+    ck_assert_uint_eq(config.message_bytes_max, 0);
+    ck_assert_uint_eq(config.metadata_bytes_max, 8192);
+    ck_assert_uint_eq(config.connection_bytes_max, 0);
+    ck_assert_uint_eq(config.connection_resets_max, 1000);
+    ck_assert_uint_eq(config.penalty_ms, 2000);
+    ck_assert_uint_eq(config.handshake_ms, 10000);
+    ck_assert_uint_eq(config.keepalive_ms, 60000);
+    ck_assert_uint_eq(config.keepalive_timeout_ms, 20000);
+    ck_assert_uint_eq(config.connection_idle_ms, 0);
+    ck_assert_uint_eq(config.connection_age_ms, 0);
+    ck_assert_uint_eq(config.connection_age_grace_ms, 60000);
+    ck_assert_uint_eq(config.queue_tokens_max, 0);
+    ck_assert_uint_eq(config.queue_bytes_max, 0);
     ck_assert_str_eq(config.engine, "auto");
     ck_assert_str_eq(config.kernel, "auto");
     ck_assert_uint_eq(config.compute_threads, 0);
@@ -153,6 +168,11 @@ static const char everything[] =
     " \"batches\": 12, \"batch_input_bytes\": 1099511627776, \"batch_output_bytes\": 14,"
     " \"queue_requests_max\": 15, \"deadline_ms_max\": 16, \"reply_timeout_ms\": 17,"
     " \"cut_bytes_max\": 31,"
+    " \"in_flight_max\": 41, \"connection_in_flight_max\": 42, \"message_bytes_max\": 43,"
+    " \"metadata_bytes_max\": 1044, \"connection_bytes_max\": 45, \"connection_resets_max\": 46,"
+    " \"penalty_ms\": 47, \"handshake_ms\": 48, \"keepalive_ms\": 49,"
+    " \"keepalive_timeout_ms\": 50, \"connection_idle_ms\": 51, \"connection_age_ms\": 52,"
+    " \"connection_age_grace_ms\": 53, \"queue_tokens_max\": 54, \"queue_bytes_max\": 55,"
     " \"weights_roots\": [\"/m\", \"/n\"],"
     " \"weights\": [{\"path\": \"flash\"},"
     "   {\"path\": \"/n/pro\", \"tensors\": [\"a*\", \"b*\"], \"name_prefix\": \"pro.\", "
@@ -249,6 +269,25 @@ static void ck_weights_and_ropes(const struct config *config)
     ck_assert_str_eq(config->ropes[2].cache_tensor, "t");
 }
 
+static void ck_what_callers_may_do(const struct config *config)
+{
+    ck_assert_uint_eq(config->in_flight_max, 41);
+    ck_assert_uint_eq(config->connection_in_flight_max, 42);
+    ck_assert_uint_eq(config->message_bytes_max, 43);
+    ck_assert_uint_eq(config->metadata_bytes_max, 1044);
+    ck_assert_uint_eq(config->connection_bytes_max, 45);
+    ck_assert_uint_eq(config->connection_resets_max, 46);
+    ck_assert_uint_eq(config->penalty_ms, 47);
+    ck_assert_uint_eq(config->handshake_ms, 48);
+    ck_assert_uint_eq(config->keepalive_ms, 49);
+    ck_assert_uint_eq(config->keepalive_timeout_ms, 50);
+    ck_assert_uint_eq(config->connection_idle_ms, 51);
+    ck_assert_uint_eq(config->connection_age_ms, 52);
+    ck_assert_uint_eq(config->connection_age_grace_ms, 53);
+    ck_assert_uint_eq(config->queue_tokens_max, 54);
+    ck_assert_uint_eq(config->queue_bytes_max, 55);
+}
+
 static void ck_everything(const struct config *config)
 {
     ck_assert_uint_eq(config->listen_n, 3);
@@ -263,6 +302,7 @@ static void ck_everything(const struct config *config)
     ck_assert_uint_eq(config->calls_max, 25);
     ck_assert_uint_eq(config->transport_bytes_max, 26);
     ck_access(config);
+    ck_what_callers_may_do(config);
     ck_shared(config);
     ck_looking_on(config);
     ck_assert_str_eq(config->engine, "null");
@@ -395,6 +435,21 @@ static const struct {
     {"stream_requests_max", 1, 65536},
     {"transport_bytes_max", 0, 1ull << 40},
     {"rpc_threads", 0, 256},
+    {"in_flight_max", 1, 1 << 24},
+    {"connection_in_flight_max", 1, 1 << 24},
+    {"message_bytes_max", 0, INT32_MAX},
+    {"metadata_bytes_max", 1024, 1 << 20},
+    {"connection_bytes_max", 0, 1ull << 40},
+    {"connection_resets_max", 1, 1 << 20},
+    {"penalty_ms", 0, 86400000},
+    {"handshake_ms", 1, 86400000},
+    {"keepalive_ms", 0, 86400000},
+    {"keepalive_timeout_ms", 1, 86400000},
+    {"connection_idle_ms", 0, 86400000},
+    {"connection_age_ms", 0, 86400000},
+    {"connection_age_grace_ms", 1, 86400000},
+    {"queue_tokens_max", 0, 1ull << 40},
+    {"queue_bytes_max", 0, 1ull << 40},
     {"compute_threads", 0, 1024},
     {"lanes", 0, 16},
     {"phase_sample", 0, 1 << 20},

@@ -12,12 +12,15 @@ static struct service_context context;
 
 static void setup(void)
 {
+    ck_assert_int_eq(weights_create(&engine_null, NULL, NULL, 0, 4096, &context.weights, NULL),
+                     STATUS_OK); // none is resident
     ck_assert_int_eq(health_create(&context.health, NULL), STATUS_OK);
 }
 
 static void teardown(void)
 {
     health_destroy(context.health);
+    weights_destroy(context.weights);
 }
 
 static struct call *start(const char *method)

@@ -15,13 +15,26 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
+def integer(value: int, first: int, most: int) -> bytes:
+    """HPACK's integers: `first` has the byte's other bits, `most` fills those that are its own."""
+    if value < most:
+        return bytes([first | value])
+    out = bytearray([first | most])
+    value -= most
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
 def literal(name: bytes, value: bytes) -> bytes:
     """One header, never indexed, both strings as they are."""
-    assert len(name) < 127 and len(value) < 127
-    return b"\x10" + bytes([len(name)]) + name + bytes([len(value)]) + value
+    return (
+        b"\x10" + integer(len(name), 0, 127) + name + integer(len(value), 0, 127) + value
+    )
 
 
-def call_headers(path: str, stream: int = 1, **more: str) -> bytes:
+def header_block(path: str, **more: str) -> bytes:
     headers = {
         ":method": "POST",
         ":scheme": "http",
@@ -31,8 +44,11 @@ def call_headers(path: str, stream: int = 1, **more: str) -> bytes:
         "content-type": "application/grpc",
         **{name.replace("_", "-"): value for name, value in more.items()},
     }
-    block = b"".join(literal(name.encode(), value.encode()) for name, value in headers.items())
-    return frame(HEADERS, END_HEADERS, stream, block)
+    return b"".join(literal(name.encode(), value.encode()) for name, value in headers.items())
+
+
+def call_headers(path: str, stream: int = 1, **more: str) -> bytes:
+    return frame(HEADERS, END_HEADERS, stream, header_block(path, **more))
 
 
 def message(payload: bytes, claimed_bytes: int | None = None) -> bytes:
@@ -57,7 +73,8 @@ class RawConnection:
         self.socket.sendall(b"".join(pieces))
 
     def hello(self) -> None:
-        self.send(PREFACE, frame(SETTINGS, 0, 0))
+        """Acknowledges the daemon's settings before they have come, to have no need to read."""
+        self.send(PREFACE, frame(SETTINGS, 0, 0), frame(SETTINGS, ACK, 0))
 
     def reset(self) -> None:
         """Closes with RST instead of FIN, as a crashed machine's kernel would."""

@@ -1,0 +1,481 @@
+"""Hostile clients beside honest ones: no honest call fails, the daemon lives, and what it took for them
+it gives back. The kinds are in hostile.py; tests/bench/hostile.sh measures what they cost others."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc import StatusCode
+
+import oracle
+from client import Client, retry_delay_ms
+from conftest import Site, serving, small_weights
+from daemon import EINSUMCTL, SCALE, Daemon, environment, run, seconds, wait_until
+from hostile import EINSUM, HELLO, KINDS, PIECE, STREAM
+from raw_http2 import (
+    DATA,
+    END_STREAM,
+    PREFACE,
+    RST_STREAM,
+    SETTINGS,
+    RawConnection,
+    call_headers,
+    frame,
+    message,
+)  # fmt: skip
+from scrape import scrape
+
+HONEST = 32
+MIB = 1 << 20
+# What a kind may leave behind: malloc keeps so much for the next messages.
+KEPT_BYTES = 400 * MIB
+PEAK_BYTES = 1500 * MIB
+# gRPC 1.51 copies headers that do not end again and again (CVE-2023-33953), on the thread that serves
+# all: until such a connection is cut off others wait, and on a slow machine for longer than they would.
+STRANDING = ("endless-header", "endless-headers")
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with serving(
+        tmp_path_factory.mktemp("attacked"), small_weights(1), 256, http_listen="127.0.0.1:0",
+        rpc_threads=1, handshake_ms=2000,
+    ) as site:  # fmt: skip
+        yield site
+
+
+def resident(daemon: Daemon) -> int:
+    pages = Path(f"/proc/{daemon.process.pid}/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
+def descriptors(daemon: Daemon) -> int:
+    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+
+
+def rejected(daemon: Daemon, reason: str) -> float:
+    return scrape(daemon).value("einsumd_rejected_total", reason=reason)
+
+
+def attack(address: str, kind: str, duration: float) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("hostile.py"), kind, address,
+         "--seconds", str(duration)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def honest_calls(address: str, duration: float) -> dict | None:
+    """32 callers, each on a connection of its own, one call at a time."""
+    done = run(
+        EINSUMCTL, "--endpoint", address, "--timeout", 60000, "--json", "bench", "--tokens", 1,
+        "--concurrency", HONEST, "--connections", HONEST, "--duration", duration,
+        "--warmup", 0.2, timeout=120,
+    )  # fmt: skip
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_honest_callers_beside(attacked: Site, rng: np.random.Generator, kind: str) -> None:
+    daemon = attacked.daemon
+    memory, files = resident(daemon), descriptors(daemon)
+    hostile = attack(daemon.address, kind, 4)
+    time.sleep(0.5)
+    honest = honest_calls(daemon.address, 2)
+    peak = resident(daemon)
+    said, _ = hostile.communicate(timeout=seconds(60))
+    deeds = json.loads(said.removeprefix("RESULT "))
+    assert deeds["sent"] > 0 or kind == "silence", "the hostile one did nothing"
+    if kind not in STRANDING:
+        assert honest and honest["errors"] == {} and honest["calls"] > 0
+    assert daemon.process.poll() is None, daemon.log
+    if SCALE == 1:  # sanitizers have their own ideas of memory
+        assert peak < memory + PEAK_BYTES
+        wait_until(lambda: resident(daemon) < memory + KEPT_BYTES, 20, "memory is given back")
+    wait_until(lambda: descriptors(daemon) <= files + 2, 20, "descriptors are given back")
+    wait_until(lambda: serves(attacked, rng), 30, "it serves as before")
+    attacked.check_serves(rng)
+    with Client(daemon.address, attacked.client.schema) as client:
+        attacked.check_serves(rng, client)
+
+
+def serves(site: Site, rng: np.random.Generator) -> bool:
+    try:
+        site.check_serves(rng)
+    except grpc.RpcError:
+        return False
+    return True
+
+
+# --- each limit: what is said past it, and where it is counted --------------------------------------
+
+
+def refused(call: grpc.Future) -> grpc.RpcError | None:
+    return call.exception(seconds(60))
+
+
+def test_requests_of_a_connection(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Unary calls, and requests on a stream: the one that is past the limit alone."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", rpc_threads=1,
+        connection_in_flight_max=3, max_queue_delay_us=500_000,
+    ) as site:  # fmt: skip
+        request = site.good_request(rng)
+        futures = [site.client.einsum_future(request) for _ in range(4)]
+        with Client(site.daemon.address, site.client.schema) as other:
+            assert other.einsum(request).tokens == 3  # its own connection has its own
+        errors = [error for error in map(refused, futures) if error]
+        assert len(errors) == 1
+        assert errors[0].code() == StatusCode.RESOURCE_EXHAUSTED
+        assert errors[0].details() == (
+            "this connection has 3 requests in flight (connection_in_flight_max)"
+        )
+        assert retry_delay_ms(errors[0]) > 0
+        replies = list(site.client.stream([request] * 4))
+        said = [reply.error.message for reply in replies if reply.error.code]
+        assert said == ["this connection has 3 requests in flight (connection_in_flight_max)"]
+        assert [reply.error.retry_after_ms > 0 for reply in replies if reply.error.code] == [True]
+        assert rejected(site.daemon, "connection_in_flight") == 2
+        wait_until(lambda: scrape(site.daemon).value("einsumd_requests_in_flight") == 0)
+        assert all(refused(site.client.einsum_future(request)) is None for _ in range(3))
+
+
+def test_requests_in_all(tmp_path: Path, rng: np.random.Generator) -> None:
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", rpc_threads=1,
+        in_flight_max=2, max_queue_delay_us=500_000,
+    ) as site:  # fmt: skip
+        request = site.good_request(rng)
+        with Client(site.daemon.address, site.client.schema) as other:
+            futures = [client.einsum_future(request) for client in (site.client, other) * 2]
+            errors = [error for error in map(refused, futures) if error]
+        assert {error.code() for error in errors} == {StatusCode.RESOURCE_EXHAUSTED}
+        assert len(errors) == 2
+        assert errors[0].details() == "2 requests are in flight (in_flight_max)"
+        assert rejected(site.daemon, "in_flight") == 2
+        site.check_serves(rng)
+
+
+@pytest.mark.parametrize(
+    "limit, reason, says",
+    [
+        ({"queue_tokens_max": 10}, "queue_tokens", "at most 10 tokens wait (queue_tokens_max)"),
+        (
+            {"queue_bytes_max": 1, "batches": 1, "lanes": 1, "batch_requests_max": 1},
+            "queue_bytes",
+            "at most 1 bytes wait (queue_bytes_max)",
+        ),
+    ],
+    ids=["tokens", "bytes"],
+)
+def test_queue_in_tokens_and_bytes(
+    tmp_path: Path, rng: np.random.Generator, limit: dict, reason: str, says: str
+) -> None:
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", rpc_threads=1,
+        max_queue_delay_us=500_000 if reason == "queue_tokens" else 0, **limit,
+    ) as site:  # fmt: skip
+        request = site.good_request(rng, tokens=5 if reason == "queue_tokens" else 500)
+        errors: list[grpc.RpcError] = []
+        for _ in range(20):
+            futures = [site.client.einsum_future(request) for _ in range(8)]
+            errors += [error for error in map(refused, futures) if error]
+            if errors:
+                break
+        assert errors and errors[0].code() == StatusCode.RESOURCE_EXHAUSTED
+        assert says in errors[0].details()
+        assert retry_delay_ms(errors[0]) > 0
+        assert rejected(site.daemon, reason) == len(errors)
+        site.check_serves(rng)
+
+
+def test_message_size(tmp_path: Path, rng: np.random.Generator) -> None:
+    with serving(tmp_path, small_weights(1), 256, message_bytes_max=20_000) as site:
+        assert site.client.call("ServerInfo").limits.request_bytes_max == 20_000
+        site.check_serves(rng)
+        with pytest.raises(grpc.RpcError) as caught:
+            site.client.einsum(site.good_request(rng, tokens=100))
+        assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
+        assert "20000" in caught.value.details()
+        site.check_serves(rng)
+
+
+def test_metadata_size(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Past the limit that call alone is refused, however large its metadata is."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", metadata_bytes_max=4096
+    ) as site:
+        request = site.good_request(rng)
+        for size in (2000, 5000, 15_000, 200_000):
+            with Client(site.daemon.address, site.client.schema) as client:
+                call = client.callable("einsum.v1.Einsum", "Einsum")
+                metadata = [("x-large", "y" * size)]
+                if size < 4096:
+                    assert call(request, metadata=metadata).tokens == 3
+                    continue
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(request, metadata=metadata, timeout=seconds(20))
+                assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED, caught.value
+        assert "(metadata_bytes_max)" in caught.value.details()  # the last one gets past gRPC
+        assert rejected(site.daemon, "metadata") == 1
+        site.check_serves(rng)
+
+
+def test_compressed_bomb(attacked: Site) -> None:
+    """64 KB that would be 64 MB: refused without being inflated."""
+    before = resident(attacked.daemon)
+    bomb = gzip.compress(bytes(64 * MIB))
+    payload = struct.pack(">BI", 1, len(bomb)) + bomb
+    for _ in range(8):
+        with RawConnection(attacked.daemon.host_port) as connection:
+            connection.hello()
+            connection.send(call_headers(EINSUM, grpc_encoding="gzip"))
+            for i in range(0, len(payload), PIECE):
+                end = END_STREAM if i + PIECE >= len(payload) else 0
+                connection.send(frame(DATA, end, 1, payload[i : i + PIECE]))
+            said = b""
+            while b"grpc-status" not in said:
+                said += connection.socket.recv(1 << 16)
+    assert resident(attacked.daemon) < before + 16 * MIB
+
+
+def test_a_few_calls_of_a_connection_are_sure(tmp_path: Path, rng: np.random.Generator) -> None:
+    """However many calls others hold open."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", calls_max=100, rpc_threads=1
+    ) as site:
+        hogs = [RawConnection(site.daemon.host_port) for _ in range(4)]
+        for hog in hogs:
+            hog.hello()
+            hog.send(*(call_headers(STREAM, 2 * i + 1) for i in range(200)))
+        wait_until(lambda: rejected(site.daemon, "connection_calls") > 100)
+        for _ in range(20):
+            site.check_serves(rng)
+            futures = [site.client.einsum_future(site.good_request(rng)) for _ in range(4)]
+            assert not any(map(refused, futures))
+        for hog in hogs:
+            hog.socket.close()
+
+
+def ended_by_daemon(connection: RawConnection, timeout: float = 10) -> bool:
+    connection.socket.settimeout(seconds(timeout))
+    return connection.closed_by_peer()
+
+
+def test_resets_end_a_connection(tmp_path: Path, rng: np.random.Generator) -> None:
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_resets_max=50,
+        penalty_ms=0,
+    ) as site:  # fmt: skip
+        cancel = struct.pack(">I", 8)
+        with RawConnection(site.daemon.host_port) as connection:
+            connection.hello()
+            for i in range(60):
+                stream = 2 * i + 1
+                connection.send(
+                    call_headers(EINSUM, stream), frame(DATA, END_STREAM, stream, message(b"")),
+                    frame(RST_STREAM, 0, stream, cancel),
+                )  # fmt: skip
+            assert ended_by_daemon(connection)
+        assert rejected(site.daemon, "connection_resets") == 1
+        event = site.daemon.wait_event("connection cut off")
+        assert event["limit"] == "connection_resets_max"
+        site.check_serves(rng)
+
+
+def test_bytes_without_messages_end_a_connection(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Whatever they are: here a call whose message never ends, within its flow control."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_bytes_max=1 * MIB,
+        penalty_ms=0,
+    ) as site:  # fmt: skip
+        with RawConnection(site.daemon.host_port) as connection:
+            connection.hello()
+            try:
+                for _ in range(4 * MIB // (9 * 1000)):
+                    connection.send(frame(SETTINGS, 0, 0) * 1000)
+                    time.sleep(0.0005)
+            except ConnectionError:
+                pass
+            assert ended_by_daemon(connection)
+        assert rejected(site.daemon, "connection_bytes") == 1
+        # Honest bytes are messages: any number of them.
+        for _ in range(60):
+            site.client.einsum(site.good_request(rng, tokens=100))
+
+
+def test_penalty(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The address of who was cut off is kept out for a while, another is not."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_bytes_max=65536,
+        penalty_ms=1000,
+    ) as site:  # fmt: skip
+
+        def connect(source: str) -> RawConnection:
+            made = RawConnection.__new__(RawConnection)
+            made.socket = socket.create_connection(site.daemon.host_port, 10, (source, 0))
+            return made
+
+        with connect("127.0.0.77") as hostile:
+            hostile.hello()
+            try:
+                while True:
+                    hostile.send(frame(SETTINGS, 0, 0) * 1000)
+            except ConnectionError:
+                pass
+        with connect("127.0.0.77") as again:
+            assert ended_by_daemon(again)
+        assert rejected(site.daemon, "penalty") >= 1
+        with Client(site.daemon.address, site.client.schema) as other:
+            site.check_serves(rng, other)
+        time.sleep(1.1)
+        with connect("127.0.0.77") as later:
+            later.hello()
+            later.send(call_headers(EINSUM), frame(DATA, END_STREAM, 1, message(b"")))
+            later.socket.settimeout(seconds(10))
+            said = b""
+            while b"grpc-status" not in said:
+                piece = later.socket.recv(65536)
+                assert piece, "kept out for longer than penalty_ms"
+                said += piece
+
+
+@pytest.mark.parametrize(
+    "says",
+    [b"", PREFACE[:10], PREFACE, PREFACE + frame(SETTINGS, 0, 0)],
+    ids=["nothing", "half a preface", "preface", "no acknowledgement"],
+)
+def test_handshake_timeout(tmp_path: Path, rng: np.random.Generator, says: bytes) -> None:
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", handshake_ms=300
+    ) as site:
+        with RawConnection(site.daemon.host_port) as connection:
+            connection.send(says)
+            begin = time.monotonic()
+            assert ended_by_daemon(connection)
+            assert time.monotonic() - begin > 0.2
+        assert rejected(site.daemon, "handshake") == 1
+        wait_until(lambda: site.client.counters().connections == 1)
+        site.check_serves(rng)
+
+
+def test_http1_is_told(attacked: Site) -> None:
+    with RawConnection(attacked.daemon.host_port) as connection:
+        connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        said = b""
+        while piece := connection.socket.recv(65536):
+            said += piece
+    assert said.startswith(b"HTTP/1.1 400 ") and b"gRPC" in said
+    assert rejected(attacked.daemon, "not_http2") >= 1
+
+
+def test_dead_peers_are_found(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A connection that speaks HTTP/2 and then answers no ping is closed, one that answers stays."""
+    with serving(
+        tmp_path, small_weights(1), 256, keepalive_ms=300, keepalive_timeout_ms=300
+    ) as site:
+        with RawConnection(site.daemon.host_port) as connection:
+            connection.hello()
+            wait_until(lambda: site.client.counters().connections == 2)
+            assert ended_by_daemon(connection)
+        wait_until(lambda: site.client.counters().connections == 1)
+        time.sleep(1)
+        assert site.client.counters().connections == 1
+        site.check_serves(rng)
+
+
+def test_connection_age(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Old connections are replaced between calls: none fails."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_age_ms=300
+    ) as site:
+        request, expected = site.good_case(rng)
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            oracle.check(site.client.einsum(request).output, "BF16", *expected)
+        accepted = scrape(site.daemon).value("einsumd_connections_accepted_total")
+        assert accepted >= 4
+
+
+def test_idle_connections(tmp_path: Path, rng: np.random.Generator) -> None:
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_idle_ms=300
+    ) as site:
+        site.check_serves(rng)
+        wait_until(lambda: scrape(site.daemon).value("einsumd_connections") == 0)
+        site.check_serves(rng)  # it connects again
+
+
+# --- file descriptors -----------------------------------------------------------------------------
+
+
+def test_no_descriptors_left(tmp_path: Path, rng: np.random.Generator) -> None:
+    """New connections wait or are refused, those that are there are served, the log says it once, and
+    nothing spins."""
+    limit = 64
+    with serving(
+        tmp_path, small_weights(1), 256,
+        shared_memory_listen=f"unix:{tmp_path}/shared.sock",
+        wrapper=["prlimit", f"--nofile={limit}:{limit}"],
+    ) as site:  # fmt: skip
+        sockets = [socket.create_connection(site.daemon.host_port) for _ in range(limit)]
+        for one in sockets:
+            one.setblocking(False)
+            one.send(HELLO)
+        time.sleep(0.5)
+        for _ in range(20):
+            site.check_serves(rng)
+        before = cpu_seconds(site.daemon)
+        time.sleep(1)
+        assert cpu_seconds(site.daemon) - before < 0.3, "it spins"
+        lines = [
+            event for event in site.daemon.events
+            if event["msg"] in ("accept failed", "connection refused")
+        ]  # fmt: skip
+        assert 1 <= len(lines) <= 16, lines
+        for one in sockets:
+            one.close()
+        wait_until(lambda: site.client.counters().connections == 1)
+        with Client(site.daemon.address, site.client.schema) as client:
+            site.check_serves(rng, client)
+
+
+def cpu_seconds(daemon: Daemon) -> float:
+    fields = Path(f"/proc/{daemon.process.pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_no_descriptors_for_shared_memory(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A caller that would share memory is told, or goes the other way; nobody else notices."""
+    limit = 40
+    with serving(
+        tmp_path, small_weights(1), 256,
+        shared_memory_listen=f"unix:{tmp_path}/shared.sock",
+        wrapper=["prlimit", f"--nofile={limit}:{limit}"],
+    ) as site:  # fmt: skip
+        idle = [socket.create_connection(site.daemon.host_port) for _ in range(limit)]
+        time.sleep(0.5)
+        done = subprocess.run(
+            [EINSUMCTL, "--endpoint", f"unix:{tmp_path}/shared.sock", "--timeout", "3000",
+             "bench", "--transport", "ring", "--requests", "1"],
+            capture_output=True, text=True, timeout=seconds(60), env=environment(),
+        )  # fmt: skip
+        assert done.returncode != 0
+        site.check_serves(rng)
+        for one in idle:
+            one.close()
+        wait_until(lambda: site.client.counters().connections == 1)
+        site.check_serves(rng)
