@@ -386,33 +386,64 @@ NODISCARD static enum status load_table(const char *path, struct table **out, st
 
 // ---- create and reload
 
-enum status access_reload(struct access *access, struct error *err)
+struct access_prepared {
+    struct access *access;
+    struct table *table; // after the commit the one before
+};
+
+enum status access_prepare(struct access *access, struct access_prepared **out, struct error *err)
 {
-    const char *path = access->options.tokens_file;
-    if (!path[0])
-        return STATUS_OK;
-    stamp_renew(&access->stamp, path); // before it is read: what changes then is seen next time
-    struct table *table = NULL;
-    enum status status = load_table(path, &table, err);
-    if (status != STATUS_OK)
-        return status;
+    struct access_prepared *prepared = calloc(1, sizeof *prepared);
+    if (!prepared)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for tokens");
+    prepared->access = access;
+    enum status status = load_table(access->options.tokens_file, &prepared->table, err);
+    if (status == STATUS_OK)
+        *out = prepared;
+    else
+        free(prepared);
+    return status;
+}
+
+void access_commit(struct access_prepared *prepared)
+{
+    struct access *access = prepared->access;
+    struct table *table = prepared->table;
     pthread_rwlock_wrlock(&access->lock);
-    struct table *old = access->table;
+    prepared->table = access->table;
     access->table = table;
     atomic_fetch_add(&access->generation, 1);
     pthread_rwlock_unlock(&access->lock);
-    table_free(old);
-    LOG(INFO, "tokens read", LOG_STR("path", path), LOG_U64("tokens", table->tokens_n),
-        LOG_U64("certificates", table->certificates_n));
+    LOG(INFO, "tokens read", LOG_STR("path", access->options.tokens_file),
+        LOG_U64("tokens", table->tokens_n), LOG_U64("certificates", table->certificates_n));
+}
+
+void access_prepared_destroy(struct access_prepared *prepared)
+{
+    if (!prepared)
+        return;
+    table_free(prepared->table);
+    free(prepared);
+}
+
+NODISCARD static enum status read_file(struct access *access, struct error *err)
+{
+    struct access_prepared *prepared;
+    enum status status = access_prepare(access, &prepared, err);
+    if (status != STATUS_OK)
+        return status;
+    access_commit(prepared);
+    access_prepared_destroy(prepared);
     return STATUS_OK;
 }
 
 void access_look(struct access *access)
 {
     struct error err;
+    // The stamp before the file: what changes meanwhile is seen next time.
     if (access->options.tokens_file[0] &&
         stamp_renew(&access->stamp, access->options.tokens_file) &&
-        access_reload(access, &err) != STATUS_OK)
+        read_file(access, &err) != STATUS_OK)
         LOG(ERROR, "tokens not read, those in force stay", LOG_STR("reason", err.text));
 }
 
@@ -425,7 +456,11 @@ enum status access_create(const struct access_options *options, struct access **
     access->options = *options;
     atomic_init(&access->generation, 1);
     pthread_rwlock_init(&access->lock, NULL);
-    enum status status = access_reload(access, err);
+    enum status status = STATUS_OK;
+    if (options->tokens_file[0]) {
+        stamp_renew(&access->stamp, options->tokens_file);
+        status = read_file(access, err);
+    }
     if (status != STATUS_OK) {
         access_destroy(access);
         return status;

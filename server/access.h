@@ -64,9 +64,14 @@ NODISCARD enum status access_create(const struct access_options *options, struct
                                     struct error *err);
 void access_destroy(struct access *access);
 
-// Main thread. Reads the file again and puts it in force as a whole; on failure what was stays.
-NODISCARD enum status access_reload(struct access *access, struct error *err);
-// Main thread. The same if the file has changed since; logs what came of it.
+// Reads the file again, in two steps, so that others can join. Preparing is any thread's; committing,
+// the main thread's, puts all of it in force and cannot fail.
+struct access_prepared;
+NODISCARD enum status access_prepare(struct access *access, struct access_prepared **prepared,
+                                     struct error *err);
+void access_commit(struct access_prepared *prepared);
+void access_prepared_destroy(struct access_prepared *prepared); // any thread; NULL: nothing
+// Main thread. All of it if the file has changed since; logs what came of it. On failure what was stays.
 void access_look(struct access *access);
 
 // What a call brings. `authorizations_n` counts the headers of that name; `authorization` is one.

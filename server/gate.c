@@ -103,12 +103,6 @@ enum status gate_create(uv_loop_t *loop, const struct config *config, struct met
 
 // ---- reload
 
-enum status gate_reload(struct gate *gate, struct error *err)
-{
-    enum status status = gate->tls ? tls_reload(gate->tls, err) : STATUS_OK;
-    return status == STATUS_OK ? access_reload(gate->access, err) : status;
-}
-
 static void on_look(uv_timer_t *timer)
 {
     struct gate *gate = CONTAINER_OF(timer, struct gate, look);

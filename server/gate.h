@@ -22,12 +22,9 @@ struct gate;
 // Reads certificates and tokens, and binds every address, without listening yet. Both borrowed.
 NODISCARD enum status gate_create(uv_loop_t *loop, const struct config *config,
                                   struct metrics *metrics, struct gate **gate, struct error *err);
-// Listens. Says in the log how each address is protected.
+// Listens. Says in the log how each address is protected. From now on certificates and tokens are read
+// again, each for itself, soon after their files have changed.
 NODISCARD enum status gate_start(struct gate *gate, struct rpc *rpc, struct error *err);
-
-// Certificates and tokens are read again and put in force; on failure of any, all that were stay.
-// By itself that happens, each for itself, soon after its files have changed.
-NODISCARD enum status gate_reload(struct gate *gate, struct error *err);
 
 // No further callers but for probes; connections end as soon as they are idle.
 void gate_close(struct gate *gate);

@@ -8,16 +8,18 @@
 #include <sys/stat.h>
 #include <time.h>
 
+#include "access.h"
 #include "batch.h"
 #include "engine.h"
+#include "gate.h"
 #include "listener.h"
 #include "log.h"
 #include "rope.h"
 #include "rpc.h"
 #include "service.h"
 #include "supervisor.h"
+#include "tls.h"
 #include "trace.h"
-#include "verify.h"
 #include "weights.h"
 
 // A configuration as it was read, and what its weights are known by.
@@ -27,7 +29,7 @@ struct file {
     _Atomic uint32_t references;
 };
 
-enum { PARTS_N = 1 };
+enum { PARTS_N = 3 };
 
 // One reload.
 struct change {
@@ -233,10 +235,52 @@ static void destroy_weights(void *prepared)
     weights_prepared_destroy(prepared);
 }
 
+static enum status prepare_certificate(struct change *change, void **prepared, struct error *err)
+{
+    struct tls *tls = gate_tls(change->reload->options.context->gate);
+    struct tls_prepared *read = NULL;
+    enum status status = tls ? tls_prepare(tls, &read, err) : STATUS_OK;
+    *prepared = read;
+    return status;
+}
+
+static void commit_certificate(void *prepared)
+{
+    tls_commit(prepared);
+}
+
+static void destroy_certificate(void *prepared)
+{
+    tls_prepared_destroy(prepared);
+}
+
+static enum status prepare_tokens(struct change *change, void **prepared, struct error *err)
+{
+    const struct reload_options *options = &change->reload->options;
+    struct access_prepared *read = NULL;
+    enum status status = STATUS_OK;
+    if (options->config->tokens_file[0])
+        status = access_prepare(gate_access(options->context->gate), &read, err);
+    *prepared = read;
+    return status;
+}
+
+static void commit_tokens(void *prepared)
+{
+    access_commit(prepared);
+}
+
+static void destroy_tokens(void *prepared)
+{
+    access_prepared_destroy(prepared);
+}
+
 // ---- the parts
 
 // In the order of preparing and committing. The numbers of other keys are stored last.
 static const struct part parts[PARTS_N] = {
+    {"tls_certificate", prepare_certificate, commit_certificate, destroy_certificate},
+    {"tokens_file", prepare_tokens, commit_tokens, destroy_tokens},
     {"weights", prepare_weights, commit_weights, destroy_weights},
 };
 

@@ -390,26 +390,63 @@ static bool renew_stamps(struct tls *tls)
     return changed;
 }
 
-enum status tls_reload(struct tls *tls, struct error *err)
-{
-    renew_stamps(tls); // before they are read: what changes then is seen next time
-    SSL_CTX *context;
+struct tls_prepared {
+    struct tls *tls;
+    SSL_CTX *context; // after the commit the one before
     int64_t expires;
-    enum status status = tls_context_create(&tls->options, &context, &expires, err);
+};
+
+enum status tls_prepare(struct tls *tls, struct tls_prepared **out, struct error *err)
+{
+    struct tls_prepared *prepared = calloc(1, sizeof *prepared);
+    if (!prepared)
+        return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for TLS");
+    prepared->tls = tls;
+    enum status status =
+        tls_context_create(&tls->options, &prepared->context, &prepared->expires, err);
+    if (status == STATUS_OK)
+        *out = prepared;
+    else
+        free(prepared);
+    return status;
+}
+
+void tls_commit(struct tls_prepared *prepared)
+{
+    struct tls *tls = prepared->tls;
+    SSL_CTX *before = tls->context; // connections have references of their own
+    tls->context = prepared->context;
+    prepared->context = before;
+    atomic_store(&tls->certificate_expires, prepared->expires);
+    LOG(INFO, "certificate read", LOG_STR("path", tls->options.certificate),
+        LOG_U64("expires", (uint64_t)prepared->expires),
+        LOG_STR("client_ca", tls->options.client_ca));
+}
+
+void tls_prepared_destroy(struct tls_prepared *prepared)
+{
+    if (!prepared)
+        return;
+    SSL_CTX_free(prepared->context);
+    free(prepared);
+}
+
+NODISCARD static enum status read_files(struct tls *tls, struct error *err)
+{
+    struct tls_prepared *prepared;
+    enum status status = tls_prepare(tls, &prepared, err);
     if (status != STATUS_OK)
         return status;
-    SSL_CTX_free(tls->context); // connections have references of their own
-    tls->context = context;
-    atomic_store(&tls->certificate_expires, expires);
-    LOG(INFO, "certificate read", LOG_STR("path", tls->options.certificate),
-        LOG_U64("expires", (uint64_t)expires), LOG_STR("client_ca", tls->options.client_ca));
+    tls_commit(prepared);
+    tls_prepared_destroy(prepared);
     return STATUS_OK;
 }
 
 void tls_look(struct tls *tls)
 {
     struct error err;
-    if (renew_stamps(tls) && tls_reload(tls, &err) != STATUS_OK)
+    // The stamps before the files: what changes meanwhile is seen next time.
+    if (renew_stamps(tls) && read_files(tls, &err) != STATUS_OK)
         LOG(ERROR, "certificate not read, the one in force stays", LOG_STR("reason", err.text));
 }
 
@@ -420,7 +457,8 @@ enum status tls_create(const struct tls_options *options, struct tls **out, stru
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for TLS");
     tls->options = *options;
     pthread_mutex_init(&tls->lock, NULL);
-    enum status status = tls_reload(tls, err);
+    renew_stamps(tls);
+    enum status status = read_files(tls, err);
     if (status != STATUS_OK) {
         tls_destroy(tls);
         return status;

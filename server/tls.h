@@ -31,9 +31,14 @@ NODISCARD enum status tls_start(struct tls *tls, struct error *err);
 // Takes a connection with a tunnel.
 void tls_take(struct tls *tls, const struct listener_taken *taken);
 
-// Reads the files again; connections from now on have what they say. On failure what was stays.
-NODISCARD enum status tls_reload(struct tls *tls, struct error *err);
-// The same if a file has changed since; logs what came of it.
+// Reads the files again, in two steps, so that others can join: connections from the commit on have
+// what they say. Preparing is any thread's, and committing cannot fail.
+struct tls_prepared;
+NODISCARD enum status tls_prepare(struct tls *tls, struct tls_prepared **prepared,
+                                  struct error *err);
+void tls_commit(struct tls_prepared *prepared);
+void tls_prepared_destroy(struct tls_prepared *prepared); // any thread; NULL: nothing
+// All of it if a file has changed since; logs what came of it. On failure what was stays.
 void tls_look(struct tls *tls);
 
 // From its return on_ready is not called any more. Again is harmless.

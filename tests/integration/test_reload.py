@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -401,6 +402,41 @@ def test_a_damaged_checkpoint_is_refused_and_its_memory_freed(
 
 
 # --- when -----------------------------------------------------------------------------------------
+
+
+def test_tokens_are_read_again_with_the_rest_or_not(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """A table of tokens that is no good keeps the weights of the same reload out, too."""
+    tokens = tmp_path / "tokens.json"
+
+    def entry(token: str) -> dict[str, Any]:
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        return {"name": token, "sha256": digest, "scopes": ["infer", "read"]}
+
+    def may(client: Client, token: str) -> bool:
+        try:
+            client.call("ListWeights", metadata=[("authorization", f"Bearer {token}")])
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.UNAUTHENTICATED
+            return False
+        return True
+
+    tokens.write_text(json.dumps({"tokens": [entry("old")]}))
+    with serving(
+        tmp_path, small_weights(), 256, tokens_file=str(tokens), tcp_scopes=["read"],
+        access_look_ms=86_400_000,
+    ) as site:  # fmt: skip
+        assert may(site.client, "old")
+        before = names(site.client)
+        tokens.write_text(json.dumps({"tokens": [entry("new"), {"name": "half"}]}))
+        refused = reload(site.daemon, weights=[])
+        assert refused["msg"] == REFUSED and "half" in refused["reason"]
+        assert refused["key"] == "tokens_file"
+        assert names(site.client) == before
+        tokens.write_text(json.dumps({"tokens": [entry("new")]}))
+        assert hang_up(site.daemon)["msg"] == APPLIED
+        assert names(site.client) == []
 
 
 def test_a_storm(site: Site, rng: np.random.Generator) -> None:
