@@ -142,7 +142,7 @@ static void punish(struct guard *guard, const struct sockaddr_storage *peer)
 
 static bool punished(struct guard *guard, int fd)
 {
-    struct sockaddr_storage peer;
+    struct sockaddr_storage peer = {0};
     socklen_t bytes = sizeof peer;
     struct in6_addr address;
     if (getpeername(fd, (struct sockaddr *)&peer, &bytes) != 0 || !address_of(&peer, &address))

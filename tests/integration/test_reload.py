@@ -21,7 +21,7 @@ import pytest
 
 import oracle
 from checkpoints import TENSOR_NAME, write_checkpoint
-from client import Client, make_request
+from client import EINSUM, Client, make_request
 from conftest import Site, rng_for, serving, small_weights
 from daemon import EINSUMD, Daemon, count, environment, run, seconds, wait_until
 from scrape import scrape
@@ -412,11 +412,14 @@ def test_tokens_are_read_again_with_the_rest_or_not(
 
     def entry(token: str) -> dict[str, Any]:
         digest = hashlib.sha256(token.encode()).hexdigest()
-        return {"name": token, "sha256": digest, "scopes": ["infer", "read"]}
+        return {"name": token, "sha256": digest, "scopes": ["infer"]}
 
     def may(client: Client, token: str) -> bool:
+        request = client.schema.message("einsum.v1.SelfTestRequest")()
         try:
-            client.call("ListWeights", metadata=[("authorization", f"Bearer {token}")])
+            client.callable(EINSUM, "SelfTest")(
+                request, timeout=30, metadata=[("authorization", f"Bearer {token}")]
+            )
         except grpc.RpcError as error:
             assert error.code() == grpc.StatusCode.UNAUTHENTICATED
             return False
@@ -437,6 +440,7 @@ def test_tokens_are_read_again_with_the_rest_or_not(
         tokens.write_text(json.dumps({"tokens": [entry("new")]}))
         assert hang_up(site.daemon)["msg"] == APPLIED
         assert names(site.client) == []
+        assert may(site.client, "new") and not may(site.client, "old")
 
 
 def test_a_storm(site: Site, rng: np.random.Generator) -> None:
