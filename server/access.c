@@ -426,9 +426,9 @@ void access_prepared_destroy(struct access_prepared *prepared)
     free(prepared);
 }
 
-NODISCARD static enum status read_file(struct access *access, struct error *err)
+NODISCARD static enum status read_table(struct access *access, struct error *err)
 {
-    struct access_prepared *prepared;
+    struct access_prepared *prepared = NULL;
     enum status status = access_prepare(access, &prepared, err);
     if (status != STATUS_OK)
         return status;
@@ -443,7 +443,7 @@ void access_look(struct access *access)
     // The stamp before the file: what changes meanwhile is seen next time.
     if (access->options.tokens_file[0] &&
         stamp_renew(&access->stamp, access->options.tokens_file) &&
-        read_file(access, &err) != STATUS_OK)
+        read_table(access, &err) != STATUS_OK)
         LOG(ERROR, "tokens not read, those in force stay", LOG_STR("reason", err.text));
 }
 
@@ -459,7 +459,7 @@ enum status access_create(const struct access_options *options, struct access **
     enum status status = STATUS_OK;
     if (options->tokens_file[0]) {
         stamp_renew(&access->stamp, options->tokens_file);
-        status = read_file(access, err);
+        status = read_table(access, err);
     }
     if (status != STATUS_OK) {
         access_destroy(access);

@@ -433,7 +433,7 @@ void tls_prepared_destroy(struct tls_prepared *prepared)
 
 NODISCARD static enum status read_files(struct tls *tls, struct error *err)
 {
-    struct tls_prepared *prepared;
+    struct tls_prepared *prepared = NULL;
     enum status status = tls_prepare(tls, &prepared, err);
     if (status != STATUS_OK)
         return status;
