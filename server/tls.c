@@ -132,11 +132,14 @@ static void remove_link(struct tls_link *link)
         link->next->previous = link->previous;
 }
 
-// It may stand in the events at hand, so it goes when they are done.
+// It may stand in the events at hand, so it goes when they are done. Closing alone does not take a socket
+// out of an epoll: the listener has a duplicate of it.
 static void end_link(struct tls_link *link)
 {
     struct tls_thread *thread = link->thread;
     remove_link(link);
+    epoll_ctl(thread->epoll_fd, EPOLL_CTL_DEL, link->wire.fd, NULL);
+    epoll_ctl(thread->epoll_fd, EPOLL_CTL_DEL, link->tunnel.fd, NULL);
     link->dead = true;
     link->next_given = thread->dead;
     thread->dead = link;
