@@ -8,8 +8,8 @@
 // Of the only server in this process, since it began; 0: it does not say.
 uint64_t backlog_calls_started(void);
 
-// Channelz's number for the connection that has just been added as `fd`, where the one before it had
-// `last`; 0: not found.
+// Channelz's number for the connection that has just been added as `fd`, where `last` is the greatest so
+// far; 0: not found.
 int64_t backlog_find_socket(int64_t last, int fd);
 // Of a connection that is still there; 0: it does not say.
 uint64_t backlog_streams_started(int64_t socket);

@@ -353,11 +353,9 @@ static const struct key config_keys[] = {
      U32(lame_duck_ms, 0, DAY_MS, "0", "milliseconds",
          "after SIGTERM, of serving on as NOT_SERVING; halfway the port and idle connections "
          "close")},
-    {RELOADABLE,
-     U32(watchdog_ms, 0, DAY_MS, "30000", "milliseconds",
+    {U32(watchdog_ms, 0, DAY_MS, "30000", "milliseconds",
          "that a batch or thread may hang, then NOT_SERVING, and soon exit status 4; 0: no watch")},
-    {RELOADABLE,
-     BOOL(self_test_at_start, "true",
+    {BOOL(self_test_at_start, "true",
           "compare every weight with known answers, by every kernel, before serving")},
     {BOOL(self_test_at_load, "true",
           "the same for weights that are loaded later, before they become visible")},

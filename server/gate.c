@@ -12,10 +12,11 @@ struct gate {
     struct access *access;
     struct tls *tls; // NULL: none
     struct listener *listener;
-    struct listener *health_listener; // NULL: none
+    struct listener *health_listener;   // NULL: none
     struct guard *guard, *health_guard; // of these
     uv_loop_t *loop;
     struct rpc *rpc;
+    struct weights *weights;
     uv_timer_t look;
 };
 
@@ -145,6 +146,7 @@ NODISCARD static enum status create_guard(const struct gate *gate, struct listen
         .penalty_ms = config->penalty_ms,
         .connection_bytes_max = config->connection_bytes_max,
         .bytes_max = config->transport_bytes_max / 4 * 3, // gRPC's own way is to drop anybody's
+        .weights = gate->weights,
         .rpc = gate->rpc,
     };
     return guard_create(&options, guard, err);
@@ -196,9 +198,11 @@ static void log_addresses(const struct gate *gate)
             LOG_STR("transport", "plain text"));
 }
 
-enum status gate_start(struct gate *gate, struct rpc *rpc, struct error *err)
+enum status gate_start(struct gate *gate, struct rpc *rpc, struct weights *weights,
+                       struct error *err)
 {
     gate->rpc = rpc;
+    gate->weights = weights;
     log_addresses(gate);
     uv_timer_start(&gate->look, on_look, gate->config->access_look_ms,
                    gate->config->access_look_ms);

