@@ -92,7 +92,8 @@ static void print_command_help(const struct ctl_command *command)
         printf("\noptions:\n");
         print_options(command->options);
     }
-    printf("\n--endpoint, --tls-ca, --token-file, --json, --timeout, --retry-ms and others as for every "
+    printf("\n--endpoint, --tls-ca, --token-file, --json, --timeout, --retry-ms and others as for "
+           "every "
            "command: einsumctl --help\n");
 }
 

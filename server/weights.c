@@ -522,7 +522,7 @@ static void add_file(struct loading *loading, const struct tensor_slice *slice)
 
 NODISCARD static enum status gather_files(struct loading *loading, struct error *err)
 {
-    loading->files = malloc(2 * (size_t)loading->entries_n * sizeof *loading->files);
+    loading->files = calloc(2 * (size_t)loading->entries_n + 1, sizeof *loading->files);
     if (!loading->files)
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "out of memory");
     for (uint32_t i = 0; i < loading->entries_n; i++) {
