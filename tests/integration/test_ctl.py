@@ -378,8 +378,9 @@ def test_bench_plot_refused(small: Site, tmp_path: Path) -> None:
     cases = [
         (["--plot", file], {"PATH": str(empty)}, "gnuplot is not installed"),
         (["--plot", tmp_path / "a.jpg"], {}, "ends in .png"),
-        (["--plot", tmp_path / "none" / "a.png"], {}, "No such file or directory"),
     ]
+    if shutil.which("gnuplot"):
+        cases.append((["--plot", tmp_path / "none" / "a.png"], {}, "No such file or directory"))
     for arguments, extra, text in cases:
         result = subprocess.run(
             [EINSUMCTL, "--endpoint", small.daemon.address, "bench", "--duration", "600",
