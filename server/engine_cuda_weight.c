@@ -226,8 +226,8 @@ static uint32_t kind_in(const struct cuda_bucket *bucket, const struct einsum_we
         cuda_kernel_for(format, bucket->tokens_max, bucket->prefill_from, bucket->hopper_from);
     if (kernel != CUDA_KERNEL_HOPPER)
         return 1u << kernel;
-    bool many =
-        cuda_bucket_has_many(bucket) && format->block_d == 128; // which lie in tiles as well
+    bool many = format->block_d == 128 && // which lie in tiles as well
+                cuda_bucket_takes_many(bucket, format, format->groups, bucket->tokens_max);
     return many ? 1u << CUDA_KERNEL_HOPPER_MANY : 1u << (8 + (bucket->hopper_warps_k > 0));
 }
 

@@ -396,7 +396,12 @@ static const struct many {
     uint32_t tokens[4];                  // of the segments; group ranges are equal
     uint32_t tile_tokens, tiles_n, maps; // no tokens: the other kernel's
 } many[] = {
-    {66, true, {128}, 0, 0, 0},
+    {66, true, {32}, 0, 0, 0},
+    {66, true, {33}, 128, 4 * 8, 0}, // half as many tiles as places
+    {66, true, {128}, 128, 4 * 8, 1},
+    {66, false, {128}, 0, 0, 0},
+    {132, true, {128}, 0, 0, 0}, // a quarter
+    {132, true, {129}, 128, 4 * 8 * 2, 1},
     {66, false, {4096}, 0, 0, 0},
     {66, true, {129}, 128, 4 * 8 * 2, 1}, // two tiles of 128 for one of 256
     {66, true, {256}, 128, 4 * 8 * 2, 1}, // 64 short tiles fill the device, 32 long ones do not

@@ -658,7 +658,7 @@ END_TEST
 // Where no bucket has room for many tokens, no weight lies twice.
 START_TEST(small_buckets_need_no_tiles)
 {
-    static const uint32_t room[] = {8, 128};
+    static const uint32_t room[] = {8, CUDA_HOPPER_MANY_TOKENS_MIN - 1};
     fake_cuda_start(&hopper, random_state);
     const struct engine_options options = {.lanes = 1,
                                            .batch_segments_max = 1,

@@ -64,8 +64,9 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
 enum { CUDA_PREFILL_TOKENS_MIN = 65 };
 // The same for Hopper's arm, and all others.
 enum { CUDA_HOPPER_TOKENS_MIN = 17 };
-// Tokens from which Hopper's arm takes a weight's tiles: half a tile of them, and one.
-enum { CUDA_HOPPER_MANY_TOKENS_MIN = 129 };
+// Tokens from which Hopper's arm takes a weight's tiles, if these are enough for the device, and from which
+// it does so anyhow: half a tile of them, and one.
+enum { CUDA_HOPPER_MANY_TOKENS_MIN = 33, CUDA_HOPPER_MANY_TOKENS_ANYHOW = 129 };
 
 // ---- weights (relayout.cu)
 
@@ -139,6 +140,10 @@ cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bo
 
 // Whether the bucket's tables can name weights' tiles.
 bool cuda_bucket_has_many(const struct cuda_bucket *bucket);
+// Whether so many tokens of some groups of a weight that lies in tiles are computed from these.
+bool cuda_bucket_takes_many(const struct cuda_bucket *bucket,
+                            const struct einsum_weight_format *format, uint32_t groups,
+                            uint64_t tokens);
 
 // How many launches behind one another may be under way at once: one more than blocks of any kernel here
 // fit an SM, at least.

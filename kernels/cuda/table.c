@@ -356,6 +356,18 @@ static void deal_hopper(const struct cuda_bucket *bucket, struct cuda_table *tab
     }
 }
 
+// Tiles are not cut along R, so that each takes as long however few there are: half as many as there are
+// places are faster than hopper.cu's, which are cut to fill all. A quarter is not.
+bool cuda_bucket_takes_many(const struct cuda_bucket *bucket,
+                            const struct einsum_weight_format *format, uint32_t groups,
+                            uint64_t tokens)
+{
+    if (!cuda_bucket_has_many(bucket) || tokens < CUDA_HOPPER_MANY_TOKENS_MIN)
+        return false;
+    uint32_t tiles = groups * (format->output_dim / CUDA_MANY_ROWS);
+    return tokens >= CUDA_HOPPER_MANY_TOKENS_ANYHOW || 5 * tiles >= 2 * bucket->many_blocks;
+}
+
 static enum cuda_kernel choose_kernel(const struct cuda_bucket *bucket,
                                       const struct cuda_segment *segment, uint32_t tokens)
 {
@@ -364,8 +376,8 @@ static enum cuda_kernel choose_kernel(const struct cuda_bucket *bucket,
     enum cuda_kernel kernel = segment->kernel;
     if (kernel == CUDA_KERNEL_AUTO || (kernel == CUDA_KERNEL_HOPPER && !hopper))
         kernel = cuda_kernel_for(format, tokens, bucket->prefill_from, bucket->hopper_from);
-    bool many = cuda_bucket_has_many(bucket) && segment->weight->tiles &&
-                tokens >= CUDA_HOPPER_MANY_TOKENS_MIN;
+    bool many = segment->weight->tiles &&
+                cuda_bucket_takes_many(bucket, format, segment->operand.groups, tokens);
     return kernel == CUDA_KERNEL_HOPPER && many ? CUDA_KERNEL_HOPPER_MANY : kernel;
 }
 
