@@ -24,7 +24,7 @@ test_packages=(
     clang libclang-rt-dev           # libFuzzer and its sanitizers
     clang-format clang-tidy cppcheck shellcheck valgrind
     python3 python3-venv prometheus # integration tests; of prometheus, promtool as well
-    gnuplot-nox                     # einsumctl bench --plot
+    gnuplot-nox curl                # einsumctl bench --plot; the guides
     libb64-0d                       # perf_analyzer
     python3-dev g++                 # client/python, what torch compiles; C++ callers
     mandoc man-db bash-completion systemd # what is installed

@@ -850,7 +850,7 @@ static void load_refused(const char *path, enum status wanted_status, const char
 static const char reloadable[] =
     "connections_max, stream_requests_max, request_log, request_log_sample, trace_sample, "
     "max_queue_delay_us, queue_requests_max, deadline_ms_max, reply_timeout_ms, weights, ropes, "
-    "drain_grace_ms, lame_duck_ms, self_test_at_start, log_level, log_format";
+    "drain_grace_ms, lame_duck_ms, log_level, log_format";
 
 START_TEST(reloadable_keys_change_and_no_others)
 {
@@ -877,7 +877,7 @@ START_TEST(reloadable_keys_change_and_no_others)
              " \"max_queue_delay_us\": 11, \"queue_requests_max\": 15, \"deadline_ms_max\": 16,"
              " \"reply_timeout_ms\": 17, \"weights\": [{\"path\": \"x\"}],"
              " \"ropes\": [{\"weights\": \"*\", \"theta\": 10000}], \"drain_grace_ms\": 22,"
-             " \"lame_duck_ms\": 23, \"self_test_at_start\": false, \"log_level\": \"debug\","
+             " \"lame_duck_ms\": 23, \"log_level\": \"debug\","
              " \"log_format\": \"json\"}");
     ck_assert_int_eq(config_check_change(&now, &next, changed, &err), STATUS_OK);
     ck_assert_str_eq(changed, reloadable);
@@ -885,7 +885,6 @@ START_TEST(reloadable_keys_change_and_no_others)
     ck_assert_uint_eq(now.connections_max, 2);
     ck_assert_uint_eq(config_now(&now, deadline_ms_max), 16);
     ck_assert_int_eq(now.request_log, CONFIG_REQUEST_LOG_ALL);
-    ck_assert(!now.self_test_at_start);
     ck_assert_int_eq(now.log_format, LOG_FORMAT_JSON);
     ck_assert_uint_eq(now.weights_n, 0); // lists are not its business
     config_deinit(&next);
