@@ -943,6 +943,7 @@ enum daemon_exit daemon_run(struct config *config, const char *config_path)
     resolve_threads(config);
     if (create_loop(daemon, &err) != STATUS_OK) {
         log_failure(&err);
+        config_deinit(&daemon->file);
         free(daemon);
         return DAEMON_EXIT_FAILED;
     }
