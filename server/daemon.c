@@ -286,20 +286,10 @@ NODISCARD static enum status load_weights(struct daemon *daemon, struct error *e
         const struct config_weights *entry = &config->weights[i];
         uint64_t started_ns = now_ns();
         _Atomic uint64_t logged_ns = started_ns;
-        const struct weights_load load = {
-            .path = entry->path,
-            .tensors = (const char *const *)entry->tensors,
-            .tensors_n = entry->tensors_n,
-            .name_prefix = entry->name_prefix,
-            .checksums = entry->checksums,
-            .tensor_parallel_rank = entry->tensor_parallel_rank,
-            .tensor_parallel_size = entry->tensor_parallel_size,
-            .output_dim = entry->output_dim,
-            .tag = reload_tag(i),
-            .threads = config->load_threads,
-            .progress = on_load_progress,
-            .progress_context = &logged_ns,
-        };
+        struct weights_load load = reload_weights_load(entry, reload_tag(i));
+        load.threads = config->load_threads;
+        load.progress = on_load_progress;
+        load.progress_context = &logged_ns;
         uint32_t loaded = 0;
         status = weights_load(context->weights, &load, &loaded, err);
         if (status == STATUS_OK)

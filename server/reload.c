@@ -117,20 +117,11 @@ static void add_load(struct change *change, struct difference *difference, size_
     const struct config_weights *entry = &change->next->config.weights[index];
     change->next->tags[index] = ++change->reload->tag_last;
     difference->entries[difference->loads_n] = index;
-    difference->loads[difference->loads_n++] = (struct weights_load){
-        .path = entry->path,
-        .tensors = (const char *const *)entry->tensors,
-        .tensors_n = entry->tensors_n,
-        .name_prefix = entry->name_prefix,
-        .checksums = entry->checksums,
-        .tensor_parallel_rank = entry->tensor_parallel_rank,
-        .tensor_parallel_size = entry->tensor_parallel_size,
-        .output_dim = entry->output_dim,
-        .tag = change->next->tags[index],
-        .threads = 1, // serving goes on beside it
-        .progress = still_wanted,
-        .progress_context = change,
-    };
+    struct weights_load *load = &difference->loads[difference->loads_n++];
+    *load = reload_weights_load(entry, change->next->tags[index]);
+    load->threads = 1; // serving goes on beside it
+    load->progress = still_wanted;
+    load->progress_context = change;
 }
 
 // Entries that both files have keep their weights, unless ropes changed: a weight has its rope for
@@ -156,6 +147,21 @@ static void compare_weights(struct change *change, const struct file *now, bool 
     for (size_t i = 0; i < now->config.weights_n; i++)
         if (!kept[i])
             difference->drops[difference->drops_n++] = now->tags[i];
+}
+
+struct weights_load reload_weights_load(const struct config_weights *entry, uint64_t tag)
+{
+    return (struct weights_load){
+        .path = entry->path,
+        .tensors = (const char *const *)entry->tensors,
+        .tensors_n = entry->tensors_n,
+        .name_prefix = entry->name_prefix,
+        .checksums = entry->checksums,
+        .tensor_parallel_rank = entry->tensor_parallel_rank,
+        .tensor_parallel_size = entry->tensor_parallel_size,
+        .output_dim = entry->output_dim,
+        .tag = tag,
+    };
 }
 
 struct rope_options reload_rope_options(const struct config_rope *entry)

@@ -13,6 +13,7 @@
 
 #include "config.h"
 #include "rope.h"
+#include "weights.h"
 
 struct reload;
 struct rpc;
@@ -43,8 +44,9 @@ static inline uint64_t reload_tag(size_t index)
     return index + 1; // 0 is LoadWeights
 }
 
-// An entry of `ropes` as weights.h takes it; borrows.
+// An entry of `ropes`, and one of `weights` but for how it is loaded, as weights.h takes them; borrow.
 struct rope_options reload_rope_options(const struct config_rope *entry);
+struct weights_load reload_weights_load(const struct config_weights *entry, uint64_t tag);
 
 // The configuration as the file last said, a reference: any thread.
 const struct config *reload_file_ref(struct reload *reload);
