@@ -24,6 +24,10 @@ enum {
     PEEK_BYTES = 256 << 10,
     PAUSE_MS_MAX = 64,
     WATCH_MS = 20,
+    // A look is a system call for each connection. Where there are many, it comes rarer than
+    // every turn, but twice a second at least.
+    LOOKED_AT_A_TURN = 256,
+    TURNS_MAX = 25,
     // Beyond what HTTP/2 lets a client have: calls that end just now are there, too.
     BACKLOG_TIMES = 4,
     // Forgiven a second to each connection: what keeping it alive costs, and what calls cost more than
@@ -103,6 +107,7 @@ struct guard {
     struct greeting *greetings;
     uv_timer_t watch;
     uint64_t watched_ns;
+    uint32_t turns; // since
     bool stopped;
     int owes_most;                          // found by a visit: its fd; -1: nobody
     struct listener_notes *owes_most_notes; // its, for as long as the visit's turn
@@ -521,6 +526,11 @@ static void cut_most(struct guard *guard, enum guard_reason reason)
 static void on_watch(uv_timer_t *timer)
 {
     struct guard *guard = timer->data;
+    guard->turns++;
+    if (guard->turns < TURNS_MAX &&
+        guard->turns * LOOKED_AT_A_TURN < listener_stats(guard->options.listener).connections)
+        return;
+    guard->turns = 0;
     uint64_t now = now_ns();
     struct visit visit = {
         .guard = guard,

@@ -463,14 +463,15 @@ static grpc_byte_buffer *respond_with_head(const struct projection *projection,
     return message;
 }
 
-// Lends the output to gRPC, which releases the projection with it.
+// Lends the output to gRPC, which releases the projection with it, when all has been read of it here.
 static grpc_byte_buffer *respond_with_output(struct projection *projection)
 {
-    job_advance(&projection->job, JOB_DONE, JOB_REPLYING);
     grpc_slice output =
         grpc_slice_new_with_user_data(projection->job.operand.output,
                                       (size_t)output_bytes(projection), on_output_sent, projection);
-    return respond_with_head(projection, &output, output_bytes(projection));
+    grpc_byte_buffer *message = respond_with_head(projection, &output, output_bytes(projection));
+    job_advance(&projection->job, JOB_DONE, JOB_REPLYING);
+    return message;
 }
 
 static void digest_output(const struct projection *projection, struct digest *digest)

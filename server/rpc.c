@@ -469,7 +469,9 @@ static void take_added(struct rpc_thread *thread)
 {
     uint32_t number = atomic_exchange_explicit(&thread->added, 0, memory_order_acquire);
     while (number) {
-        uint32_t next = thread->rpc->connections[number].next_added; // by then another's, perhaps
+        // Before it is taken: by then the number may be another's.
+        uint32_t next = atomic_load_explicit(&thread->rpc->connections[number].next_added,
+                                             memory_order_relaxed);
         take_connection(thread, number);
         number = next;
     }
@@ -861,7 +863,7 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
     struct rpc_thread *thread = &rpc->threads[index % rpc->options.threads];
     uint32_t top = atomic_load_explicit(&thread->added, memory_order_relaxed);
     do
-        connection->next_added = top;
+        atomic_store_explicit(&connection->next_added, top, memory_order_relaxed);
     while (!atomic_compare_exchange_weak_explicit(&thread->added, &top, number,
                                                   memory_order_release, memory_order_relaxed));
     if (top == 0) // else its thread has been woken for the one before, and takes both

@@ -104,7 +104,7 @@ struct call {
 // What one connection asks of us, by its number: see connection_number. The number is another's some
 // time after it is closed.
 struct rpc_connection {
-    uint32_t next_added;
+    _Atomic uint32_t next_added;
     _Atomic(struct access_peer *) peer; // owned; NULL: none has had this number
     _Atomic uint32_t calls;             // live ones
     _Atomic uint32_t admitted;          // of those, the ones that are not being refused
