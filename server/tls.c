@@ -230,11 +230,11 @@ static void hand_on(struct tls_link *link)
         end_link(link);
         return;
     }
+    atomic_fetch_add_explicit(&tls->handshakes, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&tls->connections, 1, memory_order_relaxed);
     tls->options.on_ready(tls->options.context, link->server_fd, peer);
     pthread_mutex_unlock(&tls->lock);
     link->server_fd = -1;
-    atomic_fetch_add_explicit(&tls->handshakes, 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&tls->connections, 1, memory_order_relaxed);
     remove_link(link);
     epoll_ctl(link->thread->epoll_fd, EPOLL_CTL_DEL, link->wire.fd, NULL);
     give(tls->threads[1 + tls->next++ % (tls->threads_n - 1)], link);

@@ -71,6 +71,7 @@ class Machine:
     """Use as a context manager. What it writes is gone with it."""
 
     def __init__(self) -> None:
+        BASE.parent.mkdir(parents=True, exist_ok=True)
         self.directory = Path(tempfile.mkdtemp(prefix="machine-", dir=BASE.parent))
         for name in ("root", "upper", "work"):
             (self.directory / name).mkdir()
