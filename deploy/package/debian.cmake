@@ -17,7 +17,7 @@ set(version ${PROJECT_VERSION}-${CPACK_DEBIAN_PACKAGE_RELEASE})
 set(CPACK_DEBIAN_DAEMON_PACKAGE_NAME einsumd)
 set(CPACK_DEBIAN_DAEMON_PACKAGE_SECTION net)
 set(CPACK_DEBIAN_DAEMON_PACKAGE_DEPENDS
-  "systemd | systemd-standalone-sysusers, systemd | systemd-standalone-tmpfiles, init-system-helpers (>= 1.54~)")
+  "procps, systemd | systemd-standalone-sysusers, systemd | systemd-standalone-tmpfiles, init-system-helpers (>= 1.54~)")
 set(CPACK_DEBIAN_DAEMON_PACKAGE_SUGGESTS "libcuda1, bash-completion")
 set(CPACK_DEBIAN_DAEMON_DESCRIPTION
 "resident FP8 attention output projections over gRPC
