@@ -258,7 +258,7 @@ class Proxy:
                 at = data.find(self.mark) if lies else -1
                 if at >= 0:
                     data = bytearray(data)
-                    data[at] ^= 0x04
+                    data[at] ^= 0x40  # of E4M3 the exponent's highest
                     self.turned += 1
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
@@ -274,13 +274,12 @@ class Proxy:
 
 def test_a_bit_turned_on_the_way(site: Site, rng: np.random.Generator) -> None:
     """Without sums it is another answer, which nobody notices; with them, DATA_LOSS."""
-    request, expected = site.good_case(rng)
+    request = site.good_request(rng)
     mark = request.activations[100:116]
     with Proxy(site.client.address, mark) as proxy, Client(proxy.address) as client:
         silent = client.einsum(request)
         assert proxy.turned == 1
-        with pytest.raises(AssertionError):
-            oracle.check(silent.output, "BF16", *expected)
+        assert silent.output != site.client.einsum(request).output
         expect_loss(lambda: client.einsum(add_sums(request)), "activations")
         assert proxy.turned == 2
 
