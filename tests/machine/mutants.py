@@ -288,7 +288,7 @@ MUTANTS = [
     batch(
         "nothing leaked",
         "bytes of jobs pushed out are counted on",
-        "    batcher->waiting_bytes -= behind;\n",
+        "    batcher->waiting_bytes -= bytes;\n",
         "",
     ),
     batch(
@@ -461,8 +461,8 @@ MUTANTS = [
     batch(
         "limits",
         "one request more than may queue",
-        "    if (batcher->stats.queued >= batcher->options.queue_requests_max)",
-        "    if (batcher->stats.queued > batcher->options.queue_requests_max)",
+        "    if (batcher->stats.queued >= batcher->options.queue_requests_max ||",
+        "    if (batcher->stats.queued > batcher->options.queue_requests_max ||",
     ),
     batch(
         "limits",
@@ -520,8 +520,8 @@ MUTANTS = [
     batch(
         "buckets",
         "a batch leaves before its delay",
-        "    return delay_ns ? batch->first_commit_ns + delay_ns : 0;",
-        "    return delay_ns ? batch->first_commit_ns + delay_ns / 2 : 0;",
+        "    return delay_ns && !batch->hurried ? batch->first_commit_ns + delay_ns : 0;",
+        "    return delay_ns && !batch->hurried ? batch->first_commit_ns + delay_ns / 2 : 0;",
     ),
     batch(
         "buckets",
