@@ -30,7 +30,7 @@ static struct {
 
 static void *site_serve(void *unused)
 {
-    enum daemon_exit code = daemon_run(&site.config);
+    enum daemon_exit code = daemon_run(&site.config, NULL);
     fprintf(stderr, "the daemon has ended with %d\n", (int)code);
     abort();
     return unused;
