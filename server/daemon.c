@@ -539,7 +539,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
     if (context->sharing)
         status = start_sharing(daemon, err);
     if (status == STATUS_OK)
-        status = gate_start(daemon->context.gate, daemon->rpc, context->weights, err);
+        status = gate_start(daemon->context.gate, daemon->rpc, err);
     if (status == STATUS_OK && context->http) {
         struct engine_info engine;
         context->engine_ops->describe(context->engine, &engine);

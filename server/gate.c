@@ -16,7 +16,6 @@ struct gate {
     struct guard *guard, *health_guard; // of these
     uv_loop_t *loop;
     struct rpc *rpc;
-    struct weights *weights;
     uv_timer_t look;
 };
 
@@ -146,7 +145,6 @@ NODISCARD static enum status create_guard(const struct gate *gate, struct listen
         .penalty_ms = config->penalty_ms,
         .connection_bytes_max = config->connection_bytes_max,
         .bytes_max = config->transport_bytes_max / 4 * 3, // gRPC's own way is to drop anybody's
-        .weights = gate->weights,
         .rpc = gate->rpc,
     };
     return guard_create(&options, guard, err);
@@ -198,11 +196,9 @@ static void log_addresses(const struct gate *gate)
             LOG_STR("transport", "plain text"));
 }
 
-enum status gate_start(struct gate *gate, struct rpc *rpc, struct weights *weights,
-                       struct error *err)
+enum status gate_start(struct gate *gate, struct rpc *rpc, struct error *err)
 {
     gate->rpc = rpc;
-    gate->weights = weights;
     log_addresses(gate);
     uv_timer_start(&gate->look, on_look, gate->config->access_look_ms,
                    gate->config->access_look_ms);

@@ -24,8 +24,7 @@ NODISCARD enum status gate_create(uv_loop_t *loop, const struct config *config,
                                   struct metrics *metrics, struct gate **gate, struct error *err);
 // Listens. Says in the log how each address is protected. From now on certificates and tokens are read
 // again, each for itself, soon after their files have changed.
-NODISCARD enum status gate_start(struct gate *gate, struct rpc *rpc, struct weights *weights,
-                                 struct error *err);
+NODISCARD enum status gate_start(struct gate *gate, struct rpc *rpc, struct error *err);
 
 // No further callers but for probes; connections end as soon as they are idle.
 void gate_close(struct gate *gate);

@@ -14,11 +14,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "heap.h"
 #include "listener.h"
 #include "log.h"
 #include "rpc.h"
-#include "weights.h"
 
 enum {
     PEEK_BYTES = 256 << 10,
@@ -42,13 +40,6 @@ enum {
     STUCK_MS = 300,
     STUCK_BYTES_A_MS = 256 << 10,
     PENALTIES = 64, // addresses kept out at once; the oldest gives way
-    // Headers take ten times their bytes in gRPC, and no message takes four. Memory is looked at while
-    // somebody owes so much, and who is cut off for it owes the second.
-    CALM_BYTES = 1 << 20,
-    SUSPECT_BYTES = 8 << 20,
-    SWELLING_TIMES = 4,
-    SWELLING_BYTES = 256 << 20,
-    MEMORY_PAUSE_MS = 500, // until what was cut off is freed and given back
 };
 
 static const char preface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -67,7 +58,6 @@ const char *const guard_reason_names[GUARD_REASONS] = {
     [GUARD_RESETS] = "connection_resets",
     [GUARD_BACKLOG] = "connection_backlog",
     [GUARD_STUCK] = "connection_stuck",
-    [GUARD_MEMORY] = "memory",
     [GUARD_PENALTY] = "penalty",
 };
 static const char *const reason_keys[GUARD_REASONS] = {
@@ -78,7 +68,6 @@ static const char *const reason_keys[GUARD_REASONS] = {
     [GUARD_RESETS] = "connection_resets_max",
     [GUARD_BACKLOG] = "connection_requests_max",
     [GUARD_STUCK] = "300 ms of CPU",
-    [GUARD_MEMORY] = "transport_bytes_max",
     [GUARD_PENALTY] = "penalty_ms",
 };
 
@@ -112,9 +101,7 @@ struct guard {
     int owes_most;                          // found by a visit: its fd; -1: nobody
     struct listener_notes *owes_most_notes; // its, for as long as the visit's turn
     uint64_t owed_most, owed;
-    uint64_t calm_bytes, calm_received; // resident, and received, when nobody owed anything
-    uint64_t memory_next_ns;            // then it is looked at again
-    uint8_t *peeked;                    // PEEK_BYTES, of one greeting at a time
+    uint8_t *peeked; // PEEK_BYTES, of one greeting at a time
     _Atomic uint64_t ended[GUARD_REASONS];
     _Atomic uint64_t owed_bytes;
     struct labour {
@@ -498,25 +485,6 @@ static bool watch_labour(struct guard *guard)
     return stuck;
 }
 
-// Whether the process has grown past what callers may have in gRPC, or by far more than they have sent, and
-// not by weights.
-static bool memory_is_short(struct guard *guard, uint64_t now)
-{
-    if (now < guard->memory_next_ns || (guard->owed < CALM_BYTES && guard->calm_bytes))
-        return false;
-    uint64_t resident = heap_resident_bytes();
-    if (guard->owed < CALM_BYTES || resident < guard->calm_bytes ||
-        weights_changing(guard->options.weights)) {
-        guard->calm_bytes = resident;
-        guard->calm_received = guard->received;
-        return false;
-    }
-    uint64_t grown = resident - guard->calm_bytes;
-    bool swells =
-        grown > SWELLING_BYTES && grown / SWELLING_TIMES > guard->received - guard->calm_received;
-    return guard->owed_most > SUSPECT_BYTES && (swells || grown > guard->options.bytes_max);
-}
-
 static void cut_most(struct guard *guard, enum guard_reason reason)
 {
     guard->owes_most_notes->cut = true; // the next in line is somebody else
@@ -548,10 +516,6 @@ static void on_watch(uv_timer_t *timer)
         cut_most(guard, GUARD_TRANSPORT_BYTES);
     else if (watch_labour(guard) && guard->owes_most >= 0)
         cut_most(guard, GUARD_STUCK);
-    else if (memory_is_short(guard, now)) {
-        guard->memory_next_ns = now + MEMORY_PAUSE_MS * 1000000ull;
-        cut_most(guard, GUARD_MEMORY);
-    }
 }
 
 // ---- create, destroy

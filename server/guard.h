@@ -52,7 +52,6 @@ enum guard_reason {
     GUARD_RESETS,           // rpc_options.connection_resets_max
     GUARD_BACKLOG, // calls that gRPC has and we do not, many times what HTTP/2 lets a client have
     GUARD_STUCK,   // gRPC labours on its bytes and gets nowhere
-    GUARD_MEMORY,  // the process has grown by bytes_max while it owed most
     GUARD_PENALTY, // one from its address was cut off just now
     GUARD_REASONS
 };

@@ -249,14 +249,6 @@ enum status weights_add_rope(struct weights *weights, const char *pattern,
     return status;
 }
 
-bool weights_changing(struct weights *weights)
-{
-    pthread_mutex_lock(&weights->change_lock);
-    bool changing = weights->changing;
-    pthread_mutex_unlock(&weights->change_lock);
-    return changing;
-}
-
 void weights_set_check(struct weights *weights, weights_check *check, void *context)
 {
     weights_begin_change(weights);

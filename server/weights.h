@@ -106,9 +106,6 @@ NODISCARD enum status weights_load(struct weights *weights, const struct weights
 NODISCARD enum status weights_reload(struct weights *weights, struct weight *weight,
                                      struct error *err);
 
-// Any thread. Whether a load, an unload or a change is under way.
-bool weights_changing(struct weights *weights);
-
 static inline bool weight_damaged(const struct weight *weight)
 {
     return atomic_load_explicit(&weight->damaged, memory_order_relaxed);
