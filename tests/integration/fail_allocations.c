@@ -61,8 +61,27 @@ static struct module {
 } modules[MODULES];
 static uint32_t modules_n;
 static __thread bool busy __attribute__((tls_model("initial-exec")));
+static atomic_bool main_begun; // before it are constructors, which have nobody to tell
 
 // ---- what is called in our stead
+
+typedef int main_fn(int, char **, char **);
+static main_fn *daemons_main;
+
+static int begin_main(int argc, char **argv, char **environment)
+{
+    atomic_store(&main_begun, true);
+    return daemons_main(argc, argv, environment);
+}
+
+int __libc_start_main(main_fn *main, int argc, char **argv, void (*init)(void), void (*fini)(void),
+                      void (*loader_fini)(void), void *stack_end)
+{
+    int (*next)(main_fn *, int, char **, void (*)(void), void (*)(void), void (*)(void), void *);
+    *(void **)&next = dlsym(RTLD_NEXT, "__libc_start_main");
+    daemons_main = main;
+    return next(begin_main, argc, argv, init, fini, loader_fini, stack_end);
+}
 
 #define NEXT(name) static __typeof__(name) *next_##name
 NEXT(malloc);
@@ -231,7 +250,7 @@ static void record(const char *what, uint64_t hash, const struct frame *frames, 
 // Whether this one is to fail. `caller`: the nearest, which decides quickly for most.
 static bool fails(const char *what, const void *caller)
 {
-    if (!control || busy)
+    if (!control || busy || !atomic_load_explicit(&main_begun, memory_order_acquire))
         return false;
     uint32_t mode = atomic_load_explicit(&control->mode, memory_order_acquire);
     if (mode == MODE_OFF)

@@ -12,7 +12,8 @@ Failed in turn are all places of einsumd's own code, and those of the libraries 
 Not failed is what is asked for by gRPC, its helpers (upb, abseil, re2, c-ares) and C++'s `new`:
 gpr_malloc and `new` abort the process when the system has nothing left, and no caller is asked.
 Nor are there limits that would help: the daemon's own (docs/operator.md, sizing) are what keeps it
-from there. The supervisor starts it again.
+from there. The supervisor starts it again. And nothing fails before main(): constructors (the CUDA
+runtime's, which registers kernels) have nobody to tell.
 
 EINSUM_ALLOCATIONS: "all" for every place; default: every place of ours, some of the libraries'.
 """
