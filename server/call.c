@@ -142,6 +142,12 @@ static enum status status_of(const struct call *call)
     return call->deadline_ns <= now_ns() ? STATUS_DEADLINE_EXCEEDED : STATUS_CANCELLED;
 }
 
+static bool is_clients_fault(enum status status)
+{
+    return status == STATUS_INVALID_ARGUMENT || status == STATUS_UNIMPLEMENTED ||
+           status == STATUS_UNAUTHENTICATED || status == STATUS_PERMISSION_DENIED;
+}
+
 // On the rpc thread.
 static void drop_reference(struct call *call)
 {
@@ -156,6 +162,8 @@ static void drop_reference(struct call *call)
         grpc_slice_unref(call->trailers[i].value);
     call->trailers_n = 0;
     metrics_count_call(call->thread->rpc->options.metrics, call->metrics_call, status_of(call));
+    if (call->closed_cancelled || is_clients_fault(call->finish_status))
+        rpc_call_fault(call);
     rpc_call_ended(call);
 }
 
@@ -415,7 +423,6 @@ static void on_closed(struct call *call)
     if (!call->closed_cancelled)
         return;
     atomic_store_explicit(&call->cancelled, true, memory_order_release);
-    rpc_call_reset(call);
     if (call->method && call->method->on_cancel && !call->finish_started)
         call->method->on_cancel(call);
 }

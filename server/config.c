@@ -235,10 +235,12 @@ static const struct key config_keys[] = {
     {U64(connection_bytes_max, 0, 1ull << 40, "0", "bytes",
          "a TCP connection may be ahead of its messages, or is cut off; 0: 64 MiB and four "
          "requests")},
-    {U32(connection_resets_max, 1, 1 << 20, "1000", "calls",
-         "that a connection may reset within a second; past these it is cut off")},
+    {U32(
+        connection_faults_max, 1, 1 << 20, "1000", "calls",
+        "that a connection may reset, or make wrongly, within a second; past these it is cut off")},
     {U32(penalty_ms, 0, DAY_MS, "2000", "milliseconds",
-         "that new connections are closed from the address of one that was cut off; 0: none")},
+         "that new connections from the address of one that was cut off are closed; doubled each "
+         "time again; 0: none")},
     {U32(handshake_ms, 1, DAY_MS, "10000", "milliseconds",
          "until a connection must have spoken HTTP/2")},
     {U32(keepalive_ms, 0, DAY_MS, "60000", "milliseconds",

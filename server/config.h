@@ -95,7 +95,7 @@ struct config {
     uint32_t metadata_bytes_max;       // of one call; default 8192
     uint64_t
         connection_bytes_max; // sent and no whole message yet; 0 (default): four of the largest
-    uint32_t connection_resets_max; // calls reset by their client, a second; default 1000
+    uint32_t connection_faults_max; // reset or wrong, a second; default 1000
     uint32_t penalty_ms;            // that the address of who was cut off is kept out; default 2000
     uint32_t handshake_ms;          // until a connection must speak HTTP/2; default 10000
     uint32_t keepalive_ms;          // of silence, until it is asked whether it lives; 0: never;

@@ -402,12 +402,6 @@ NODISCARD static enum status create_regions(struct daemon *daemon, struct error 
     return regions_create(&options, &context->regions, err);
 }
 
-static void on_connection_resets(void *argument, int fd)
-{
-    struct daemon *daemon = argument;
-    gate_cut(daemon->context.gate, fd, GUARD_RESETS);
-}
-
 static uint32_t retry_after_ms(const struct service_context *context)
 {
     return batcher_retry_ms(context->batcher);
@@ -507,7 +501,6 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .calls_max = config->calls_max,
         .connections_max = config->connections_max,
         .connection_requests_max = config->connection_requests_max,
-        .connection_resets_max = config->connection_resets_max,
         .connection_in_flight_max = config->connection_in_flight_max,
         .in_flight_max = config->in_flight_max,
         .message_bytes_max = context->message_bytes_max,
@@ -526,7 +519,6 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .on_drained = on_calls_drained,
         .retry_after_ms = retry_after_ms,
         .on_connection_idle = on_connection_idle,
-        .on_connection_resets = on_connection_resets,
         .drained_context = daemon,
     };
     enum status status = rpc_create(&options, &daemon->rpc, err);

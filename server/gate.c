@@ -118,7 +118,7 @@ static void take(void *context, const struct listener_taken *taken)
     struct gate *gate = context;
     if (taken->wire < 0) {
         guard_take(gate->guard, taken->fd, taken->is_unix ? &access_peer_unix : &access_peer_tcp);
-    } else if (guard_admits(gate->guard, taken->wire)) {
+    } else if (guard_admits(gate->guard, taken->wire, taken->fd)) {
         tls_take(gate->tls, taken);
     } else {
         close(taken->fd);
@@ -142,6 +142,7 @@ NODISCARD static enum status create_guard(const struct gate *gate, struct listen
         .listener = listener,
         .handshake_ms = config->handshake_ms,
         .streams_max = config->connection_requests_max,
+        .faults_max = config->connection_faults_max,
         .penalty_ms = config->penalty_ms,
         .connection_bytes_max = config->connection_bytes_max,
         .bytes_max = config->transport_bytes_max / 4 * 3, // gRPC's own way is to drop anybody's
@@ -232,13 +233,6 @@ void gate_close(struct gate *gate)
 void gate_end_connection(struct gate *gate, int fd)
 {
     listener_end_connection(gate->listener, fd);
-}
-
-void gate_cut(struct gate *gate, int fd, enum guard_reason reason)
-{
-    guard_cut(gate->guard, fd, reason);
-    if (gate->health_guard)
-        guard_cut(gate->health_guard, fd, reason);
 }
 
 struct guard_stats gate_guard_stats(const struct gate *gate)

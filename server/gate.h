@@ -30,8 +30,6 @@ NODISCARD enum status gate_start(struct gate *gate, struct rpc *rpc, struct erro
 void gate_close(struct gate *gate);
 // Any thread. As listener_end_connection.
 void gate_end_connection(struct gate *gate, int fd);
-// Any thread. As guard_cut.
-void gate_cut(struct gate *gate, int fd, enum guard_reason reason);
 struct guard_stats gate_guard_stats(const struct gate *gate); // any thread
 // No further callers at all. Again is harmless.
 void gate_stop(struct gate *gate);

@@ -7,10 +7,10 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -21,13 +21,14 @@
 enum {
     PEEK_BYTES = 256 << 10,
     PAUSE_MS_MAX = 64,
-    WATCH_MS = 20,
+    WATCH_MS = 5, // in which gRPC takes a thousand calls
     // A look is a system call for each connection. Where there are many, it comes rarer than
     // every turn, but twice a second at least.
-    LOOKED_AT_A_TURN = 256,
-    TURNS_MAX = 25,
+    LOOKED_AT_A_TURN = 64,
+    TURNS_MAX = 100,
     // Beyond what HTTP/2 lets a client have: calls that end just now are there, too.
     BACKLOG_TIMES = 4,
+    SUSPECTS_BACKLOG_TIMES = 2,
     // Forgiven a second to each connection: what keeping it alive costs, and what calls cost more than
     // was reckoned.
     FORGIVEN_BYTES_A_SECOND = 64 << 10,
@@ -37,9 +38,17 @@ enum {
     FRAME_HEAD_BYTES = 9,
     // A thread that has spent so much in gRPC without an event, on few bytes, has met a header that never
     // ends: gRPC copies all of it again with every frame. A large message takes it far less.
-    STUCK_MS = 300,
+    STUCK_MS = 100,
+    SUSPECT_STUCK_MS = 5,
     STUCK_BYTES_A_MS = 256 << 10,
-    PENALTIES = 64, // addresses kept out at once; the oldest gives way
+    ADDRESSES = 64, // remembered; the oldest gives way
+    FAULT_COUNTS_LOG2 = 10,
+    // How far a penalty may grow, and for how many times its length its address is a suspect.
+    PENALTY_TIMES_MAX = 32,
+    SUSPECT_TIMES = 8,
+    // Of faults_max an address has so much for its connections together, and a suspect so little.
+    ADDRESS_FAULTS_TIMES = 4,
+    SUSPECTS_FAULTS_PART = 8,
 };
 
 static const char preface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -55,7 +64,7 @@ const char *const guard_reason_names[GUARD_REASONS] = {
     [GUARD_NOT_HTTP2] = "not_http2",
     [GUARD_CONNECTION_BYTES] = "connection_bytes",
     [GUARD_TRANSPORT_BYTES] = "transport_bytes",
-    [GUARD_RESETS] = "connection_resets",
+    [GUARD_FAULTS] = "connection_faults",
     [GUARD_BACKLOG] = "connection_backlog",
     [GUARD_STUCK] = "connection_stuck",
     [GUARD_PENALTY] = "penalty",
@@ -65,9 +74,9 @@ static const char *const reason_keys[GUARD_REASONS] = {
     [GUARD_NOT_HTTP2] = "no HTTP/2",
     [GUARD_CONNECTION_BYTES] = "connection_bytes_max",
     [GUARD_TRANSPORT_BYTES] = "transport_bytes_max",
-    [GUARD_RESETS] = "connection_resets_max",
+    [GUARD_FAULTS] = "connection_faults_max",
     [GUARD_BACKLOG] = "connection_requests_max",
-    [GUARD_STUCK] = "300 ms of CPU",
+    [GUARD_STUCK] = "100 ms of CPU",
     [GUARD_PENALTY] = "penalty_ms",
 };
 
@@ -85,10 +94,16 @@ struct greeting {
     struct greeting *next, *previous;
 };
 
-// Of an address whose connection was cut off.
-struct penalty {
-    struct in6_addr address; // of IPv4 as mapped into IPv6's
-    uint64_t until_ns;
+// An address from which a connection was cut off lately.
+struct address {
+    struct in6_addr address;         // of IPv4 as mapped into IPv6's
+    uint64_t penalty_ns;             // doubled each time again
+    uint64_t until_ns, forgotten_ns; // kept out; a suspect
+};
+
+struct fault_count {
+    _Atomic uint64_t faults; // of all time
+    struct listener_rate rate;
 };
 
 struct guard {
@@ -108,9 +123,12 @@ struct guard {
         uint64_t events, cpu_ns, received; // when it last got anywhere
     } * labours;                           // of each rpc thread
     uint64_t received;                     // by all connections since the start
-    pthread_mutex_t lock;                  // guards the next
-    struct penalty penalties[PENALTIES];
-    uint32_t penalty_next;
+    uint64_t suspects_until_ns;            // the last one's forgotten_ns
+    struct address addresses[ADDRESSES];
+    uint32_t address_next;
+    // Of addresses, by hash: two that meet are taken for one.
+    uint64_t hash_seed;
+    struct fault_count fault_counts[1 << FAULT_COUNTS_LOG2];
 };
 
 static void count_ended(struct guard *guard, enum guard_reason reason)
@@ -135,39 +153,83 @@ static bool address_of(const struct sockaddr_storage *peer, struct in6_addr *add
     return true;
 }
 
+// The one that is kept out or a suspect; NULL: neither.
+static struct address *find_address(struct guard *guard, const struct in6_addr *address,
+                                    uint64_t now)
+{
+    for (size_t i = 0; i < ADDRESSES; i++) {
+        struct address *each = &guard->addresses[i];
+        if (each->forgotten_ns > now && memcmp(&each->address, address, sizeof *address) == 0)
+            return each;
+    }
+    return NULL;
+}
+
+static struct fault_count *fault_count_of(struct guard *guard, const struct in6_addr *address)
+{
+    uint64_t halves[2];
+    memcpy(halves, address, sizeof halves);
+    uint64_t hash = guard->hash_seed;
+    for (size_t i = 0; i < ARRAY_LEN(halves); i++) {
+        hash = (hash ^ halves[i]) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 32;
+    }
+    // The high bits of a product are of all that was multiplied.
+    return &guard->fault_counts[hash >> (64 - FAULT_COUNTS_LOG2)];
+}
+
+// How much a number that only grows has grown in the second that it falls into, of which the first look
+// begins one.
+static uint64_t within_a_second(struct listener_rate *rate, uint64_t number, uint64_t now)
+{
+    if (now - rate->since_ns > 1000000000u) {
+        rate->before = rate->last;
+        rate->since_ns = now;
+    }
+    rate->last = number;
+    return number - rate->before;
+}
+
+static uint64_t faults_max(const struct guard *guard, bool suspect)
+{
+    return guard->options.faults_max / (suspect ? SUSPECTS_FAULTS_PART : 1);
+}
+
+// Who is past HTTP/2's limits loses the connection by gRPC, and opens the next: hence all of an address.
+static bool too_many_from(struct guard *guard, const struct in6_addr *from, bool suspect,
+                          uint64_t now)
+{
+    struct fault_count *count = fault_count_of(guard, from);
+    uint64_t faults = atomic_load_explicit(&count->faults, memory_order_relaxed);
+    return within_a_second(&count->rate, faults, now) >
+           ADDRESS_FAULTS_TIMES * faults_max(guard, suspect);
+}
+
 static void punish(struct guard *guard, const struct sockaddr_storage *peer)
 {
-    struct penalty penalty = {.until_ns = now_ns() + guard->options.penalty_ms * 1000000ull};
-    if (!address_of(peer, &penalty.address))
+    struct in6_addr from;
+    if (!address_of(peer, &from))
         return;
-    pthread_mutex_lock(&guard->lock);
-    guard->penalties[guard->penalty_next++ % PENALTIES] = penalty;
-    pthread_mutex_unlock(&guard->lock);
+    uint64_t now = now_ns(), least = guard->options.penalty_ms * 1000000ull;
+    struct address *address = find_address(guard, &from, now);
+    if (!address) {
+        address = &guard->addresses[guard->address_next++ % ADDRESSES];
+        *address = (struct address){.address = from, .penalty_ns = least};
+    } else if (address->until_ns <= now && address->penalty_ns < PENALTY_TIMES_MAX * least) {
+        address->penalty_ns *= 2;
+    }
+    address->until_ns = now + address->penalty_ns;
+    address->forgotten_ns = address->until_ns + SUSPECT_TIMES * address->penalty_ns;
+    if (guard->suspects_until_ns < address->forgotten_ns)
+        guard->suspects_until_ns = address->forgotten_ns;
 }
 
-static bool punished(struct guard *guard, int fd)
+static void cut(struct guard *guard, int fd, const struct sockaddr_storage *peer,
+                enum guard_reason reason)
 {
-    struct sockaddr_storage peer = {0};
-    socklen_t bytes = sizeof peer;
-    struct in6_addr address;
-    if (getpeername(fd, (struct sockaddr *)&peer, &bytes) != 0 || !address_of(&peer, &address))
-        return false;
-    bool found = false;
-    uint64_t now = now_ns();
-    pthread_mutex_lock(&guard->lock);
-    for (size_t i = 0; i < PENALTIES && !found; i++)
-        found = guard->penalties[i].until_ns > now &&
-                memcmp(&guard->penalties[i].address, &address, sizeof address) == 0;
-    pthread_mutex_unlock(&guard->lock);
-    return found;
-}
-
-void guard_cut(struct guard *guard, int fd, enum guard_reason reason)
-{
-    struct sockaddr_storage peer = {0};
-    if (!listener_cut_connection(guard->options.listener, fd, &peer))
+    if (!listener_cut_connection(guard->options.listener, fd))
         return;
-    punish(guard, &peer);
+    punish(guard, peer);
     count_ended(guard, reason);
 }
 
@@ -339,17 +401,30 @@ static bool is_tcp(int fd)
            protocol == IPPROTO_TCP;
 }
 
-bool guard_admits(struct guard *guard, int socket)
+bool guard_admits(struct guard *guard, int socket, int fd)
 {
-    if (!punished(guard, socket))
+    struct sockaddr_storage peer = {0};
+    socklen_t bytes = sizeof peer;
+    struct in6_addr from;
+    bool known =
+        getpeername(socket, (struct sockaddr *)&peer, &bytes) == 0 && address_of(&peer, &from);
+    rpc_count_faults(guard->options.rpc, fd, known ? &fault_count_of(guard, &from)->faults : NULL);
+    if (!known)
         return true;
-    count_ended(guard, GUARD_PENALTY);
+    uint64_t now = now_ns();
+    const struct address *address = find_address(guard, &from, now);
+    bool kept_out = address && address->until_ns > now;
+    if (!kept_out && !too_many_from(guard, &from, address != NULL, now))
+        return true;
+    count_ended(guard, kept_out ? GUARD_PENALTY : GUARD_FAULTS);
+    if (!kept_out)
+        punish(guard, &peer);
     return false;
 }
 
 void guard_take(struct guard *guard, int fd, struct access_peer *peer)
 {
-    if (!guard_admits(guard, fd)) {
+    if (!guard_admits(guard, fd, fd)) {
         drop_socket(fd);
         return;
     }
@@ -402,10 +477,12 @@ static bool received_bytes(int socket, uint64_t *bytes)
 
 struct visit {
     struct guard *guard;
-    uint64_t forgiven;
-    bool backlog; // gRPC has more calls than all ought to have
+    uint64_t now_ns, forgiven;
+    bool suspects; // whether there may be any
+    bool backlog;  // gRPC has more calls than all ought to have
     struct {
         int fd;
+        const struct sockaddr_storage *peer; // its notes'
         enum guard_reason reason;
     } over[16]; // what is past its limit; those beyond come next time
     size_t over_n;
@@ -418,12 +495,14 @@ static void note_over(struct visit *visit, int fd, struct listener_notes *notes,
         return;
     notes->cut = true;
     visit->over[visit->over_n].fd = fd;
+    visit->over[visit->over_n].peer = &notes->peer;
     visit->over[visit->over_n++].reason = reason;
 }
 
-static uint64_t backlog_max(const struct guard *guard)
+static uint64_t backlog_max(const struct guard *guard, bool suspect)
 {
-    return (uint64_t)BACKLOG_TIMES * guard->options.streams_max;
+    uint64_t times = suspect ? SUSPECTS_BACKLOG_TIMES : BACKLOG_TIMES;
+    return times * guard->options.streams_max;
 }
 
 // What gRPC holds of it, in bytes: sent, and no message yet.
@@ -452,6 +531,18 @@ static void look_at_bytes(struct visit *visit, int fd, uint64_t received,
         note_over(visit, fd, notes, GUARD_CONNECTION_BYTES);
 }
 
+// Past connection_faults_max; by itself, or with all of its address.
+static bool has_too_many(const struct visit *visit, int fd, struct listener_notes *notes,
+                         const struct in6_addr *from, bool suspect)
+{
+    struct guard *guard = visit->guard;
+    uint64_t faults = rpc_connection_faults(guard->options.rpc, fd);
+    if (faults == notes->faults.last)
+        return false;
+    return within_a_second(&notes->faults, faults, visit->now_ns) > faults_max(guard, suspect) ||
+           (from && too_many_from(guard, from, suspect, visit->now_ns));
+}
+
 static void look_at(void *argument, int socket, int fd, struct listener_notes *notes)
 {
     struct visit *visit = argument;
@@ -463,13 +554,21 @@ static void look_at(void *argument, int socket, int fd, struct listener_notes *n
         return;
     if (counted)
         look_at_bytes(visit, fd, received, notes);
+    struct in6_addr address, *from = address_of(&notes->peer, &address) ? &address : NULL;
+    bool suspect = visit->suspects && from && find_address(guard, from, visit->now_ns);
+    if (has_too_many(visit, fd, notes, from, suspect) && !notes->cut)
+        note_over(visit, fd, notes, GUARD_FAULTS);
     if (visit->backlog && has_sent && !notes->cut &&
-        rpc_connection_backlog(guard->options.rpc, fd) > backlog_max(guard))
+        rpc_connection_backlog(guard->options.rpc, fd) > backlog_max(guard, suspect))
         note_over(visit, fd, notes, GUARD_BACKLOG);
 }
 
-static bool watch_labour(struct guard *guard)
+static bool watch_labour(struct guard *guard, uint64_t now_ns)
 {
+    struct in6_addr from;
+    bool suspect = guard->owes_most >= 0 && address_of(&guard->owes_most_notes->peer, &from) &&
+                   find_address(guard, &from, now_ns);
+    uint64_t stuck_ms = suspect ? SUSPECT_STUCK_MS : STUCK_MS;
     bool stuck = false;
     for (uint32_t i = 0; i < rpc_threads(guard->options.rpc); i++) {
         struct labour *labour = &guard->labours[i];
@@ -479,16 +578,16 @@ static bool watch_labour(struct guard *guard)
             continue;
         }
         uint64_t spent_ms = (now.cpu_ns - labour->cpu_ns) / 1000000u;
-        stuck |= spent_ms >= STUCK_MS &&
+        stuck |= spent_ms >= stuck_ms &&
                  guard->received - labour->received < spent_ms * STUCK_BYTES_A_MS;
     }
-    return stuck;
+    return stuck && guard->owes_most >= 0;
 }
 
 static void cut_most(struct guard *guard, enum guard_reason reason)
 {
     guard->owes_most_notes->cut = true; // the next in line is somebody else
-    guard_cut(guard, guard->owes_most, reason);
+    cut(guard, guard->owes_most, &guard->owes_most_notes->peer, reason);
 }
 
 static void on_watch(uv_timer_t *timer)
@@ -503,18 +602,20 @@ static void on_watch(uv_timer_t *timer)
     struct visit visit = {
         .guard = guard,
         .forgiven = (now - guard->watched_ns) * FORGIVEN_BYTES_A_SECOND / 1000000000u,
-        .backlog = rpc_backlog(guard->options.rpc) > backlog_max(guard),
+        .now_ns = now,
+        .suspects = guard->suspects_until_ns > now,
     };
+    visit.backlog = rpc_backlog(guard->options.rpc) > backlog_max(guard, visit.suspects);
     guard->watched_ns = now;
     guard->owed = guard->owed_most = 0;
     guard->owes_most = -1;
     listener_visit(guard->options.listener, look_at, &visit);
     atomic_store_explicit(&guard->owed_bytes, guard->owed, memory_order_relaxed);
     for (size_t i = 0; i < visit.over_n; i++)
-        guard_cut(guard, visit.over[i].fd, visit.over[i].reason);
+        cut(guard, visit.over[i].fd, visit.over[i].peer, visit.over[i].reason);
     if (visit.over_n == 0 && guard->owed > guard->options.bytes_max && guard->owes_most >= 0)
         cut_most(guard, GUARD_TRANSPORT_BYTES);
-    else if (watch_labour(guard) && guard->owes_most >= 0)
+    else if (watch_labour(guard, now))
         cut_most(guard, GUARD_STUCK);
 }
 
@@ -535,7 +636,8 @@ enum status guard_create(const struct guard_options *options, struct guard **out
     guard->peeked = peeked;
     guard->labours = labours;
     guard->watched_ns = now_ns();
-    pthread_mutex_init(&guard->lock, NULL);
+    if (getrandom(&guard->hash_seed, sizeof guard->hash_seed, GRND_NONBLOCK) < 0)
+        guard->hash_seed = guard->watched_ns;
     uv_timer_init(options->loop, &guard->watch);
     guard->watch.data = guard;
     uv_timer_start(&guard->watch, on_watch, WATCH_MS, WATCH_MS);
@@ -558,7 +660,6 @@ void guard_destroy(struct guard *guard)
 {
     if (!guard)
         return;
-    pthread_mutex_destroy(&guard->lock);
     free(guard->labours);
     free(guard->peeked);
     free(guard);

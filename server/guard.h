@@ -7,7 +7,9 @@
 //     listener <---------------- cut off <---------------- watched: bytes that become no message,
 //                                                          calls begun and reset by the thousand
 //
-// What comes by TLS is greeted by the handshake, and watched like all others. A greeting only looks (MSG_PEEK): gRPC reads all of it again. Main thread but where it says any.
+// What comes by TLS is greeted by the handshake, and watched like all others. A greeting only looks
+// (MSG_PEEK): gRPC reads all of it again. The address of who was cut off is kept out for a while, and a
+// suspect for some time after, whose limits are lower. Main thread but where it says any.
 #pragma once
 
 #include <uv.h>
@@ -26,15 +28,16 @@ struct guard_options {
     uint32_t streams_max;          // of a connection: what the client is told, and must acknowledge
     uint64_t connection_bytes_max; // sent by a connection and not settled, see rpc_settled_bytes
     uint64_t bytes_max;            // of all together; then the one with most is cut off
-    uint32_t penalty_ms;           // that the address of who was cut off is kept out
-    struct weights *weights;       // memory is not looked at while they change
-    struct rpc *rpc; // takes those that are greeted; its calls and bytes are looked at
+    uint32_t faults_max;           // of a connection in a second, see rpc_connection_faults
+    uint32_t penalty_ms; // that the address of who was cut off is kept out; doubled each time again
+    struct rpc *rpc;     // takes those that are greeted; its calls and bytes are looked at
 };
 
 NODISCARD enum status guard_create(const struct guard_options *options, struct guard **guard,
                                    struct error *err);
-// Whether the address of `socket` is not kept out. Counts one that is.
-bool guard_admits(struct guard *guard, int socket);
+// Of a connection that has come in by `socket` and is to be rpc's `fd`: whether its address is not kept
+// out. Counts one that is.
+bool guard_admits(struct guard *guard, int socket, int fd);
 // Greets a connection that has come in, then gives it to rpc with `peer`, which nobody owns. Takes the
 // socket.
 void guard_take(struct guard *guard, int fd, struct access_peer *peer);
@@ -49,16 +52,13 @@ enum guard_reason {
     GUARD_NOT_HTTP2,        // what came is another protocol
     GUARD_CONNECTION_BYTES, // connection_bytes_max
     GUARD_TRANSPORT_BYTES,  // bytes_max
-    GUARD_RESETS,           // rpc_options.connection_resets_max
+    GUARD_FAULTS,           // faults_max
     GUARD_BACKLOG, // calls that gRPC has and we do not, many times what HTTP/2 lets a client have
     GUARD_STUCK,   // gRPC labours on its bytes and gets nowhere
     GUARD_PENALTY, // one from its address was cut off just now
     GUARD_REASONS
 };
 extern const char *const guard_reason_names[GUARD_REASONS];
-
-// Any thread: cuts off the connection that was taken as `fd`, counts and logs it.
-void guard_cut(struct guard *guard, int fd, enum guard_reason reason);
 
 struct guard_stats {
     uint64_t ended[GUARD_REASONS];

@@ -142,6 +142,10 @@ static bool watch_connection(struct listener *listener, const struct listener_ta
     connection->listener = listener;
     connection->taken_fd = taken->fd;
     connection->notes.by_tls = taken->wire >= 0;
+    socklen_t bytes = sizeof connection->notes.peer;
+    int caller = taken->wire >= 0 ? taken->wire : taken->fd;
+    if (getpeername(caller, (struct sockaddr *)&connection->notes.peer, &bytes) != 0)
+        connection->notes.peer.ss_family = AF_UNSPEC; // it is gone
     connection->fd = fcntl(taken->fd, F_DUPFD_CLOEXEC, 0);
     if (connection->fd < 0)
         goto free_connection;
@@ -530,19 +534,25 @@ void listener_end_connection(struct listener *listener, int fd)
     pthread_mutex_unlock(&listener->lock);
 }
 
-bool listener_cut_connection(struct listener *listener, int fd, struct sockaddr_storage *peer)
+// What the peer has sent and nobody has read is gone as well, megabytes of it: a shutdown leaves them.
+static void disconnect(int socket)
+{
+    const struct sockaddr none = {.sa_family = AF_UNSPEC};
+    if (connect(socket, &none, sizeof none) != 0) // not TCP's
+        shutdown(socket, SHUT_RDWR);
+}
+
+bool listener_cut_connection(struct listener *listener, int fd)
 {
     bool cut = false;
     pthread_mutex_lock(&listener->lock);
     for (struct connection *each = listener->live; each && !cut; each = each->next) {
         if (each->taken_fd != fd || each->cut)
             continue;
-        socklen_t bytes = sizeof *peer;
-        if (getpeername(looked_at(each), (struct sockaddr *)peer, &bytes) != 0)
-            peer->ss_family = AF_UNSPEC; // it is gone
         each->cut = each->ended = cut = true;
-        shutdown(each->fd, SHUT_RDWR);
-        shutdown(looked_at(each), SHUT_RDWR);
+        disconnect(looked_at(each));
+        if (each->wire >= 0)
+            shutdown(each->fd, SHUT_RDWR);
     }
     pthread_mutex_unlock(&listener->lock);
     return cut;

@@ -48,9 +48,9 @@ void listener_stop(struct listener *listener);
 // Any thread. Ends the connection that `take` was given as `fd`, if it is still there: what was
 // written arrives, and the peer, who sees that no more will come, closes it.
 void listener_end_connection(struct listener *listener, int fd);
-// Any thread. Ends it at once, both ways, whatever is under way; `peer` is then its address. False: it is
-// not there, or has been cut before.
-bool listener_cut_connection(struct listener *listener, int fd, struct sockaddr_storage *peer);
+// Any thread. Ends it at once, both ways, whatever is under way. False: it is not there, or has
+// been cut before.
+bool listener_cut_connection(struct listener *listener, int fd);
 // Each that is not `busy`.
 void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd),
                        void *context);
@@ -70,7 +70,11 @@ size_t listener_addresses_n(const struct listener *listener);
 struct listener_address listener_address(const struct listener *listener, size_t index);
 // What somebody else keeps of a connection, zero at first.
 struct listener_notes {
+    struct sockaddr_storage peer; // the listener's: the caller's address
     uint64_t received_bytes, settled_bytes, owed_bytes;
+    struct listener_rate {
+        uint64_t last, before, since_ns;
+    } faults;
     bool cut;
     bool by_tls; // the listener's: what is received is more than what gets to the server
 };

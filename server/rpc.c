@@ -379,22 +379,31 @@ struct rpc_progress rpc_progress(const struct rpc *rpc, uint32_t index)
     return progress;
 }
 
-// A second begins with the first reset in it. Two threads may both begin one: it is then a little longer.
-void rpc_call_reset(struct call *call)
+void rpc_call_fault(struct call *call)
 {
-    const struct rpc *rpc = call->thread->rpc;
-    struct rpc_connection *connection = find_connection(rpc, call->connection);
+    struct rpc_connection *connection = find_connection(call->thread->rpc, call->connection);
     if (!connection)
         return;
-    uint64_t now = now_ns();
-    uint64_t since = atomic_load_explicit(&connection->resets_since_ns, memory_order_relaxed);
-    if (now - since > 1000000000u) {
-        atomic_store_explicit(&connection->resets_since_ns, now, memory_order_relaxed);
-        atomic_store_explicit(&connection->resets, 0, memory_order_relaxed);
-    }
-    uint32_t resets = atomic_fetch_add_explicit(&connection->resets, 1, memory_order_relaxed);
-    if (resets == rpc->options.connection_resets_max)
-        rpc->options.on_connection_resets(rpc->options.drained_context, (int)call->connection - 1);
+    atomic_fetch_add_explicit(&connection->faults, 1, memory_order_relaxed);
+    _Atomic uint64_t *beside =
+        atomic_load_explicit(&connection->faults_beside, memory_order_relaxed);
+    if (beside)
+        atomic_fetch_add_explicit(beside, 1, memory_order_relaxed);
+}
+
+uint64_t rpc_connection_faults(const struct rpc *rpc, int fd)
+{
+    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
+    return connection ? atomic_load_explicit(&connection->faults, memory_order_relaxed) : 0;
+}
+
+void rpc_count_faults(struct rpc *rpc, int fd, _Atomic uint64_t *beside)
+{
+    struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
+    if (!connection)
+        return;
+    atomic_store_explicit(&connection->faults, 0, memory_order_relaxed);
+    atomic_store_explicit(&connection->faults_beside, beside, memory_order_relaxed);
 }
 
 enum status call_request_begin(struct call *call, struct error *err)
@@ -851,8 +860,6 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
     }
     access_peer_free(atomic_exchange_explicit(&connection->peer, peer, memory_order_acq_rel));
     atomic_fetch_and(&connection->calls, ~CONNECTION_LEAVES); // of the last one of this number
-    atomic_store_explicit(&connection->resets, 0, memory_order_relaxed);
-    atomic_store_explicit(&connection->resets_since_ns, 0, memory_order_relaxed);
     atomic_store_explicit(&connection->arrived, 0, memory_order_relaxed);
     atomic_store_explicit(&connection->channelz, 0, memory_order_relaxed);
     pthread_mutex_lock(&rpc->adding);

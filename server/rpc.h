@@ -16,7 +16,6 @@ struct rpc_options {
     uint32_t calls_max;               // open at once, of any kind; past it RESOURCE_EXHAUSTED
     uint32_t connections_max;         // of which each has some calls of its own beside calls_max
     uint32_t connection_requests_max; // HTTP/2 streams of one connection
-    uint32_t connection_resets_max;   // calls that a connection may reset within a second
     uint32_t connection_in_flight_max, in_flight_max; // requests: see call_request_begin
     uint64_t message_bytes_max;                       // received
     uint32_t metadata_bytes_max;                      // of one call, received
@@ -35,9 +34,6 @@ struct rpc_options {
     // Called on an rpc thread, after rpc_watch_idle, when the last call has ended of the connection
     // that was added as `fd`, which may be closed by then.
     void (*on_connection_idle)(void *drained_context, int fd);
-    // Called on an rpc thread: the connection that was added as `fd` resets its calls faster than any
-    // client in need of answers; it should be cut off.
-    void (*on_connection_resets)(void *drained_context, int fd);
     void *drained_context;
 };
 
@@ -66,6 +62,11 @@ uint64_t rpc_settled_bytes(const struct rpc *rpc, int fd);
 // added as `fd`. Each asks gRPC for a text, and reads it.
 uint64_t rpc_backlog(const struct rpc *rpc);
 uint64_t rpc_connection_backlog(const struct rpc *rpc, int fd);
+// And how many came to nothing by their client's doing: reset before their answer had left, or wrong.
+uint64_t rpc_connection_faults(const struct rpc *rpc, int fd);
+// Before a connection is added as `fd`: they begin at 0, and are counted in `beside`, too, also once it has
+// ended. For as long as rpc is there.
+void rpc_count_faults(struct rpc *rpc, int fd, _Atomic uint64_t *beside);
 
 // Main thread. How far an rpc thread has come, counted from 0.
 struct rpc_progress {

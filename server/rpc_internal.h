@@ -105,15 +105,15 @@ struct call {
 // time after it is closed.
 struct rpc_connection {
     _Atomic uint32_t next_added;
-    _Atomic(struct access_peer *) peer; // owned; NULL: none has had this number
-    _Atomic uint32_t calls;             // live ones
-    _Atomic uint32_t admitted;          // of those, the ones that are not being refused
-    _Atomic uint32_t requests;          // in flight; see call_request_begin
-    _Atomic uint32_t resets;            // calls that the client reset, since `resets_since_ns`
-    _Atomic uint64_t resets_since_ns;
-    _Atomic uint64_t settled_bytes; // see rpc_settled_bytes
-    _Atomic uint64_t arrived;       // calls since it was added
-    _Atomic int64_t channelz;       // gRPC's number for it
+    _Atomic(struct access_peer *) peer;        // owned; NULL: none has had this number
+    _Atomic uint32_t calls;                    // live ones
+    _Atomic uint32_t admitted;                 // of those, the ones that are not being refused
+    _Atomic uint32_t requests;                 // in flight; see call_request_begin
+    _Atomic uint64_t faults;                   // see rpc_call_fault
+    _Atomic(_Atomic uint64_t *) faults_beside; // counts them too; or NULL
+    _Atomic uint64_t settled_bytes;            // see rpc_settled_bytes
+    _Atomic uint64_t arrived;                  // calls since it was added
+    _Atomic int64_t channelz;                  // gRPC's number for it
 };
 
 // What a call may cost beside its messages: headers, frames, window updates for the reply.
@@ -159,7 +159,8 @@ struct access_peer *rpc_peer(const struct rpc *rpc, uint32_t connection);
 extern __thread struct rpc_thread *rpc_thread_here; // set while an rpc thread is outside of gRPC
 void rpc_call_ended(struct call *call);             // back to the pool
 void rpc_message_came(struct call *call, const grpc_byte_buffer *message);
-void rpc_call_reset(struct call *call); // by its client, before its answer had left
+// It came to nothing by its client's doing: reset before its answer had left, or wrong.
+void rpc_call_fault(struct call *call);
 
 // call.c: what rpc.c does with the events of a call.
 // `full` not NULL: too many are live; `leaves`: its connection ends. Both are refused.

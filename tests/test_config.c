@@ -55,7 +55,7 @@ START_TEST(defaults_are_as_documented)
     ck_assert_uint_eq(config.message_bytes_max, 0);
     ck_assert_uint_eq(config.metadata_bytes_max, 8192);
     ck_assert_uint_eq(config.connection_bytes_max, 0);
-    ck_assert_uint_eq(config.connection_resets_max, 1000);
+    ck_assert_uint_eq(config.connection_faults_max, 1000);
     ck_assert_uint_eq(config.penalty_ms, 2000);
     ck_assert_uint_eq(config.handshake_ms, 10000);
     ck_assert_uint_eq(config.keepalive_ms, 60000);
@@ -169,7 +169,7 @@ static const char everything[] =
     " \"queue_requests_max\": 15, \"deadline_ms_max\": 16, \"reply_timeout_ms\": 17,"
     " \"cut_bytes_max\": 31,"
     " \"in_flight_max\": 41, \"connection_in_flight_max\": 42, \"message_bytes_max\": 43,"
-    " \"metadata_bytes_max\": 1044, \"connection_bytes_max\": 45, \"connection_resets_max\": 46,"
+    " \"metadata_bytes_max\": 1044, \"connection_bytes_max\": 45, \"connection_faults_max\": 46,"
     " \"penalty_ms\": 47, \"handshake_ms\": 48, \"keepalive_ms\": 49,"
     " \"keepalive_timeout_ms\": 50, \"connection_idle_ms\": 51, \"connection_age_ms\": 52,"
     " \"connection_age_grace_ms\": 53, \"queue_tokens_max\": 54, \"queue_bytes_max\": 55,"
@@ -276,7 +276,7 @@ static void ck_what_callers_may_do(const struct config *config)
     ck_assert_uint_eq(config->message_bytes_max, 43);
     ck_assert_uint_eq(config->metadata_bytes_max, 1044);
     ck_assert_uint_eq(config->connection_bytes_max, 45);
-    ck_assert_uint_eq(config->connection_resets_max, 46);
+    ck_assert_uint_eq(config->connection_faults_max, 46);
     ck_assert_uint_eq(config->penalty_ms, 47);
     ck_assert_uint_eq(config->handshake_ms, 48);
     ck_assert_uint_eq(config->keepalive_ms, 49);
@@ -440,7 +440,7 @@ static const struct {
     {"message_bytes_max", 0, INT32_MAX},
     {"metadata_bytes_max", 1024, 1 << 20},
     {"connection_bytes_max", 0, 1ull << 40},
-    {"connection_resets_max", 1, 1 << 20},
+    {"connection_faults_max", 1, 1 << 20},
     {"penalty_ms", 0, 86400000},
     {"handshake_ms", 1, 86400000},
     {"keepalive_ms", 0, 86400000},

@@ -14,6 +14,7 @@ import contextlib
 import gzip
 import json
 import os
+import random
 import select
 import socket
 import struct
@@ -64,6 +65,8 @@ class Hostile:
         self.address = address
         self.until = time.monotonic() + seconds
         self.deeds = Deeds()
+        # Of its own: nobody else pays for what it does, nor it for who came before.
+        self.source = f"127.66.{random.randrange(256)}.{random.randrange(1, 255)}"
 
     def over(self) -> bool:
         return time.monotonic() >= self.until
@@ -75,7 +78,7 @@ class Hostile:
             made.connect(self.address.removeprefix("unix:"))
         else:
             host, port = self.address.rsplit(":", 1)
-            made = socket.create_connection((host, int(port)), 5, ('127.0.0.66', 0))
+            made = socket.create_connection((host, int(port)), 5, (self.source, 0))
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.deeds.connections += 1
         if hello:

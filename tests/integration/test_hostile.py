@@ -71,6 +71,11 @@ def rejected(daemon: Daemon, reason: str) -> float:
     return scrape(daemon).value("einsumd_rejected_total", reason=reason)
 
 
+def wrong_calls(daemon: Daemon) -> float:
+    labels = {"method": EINSUM, "code": "INVALID_ARGUMENT"}
+    return scrape(daemon).samples.get(("einsumd_grpc_calls_total", frozenset(labels.items())), 0)
+
+
 def attack(address: str, kind: str, duration: float) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, Path(__file__).with_name("hostile.py"), kind, address,
@@ -281,7 +286,7 @@ def ended_by_daemon(connection: RawConnection, timeout: float = 10) -> bool:
 
 def test_resets_end_a_connection(tmp_path: Path, rng: np.random.Generator) -> None:
     with serving(
-        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_resets_max=50,
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_faults_max=50,
         penalty_ms=0,
     ) as site:  # fmt: skip
         cancel = struct.pack(">I", 8)
@@ -295,10 +300,67 @@ def test_resets_end_a_connection(tmp_path: Path, rng: np.random.Generator) -> No
                         frame(RST_STREAM, 0, stream, cancel),
                     )  # fmt: skip
             assert ended_by_daemon(connection)
-        wait_until(lambda: rejected(site.daemon, "connection_resets") == 1)
+        wait_until(lambda: rejected(site.daemon, "connection_faults") == 1)
         event = site.daemon.wait_event("connection cut off")
-        assert event["limit"] == "connection_resets_max"
+        assert event["limit"] == "connection_faults_max"
         site.check_serves(rng)
+
+
+def connect_from(source: str, site: Site) -> RawConnection:
+    made = RawConnection.__new__(RawConnection)
+    made.socket = socket.create_connection(site.daemon.host_port, 10, (source, 0))
+    return made
+
+
+def call_wrongly(connection: RawConnection, times: int) -> None:
+    connection.hello()
+    for i in range(times):
+        stream = 2 * i + 1
+        connection.send(call_headers(EINSUM, stream), frame(DATA, END_STREAM, stream, message(b"")))
+
+
+def read_until(connection: RawConnection, text: bytes, times: int) -> None:
+    connection.socket.settimeout(seconds(10))
+    said = b""
+    while said.count(text) < times:
+        piece = connection.socket.recv(65536)
+        assert piece, "ended by the daemon"
+        said += piece
+
+
+def test_wrong_calls_end_a_connection(tmp_path: Path, rng: np.random.Generator) -> None:
+    """As many as may be wrong are all told why."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_faults_max=50,
+        penalty_ms=0,
+    ) as site:  # fmt: skip
+        with RawConnection(site.daemon.host_port) as connection:
+            call_wrongly(connection, 50)
+            wait_until(lambda: wrong_calls(site.daemon) == 50)
+        with RawConnection(site.daemon.host_port) as connection:
+            with contextlib.suppress(ConnectionError):  # it may be over before the last
+                call_wrongly(connection, 60)
+            assert ended_by_daemon(connection)
+        wait_until(lambda: rejected(site.daemon, "connection_faults") == 1)
+        site.check_serves(rng)
+
+
+def test_wrong_calls_of_an_address(tmp_path: Path, rng: np.random.Generator) -> None:
+    """One connection after the other, none of which has too many."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_faults_max=1000,
+        penalty_ms=60000,
+    ) as site:  # fmt: skip
+        connections = 0
+        while rejected(site.daemon, "penalty") == 0:
+            connections += 1
+            assert connections < 200
+            with contextlib.suppress(ConnectionError), connect_from("127.0.0.78", site) as one:
+                call_wrongly(one, 200)
+        assert rejected(site.daemon, "connection_faults") >= 1
+        assert connections > 20
+        with Client(site.daemon.address, site.client.schema) as other:
+            site.check_serves(rng, other)
 
 
 def test_bytes_without_messages_end_a_connection(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -323,39 +385,38 @@ def test_bytes_without_messages_end_a_connection(tmp_path: Path, rng: np.random.
 
 
 def test_penalty(tmp_path: Path, rng: np.random.Generator) -> None:
-    """The address of who was cut off is kept out for a while, another is not."""
+    """The address of who was cut off is kept out for a while, twice as long the next time; another is
+    not."""
     with serving(
         tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_bytes_max=65536,
         penalty_ms=1000,
     ) as site:  # fmt: skip
 
-        def connect(source: str) -> RawConnection:
-            made = RawConnection.__new__(RawConnection)
-            made.socket = socket.create_connection(site.daemon.host_port, 10, (source, 0))
-            return made
+        def kept_out() -> float:
+            """For how many seconds, from when it is cut off."""
+            with connect_from("127.0.0.77", site) as hostile:
+                hostile.hello()
+                try:
+                    while True:
+                        hostile.send(frame(SETTINGS, 0, 0) * 1000)
+                except ConnectionError:
+                    pass
+            begin, before = time.monotonic(), rejected(site.daemon, "penalty")
+            while True:
+                with contextlib.suppress(ConnectionError, AssertionError):
+                    with connect_from("127.0.0.77", site) as again:
+                        call_wrongly(again, 1)
+                        read_until(again, b"grpc-status", 1)
+                        break
+                time.sleep(0.05)
+            assert rejected(site.daemon, "penalty") > before
+            return time.monotonic() - begin
 
-        with connect("127.0.0.77") as hostile:
-            hostile.hello()
-            try:
-                while True:
-                    hostile.send(frame(SETTINGS, 0, 0) * 1000)
-            except ConnectionError:
-                pass
-        with connect("127.0.0.77") as again:
-            assert ended_by_daemon(again)
-        wait_until(lambda: rejected(site.daemon, "penalty") >= 1)
         with Client(site.daemon.address, site.client.schema) as other:
+            assert 0.9 < kept_out()
             site.check_serves(rng, other)
-        time.sleep(1.1)
-        with connect("127.0.0.77") as later:
-            later.hello()
-            later.send(call_headers(EINSUM), frame(DATA, END_STREAM, 1, message(b"")))
-            later.socket.settimeout(seconds(10))
-            said = b""
-            while b"grpc-status" not in said:
-                piece = later.socket.recv(65536)
-                assert piece, "kept out for longer than penalty_ms"
-                said += piece
+            assert 1.9 < kept_out()
+            site.check_serves(rng, other)
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_bucket_counters_have_no_gaps(site: Site) -> None:
     for reason in (
         "queue_requests", "queue_tokens", "queue_bytes", "gave_way", "calls", "connection_calls",
         "in_flight", "connection_in_flight", "metadata", "handshake", "not_http2",
-        "connection_bytes", "transport_bytes", "connection_resets", "connection_backlog",
+        "connection_bytes", "transport_bytes", "connection_faults", "connection_backlog",
         "connection_stuck", "penalty",
         "draining",
     ):  # fmt: skip
