@@ -228,7 +228,8 @@ static uint32_t kind_in(const struct cuda_bucket *bucket, const struct einsum_we
         return 1u << kernel;
     bool many = format->block_d == 128 && // which lie in tiles as well
                 cuda_bucket_takes_many(bucket, format, format->groups, bucket->tokens_max);
-    return many ? 1u << CUDA_KERNEL_HOPPER_MANY : 1u << (8 + (bucket->hopper_warps_k > 0));
+    return many ? 1u << (10 + (bucket->many_rows < CUDA_MANY_ROWS))
+                : 1u << (8 + (bucket->hopper_warps_k > 0));
 }
 
 // Every bucket's kernel, and each that a part of a batch may take in it: those that requests can name.

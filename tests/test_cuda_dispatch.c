@@ -391,26 +391,41 @@ END_TEST
 
 // Segments of one weight and one, two, ... of them: what becomes of many tokens on Hopper.
 static const struct many {
+    uint32_t room;                       // of the bucket
     uint32_t clusters;                   // that the device holds at once
     bool tiles;                          // whether the weight has them
     uint32_t tokens[4];                  // of the segments; group ranges are equal
     uint32_t tile_tokens, tiles_n, maps; // no tokens: the other kernel's
 } many[] = {
-    {66, true, {32}, 0, 0, 0},
-    {66, true, {33}, 128, 4 * 8, 0}, // half as many tiles as places
-    {66, true, {128}, 128, 4 * 8, 1},
-    {66, false, {128}, 0, 0, 0},
-    {132, true, {128}, 0, 0, 0}, // a quarter
-    {132, true, {129}, 128, 4 * 8 * 2, 1},
-    {66, false, {4096}, 0, 0, 0},
-    {66, true, {129}, 128, 4 * 8 * 2, 1}, // two tiles of 128 for one of 256
-    {66, true, {256}, 128, 4 * 8 * 2, 1}, // 64 short tiles fill the device, 32 long ones do not
-    {66, true, {512}, 256, 4 * 8 * 2, 1},
-    {66, true, {700}, 128, 4 * 8 * 6, 1}, // three rounds of short tiles, not two of long ones
-    {8, true, {256}, 256, 4 * 8, 1},
-    {66, true, {63, 65, 64, 320}, 256, 4 * 8 * 2, 3}, // boxes of 64
-    {66, true, {1, 1, 1, 126}, 128, 4 * 8 * 2, 1},
-    {66, true, {40, 40, 40, 40}, 128, 4 * 8 * 2, 0},
+    {4096, 66, true, {32}, 0, 0, 0},
+    {4096, 66, true, {33}, 128, 4 * 8, 0}, // half as many tiles as places
+    {4096, 66, true, {128}, 128, 4 * 8, 1},
+    {4096, 66, false, {128}, 0, 0, 0},
+    {4096, 132, true, {128}, 0, 0, 0}, // a quarter
+    {4096, 132, true, {129}, 128, 4 * 8 * 2, 1},
+    {4096, 66, false, {4096}, 0, 0, 0},
+    {4096, 66, true, {129}, 128, 4 * 8 * 2, 1}, // two tiles of 128 for one of 256
+    {4096,
+     66,
+     true,
+     {256},
+     128,
+     4 * 8 * 2,
+     1}, // 64 short tiles fill the device, 32 long ones do not
+    {4096, 66, true, {512}, 256, 4 * 8 * 2, 1},
+    {4096, 66, true, {700}, 128, 4 * 8 * 6, 1}, // three rounds of short tiles, not two of long ones
+    {4096, 8, true, {256}, 256, 4 * 8, 1},
+    {4096, 66, true, {63, 65, 64, 320}, 256, 4 * 8 * 2, 3}, // boxes of 64
+    {4096, 66, true, {1, 1, 1, 126}, 128, 4 * 8 * 2, 1},
+    {4096, 66, true, {40, 40, 40, 40}, 128, 4 * 8 * 2, 0},
+    // Tiles of half as many outputs, and maps from 32 tokens on.
+    {64, 66, true, {31}, 0, 0, 0},
+    {64, 66, true, {32}, 64, 8 * 8, 1},
+    {64, 66, true, {64}, 64, 8 * 8, 1},
+    {64, 66, true, {16, 16}, 64, 8 * 8, 0},
+    {64, 66, true, {32, 31}, 64, 8 * 8, 1},
+    {64, 66, false, {64}, 0, 0, 0},
+    {64, 200, true, {64}, 0, 0, 0}, // too few for the device
 };
 
 static bool fake_map(struct cuda_map *map, const struct cuda_row *rows, uint32_t tokens,
@@ -424,7 +439,7 @@ static bool fake_map(struct cuda_map *map, const struct cuda_row *rows, uint32_t
 }
 
 // Of each run's rows those of long segments have maps, at places of their own, and no others.
-static uint32_t check_maps(const struct cuda_table *table)
+static uint32_t check_maps(const struct cuda_table *table, uint32_t tokens_min)
 {
     const struct cuda_row *rows =
         (const struct cuda_row *)((const unsigned char *)table + table->rows_offset);
@@ -440,7 +455,7 @@ static uint32_t check_maps(const struct cuda_table *table)
         ck_assert_uint_ge(row, map->row_begin);
         ck_assert_uint_lt(row - map->row_begin, map->tensor[1]);
         ck_assert_uint_eq(rows[map->row_begin].activations, map->tensor[0]);
-        ck_assert_uint_ge(map->tensor[1], CUDA_MANY_BOX);
+        ck_assert_uint_ge(map->tensor[1], tokens_min);
         maps += at != last;
         last = at;
     }
@@ -450,11 +465,15 @@ static uint32_t check_maps(const struct cuda_table *table)
 START_TEST(table_cuts_many_tokens_into_tiles)
 {
     const struct many *it = &many[_i];
-    struct cuda_bucket bucket = bucket_of(4096);
+    bool some = it->room <= CUDA_MANY_BOX;
+    struct cuda_bucket bucket = bucket_of(it->room);
     bucket.hopper_rows = 128;
     bucket.hopper_tokens = 128;
     bucket.hopper_workers = 132;
     bucket.hopper_from = CUDA_HOPPER_TOKENS_MIN;
+    bucket.many_rows = some ? 64 : 128;
+    bucket.many_tokens = some ? CUDA_MANY_BOX : CUDA_MANY_TOKENS;
+    bucket.many_from = some ? CUDA_HOPPER_SOME_TOKENS_MIN : CUDA_HOPPER_MANY_TOKENS_MIN;
     bucket.many_cluster = 2;
     bucket.many_blocks = 2 * it->clusters;
     bucket.many_map = fake_map;
@@ -479,7 +498,7 @@ START_TEST(table_cuts_many_tokens_into_tiles)
     ck_assert_uint_eq(cuda_table_launches(table) & CUDA_LAUNCH_HOPPER_MANY,
                       it->tiles_n > 0 ? CUDA_LAUNCH_HOPPER_MANY : 0);
     ck_assert_uint_eq(table->runs[0].rows, tokens);
-    ck_assert_uint_eq(check_maps(table), it->maps);
+    ck_assert_uint_eq(check_maps(table, some ? 32 : 64), it->maps);
     if (it->tiles_n > 0) {
         ck_assert_uint_eq(table->runs[0].tile_units, it->tile_tokens);
         ck_assert_uint_eq(table->runs[0].tiles, 2048);

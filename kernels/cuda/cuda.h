@@ -64,9 +64,13 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
 enum { CUDA_PREFILL_TOKENS_MIN = 65 };
 // The same for Hopper's arm, and all others.
 enum { CUDA_HOPPER_TOKENS_MIN = 17 };
-// Tokens from which Hopper's arm takes a weight's tiles, if these are enough for the device, and from which
-// it does so anyhow: half a tile of them, and one.
-enum { CUDA_HOPPER_MANY_TOKENS_MIN = 33, CUDA_HOPPER_MANY_TOKENS_ANYHOW = 129 };
+// Tokens from which Hopper's arm takes a weight's tiles, if these are enough for the device: in buckets of
+// up to 64 tokens, and in others; and from which it does so anyhow.
+enum {
+    CUDA_HOPPER_SOME_TOKENS_MIN = 32,
+    CUDA_HOPPER_MANY_TOKENS_MIN = 33,
+    CUDA_HOPPER_MANY_TOKENS_ANYHOW = 129,
+};
 
 // ---- weights (relayout.cu)
 
@@ -119,6 +123,8 @@ struct cuda_bucket {
     uint32_t hopper_warps_k;             // if not 0, Hopper's tiles are cut as decode's
     uint32_t hopper_workers;             // 0: the device is no Hopper
     uint32_t hopper_from;                // the same for what Hopper's arm takes; UINT32_MAX: never
+    uint32_t many_rows, many_tokens;     // of a tile of Hopper's many, at most
+    uint32_t many_from;                  // tokens of one weight that take its tiles
     uint32_t many_blocks, many_cluster;  // how many, and of how many that share tokens; 0: never
     cuda_map_maker *many_map;            // NULL: activations go row by row
     uint32_t attention_blocks;           // of a launch with attention

@@ -40,6 +40,12 @@ cudaError_t cuda_hopper_launch(const struct cuda_bucket *bucket, const struct cu
                                uint32_t *counters, float *partials, bool overlaps,
                                cudaStream_t stream);
 
+// Hopper's many in buckets of some tokens (hopper_some.cu); hopper_many.cu passes on what is not its own.
+enum { CUDA_SOME_TOKENS_MAX = CUDA_MANY_BOX };
+cudaError_t cuda_some_init(struct cuda_bucket *bucket, int sm_count);
+cudaError_t cuda_some_launch(const struct cuda_bucket *bucket, const struct cuda_table *table,
+                             bool overlaps, cudaStream_t stream);
+
 cudaError_t cuda_hopper_many_launch(const struct cuda_bucket *bucket,
                                     const struct cuda_table *table, bool overlaps,
                                     cudaStream_t stream);

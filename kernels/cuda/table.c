@@ -4,10 +4,15 @@
 
 #include <string.h>
 
-// Segments shorter than a copy's box are copied row by row: a tile is seldom theirs alone.
+// Tokens from which a segment has a map. Shorter ones are copied row by row: a tile is seldom theirs alone.
+static uint32_t map_tokens_min(const struct cuda_bucket *bucket)
+{
+    return bucket->many_tokens > CUDA_MANY_BOX ? CUDA_MANY_BOX : CUDA_MANY_BOX / 2;
+}
+
 static uint64_t maps_max(const struct cuda_bucket *bucket, uint32_t segments_max)
 {
-    uint64_t most = bucket->tokens_max / CUDA_MANY_BOX;
+    uint64_t most = bucket->tokens_max / map_tokens_min(bucket);
     if (!bucket->many_map)
         return 0;
     return segments_max < most ? segments_max : most;
@@ -260,6 +265,8 @@ static void add_hopper_run(const struct cuda_bucket *bucket, struct cuda_table *
 static uint32_t many_tile_tokens(const struct cuda_bucket *bucket, const struct cuda_run *run)
 {
     enum { LONG_COST = 20, SHORT_COST = 11 };
+    if (bucket->many_tokens < CUDA_MANY_TOKENS)
+        return bucket->many_tokens;
     uint32_t clusters = bucket->many_blocks / bucket->many_cluster;
     uint32_t across = run->groups * divide_up(run->tiles_d, bucket->many_cluster);
     uint32_t long_tiles = across * divide_up(run->rows, CUDA_MANY_TOKENS);
@@ -273,7 +280,7 @@ static uint32_t many_tile_tokens(const struct cuda_bucket *bucket, const struct 
 static void add_many_run(const struct cuda_bucket *bucket, struct cuda_table *table,
                          struct cuda_run run)
 {
-    run.tiles_d = run.output_dim / CUDA_MANY_ROWS;
+    run.tiles_d = run.output_dim / bucket->many_rows;
     run.tile_units = many_tile_tokens(bucket, &run);
     run.unit_begin = table->many_tiles;
     table->many_tiles += run.groups * divide_up(run.tiles_d, bucket->many_cluster) *
@@ -362,9 +369,9 @@ bool cuda_bucket_takes_many(const struct cuda_bucket *bucket,
                             const struct einsum_weight_format *format, uint32_t groups,
                             uint64_t tokens)
 {
-    if (!cuda_bucket_has_many(bucket) || tokens < CUDA_HOPPER_MANY_TOKENS_MIN)
+    if (!cuda_bucket_has_many(bucket) || tokens < bucket->many_from)
         return false;
-    uint32_t tiles = groups * (format->output_dim / CUDA_MANY_ROWS);
+    uint32_t tiles = groups * (format->output_dim / bucket->many_rows);
     return tokens >= CUDA_HOPPER_MANY_TOKENS_ANYHOW || 5 * tiles >= 2 * bucket->many_blocks;
 }
 
@@ -433,11 +440,12 @@ static struct many_walk many_walk_of(const struct cuda_table *table)
 }
 
 // Whether a segment gets a map. To be asked of all, in the rows' order.
-static bool takes_map(struct many_walk *walk, uint32_t row, uint32_t tokens)
+static bool takes_map(const struct cuda_bucket *bucket, struct many_walk *walk, uint32_t row,
+                      uint32_t tokens)
 {
     while (walk->run < walk->end && row >= walk->run->row_begin + walk->run->rows)
         walk->run++;
-    return walk->run < walk->end && row >= walk->run->row_begin && tokens >= CUDA_MANY_BOX;
+    return walk->run < walk->end && row >= walk->run->row_begin && tokens >= map_tokens_min(bucket);
 }
 
 static uint32_t count_maps(const struct cuda_bucket *bucket, const struct cuda_segment *segments,
@@ -447,7 +455,7 @@ static uint32_t count_maps(const struct cuda_bucket *bucket, const struct cuda_s
     uint32_t maps = 0, row = 0;
     for (uint32_t i = 0; bucket->many_map && i < n; i++) {
         uint32_t tokens = segments[order[i]].operand.tokens;
-        maps += takes_map(&walk, row, tokens);
+        maps += takes_map(bucket, &walk, row, tokens);
         row += tokens;
     }
     return maps;
@@ -478,7 +486,7 @@ static void fill_all_rows(const struct cuda_bucket *bucket, const struct cuda_se
     for (uint32_t i = 0; i < n; i++) {
         const struct cuda_segment *segment = &segments[order[i]];
         fill_rows(segment, rows + row);
-        if (bucket->many_map && takes_map(&walk, row, segment->operand.tokens))
+        if (bucket->many_map && takes_map(bucket, &walk, row, segment->operand.tokens))
             add_map(bucket, segment, table, map++, row);
         row += segment->operand.tokens;
     }

@@ -23,9 +23,9 @@ enum {
     CUDA_PREFILL_ROWS = 128,       // of D in a tile
     CUDA_PREFILL_TOKENS = 64,      // in a tile
     CUDA_HOPPER_IDLE_FRACTION = 6, // of places that may be idle if tiles are dealt whole
-    CUDA_MANY_ROWS = 128,          // of D in a tile of Hopper's many; of R as many to a step
+    CUDA_MANY_ROWS = 128,          // of D in a tile of a weight for Hopper's many; of R as many
     CUDA_MANY_TILE_BYTES = CUDA_MANY_ROWS * CUDA_K_BLOCK, // of a weight
-    CUDA_MANY_TOKENS = 256,                               // in a tile, or half as many
+    CUDA_MANY_TOKENS = 256,                               // in a tile of a batch, or half as many
     CUDA_MANY_BOX = 64,                                   // of them in one copy
     CUDA_WIDE_ROWS = 32,          // rows of D that share a flag, see CUDA_NARROW_EXPONENT_MIN
     CUDA_SMEM_BYTES_MAX = 101376, // of a thread block on SM 12.0; kept everywhere

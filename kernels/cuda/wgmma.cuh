@@ -63,7 +63,24 @@ __device__ __forceinline__ void wgmma(float (&d)[32], uint4 w, uint64_t a, bool 
         : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(a), "r"((uint32_t)add));
 }
 
-// d = a * w^T, plus d if `add`: 64 rows of a by 128 of w, both in shared memory. Lanes as above.
+// d = a * w^T, plus d if `add`: 64 rows of a by 64 of w, both in shared memory. Lanes as above.
+__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t w, bool add)
+{
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %34, 0;"
+        "  wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+        "  %0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "  %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
+        "  %32, %33, p, 1, 1; }"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+          "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "l"(a), "l"(w), "r"((uint32_t)add));
+}
+
+// The same with 128 rows of w.
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t w, bool add)
 {
     asm volatile(

@@ -178,6 +178,15 @@ static void tune(const model &m)
         bucket.prefill_from = UINT32_MAX;
         row("decode forced", t, measure(m, bucket, t, false), m.bytes, operations(m, t));
     }
+    for (uint32_t t : {1u, 8u, 16u, 24u, 32u, 48u, 64u}) {
+        cuda_bucket bucket = bucket_for(t < 32 ? 32 : t, true);
+        if (!cuda_bucket_has_many(&bucket))
+            break;
+        bucket.hopper_from = bucket.many_from = 1;
+        row("whole tiles forced", t, measure(m, bucket, t, false), m.bytes, operations(m, t));
+        bucket.many_from = UINT32_MAX;
+        row("cut tiles forced", t, measure(m, bucket, t, false), m.bytes, operations(m, t));
+    }
 }
 
 // One plain launch each, for a profiler.
@@ -212,6 +221,10 @@ int main(int argc, char **argv)
         profile(flash);
         return 0;
     }
+    if (argc > 1 && strcmp(argv[1], "tune") == 0) {
+        tune(flash);
+        return all_right ? 0 : 1;
+    }
     if (argc > 1 && strcmp(argv[1], "brief") == 0) {
         rows_of("ue8m0 128x128, sm120", flash, false, {1, 8, 16, 32, 64, 128});
         if (device_is_hopper())
@@ -222,8 +235,6 @@ int main(int argc, char **argv)
         return all_right ? 0 : 1;
     }
     table_of("ue8m0 128x128", flash, {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192});
-    if (argc > 1 && strcmp(argv[1], "tune") == 0)
-        tune(flash);
     row("32 layers in one launch", 1, measure(flash, bucket_for(32), 1, true), flash.bytes,
         operations(flash, 1));
     free_model(flash);

@@ -31,7 +31,7 @@ compile() { # source, further flags
 for source in attention decode prefill relayout; do
     compile kernels/cuda/$source.cu -std=c++17 -gencode "$target"
 done
-for source in few hopper hopper_many; do
+for source in few hopper hopper_many hopper_some; do
     compile kernels/cuda/$source.cu -std=c++17 -gencode arch=compute_90a,code=sm_90a
 done
 for source in test_kernels test_attention bench; do
@@ -46,7 +46,7 @@ for pid in $pids; do
 done
 for program in test_kernels test_attention bench; do
     nvcc -o "$build/$program" "$build/$program.cu.o" "$build"/*.c.o \
-        "$build"/{attention,decode,few,hopper,hopper_many,prefill,relayout}.cu.o
+        "$build"/{attention,decode,few,hopper,hopper_many,hopper_some,prefill,relayout}.cu.o
 done
 
 status=0
