@@ -40,7 +40,8 @@ enum {
     // ends: gRPC copies all of it again with every frame. A large message takes it far less.
     STUCK_MS = 100,
     SUSPECT_STUCK_MS = 5,
-    STUCK_BYTES_A_MS = 256 << 10,
+    STUCK_BYTES_A_MS = 512 << 10, // headers move 200 to 500 KiB; messages 2 MiB and more
+    IDLE_PART = 50,
     ADDRESSES = 64, // remembered; the oldest gives way
     FAULT_COUNTS_LOG2 = 10,
     // How far a penalty may grow, and for how many times its length its address is a suspect.
@@ -49,6 +50,10 @@ enum {
     // Of faults_max an address has so much for its connections together, and a suspect so little.
     ADDRESS_FAULTS_TIMES = 4,
     SUSPECTS_FAULTS_PART = 8,
+    SUSPECTS_BUFFER_BYTES = 64 << 10,
+    // A connection that ends and owes so much is worth so many of faults_max, for its address.
+    ENDED_OWING_BYTES = 1 << 20,
+    ENDED_OWING_PART = 4,
 };
 
 static const char preface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -120,10 +125,11 @@ struct guard {
     _Atomic uint64_t ended[GUARD_REASONS];
     _Atomic uint64_t owed_bytes;
     struct labour {
-        uint64_t events, cpu_ns, received; // when it last got anywhere
-    } * labours;                           // of each rpc thread
-    uint64_t received;                     // by all connections since the start
-    uint64_t suspects_until_ns;            // the last one's forgotten_ns
+        uint64_t events, cpu_ns, moved; // when it last got anywhere, or had nothing to do
+        uint64_t last_cpu_ns, last_ns;  // of the last look
+    } * labours;                        // of each rpc thread
+    uint64_t moved;                     // by all connections, either way, since the start
+    uint64_t suspects_until_ns;         // the last one's forgotten_ns
     struct address addresses[ADDRESSES];
     uint32_t address_next;
     // Of addresses, by hash: two that meet are taken for one.
@@ -414,8 +420,11 @@ bool guard_admits(struct guard *guard, int socket, int fd)
     uint64_t now = now_ns();
     const struct address *address = find_address(guard, &from, now);
     bool kept_out = address && address->until_ns > now;
-    if (!kept_out && !too_many_from(guard, &from, address != NULL, now))
+    if (!kept_out && !too_many_from(guard, &from, address != NULL, now)) {
+        if (address) // gRPC parses all that it has read before it is told of a connection's end
+            setsockopt(socket, SOL_SOCKET, SO_RCVBUF, &(int){SUSPECTS_BUFFER_BYTES}, sizeof(int));
         return true;
+    }
     count_ended(guard, kept_out ? GUARD_PENALTY : GUARD_FAULTS);
     if (!kept_out)
         punish(guard, &peer);
@@ -458,9 +467,9 @@ void guard_take(struct guard *guard, int fd, struct access_peer *peer)
 
 // ---- watching
 
-// What the kernel has received on a TCP connection since it was made; false: it does not say, as of unix
-// sockets.
-static bool received_bytes(int socket, uint64_t *bytes)
+// What the kernel has received on a TCP connection since it was made, and what has been acknowledged of what
+// was sent; false: it does not say, as of unix sockets.
+static bool bytes_moved(int socket, uint64_t *received, uint64_t *sent)
 {
     // The C library's structure ends where the kernel's had reached in its first years.
     struct {
@@ -471,7 +480,8 @@ static bool received_bytes(int socket, uint64_t *bytes)
     socklen_t length = sizeof info;
     if (getsockopt(socket, IPPROTO_TCP, TCP_INFO, &info, &length) != 0 || length < sizeof info)
         return false;
-    *bytes = info.bytes_received;
+    *received = info.bytes_received;
+    *sent = info.bytes_acked;
     return true;
 }
 
@@ -506,21 +516,28 @@ static uint64_t backlog_max(const struct guard *guard, bool suspect)
 }
 
 // What gRPC holds of it, in bytes: sent, and no message yet.
-static void look_at_bytes(struct visit *visit, int fd, uint64_t received,
-                          struct listener_notes *notes)
+static void count_owed(const struct guard *guard, int fd, uint64_t received, uint64_t forgiven,
+                       struct listener_notes *notes)
 {
-    struct guard *guard = visit->guard;
     uint64_t settled = rpc_settled_bytes(guard->options.rpc, fd);
     if (notes->received_bytes == 0) // the number's figures are those of who had it before, too
         notes->settled_bytes = settled;
-    uint64_t before = notes->received_bytes;
     // What TLS adds to each record is no message's.
-    notes->owed_bytes += notes->by_tls ? (received - before) / 16 * 15 : received - before;
-    uint64_t paid = settled - notes->settled_bytes + visit->forgiven;
+    uint64_t more = received - notes->received_bytes;
+    notes->owed_bytes += notes->by_tls ? more / 16 * 15 : more;
+    uint64_t paid = settled - notes->settled_bytes + forgiven;
     notes->owed_bytes -= paid < notes->owed_bytes ? paid : notes->owed_bytes;
     notes->received_bytes = received;
     notes->settled_bytes = settled;
-    guard->received += received - before;
+}
+
+static void look_at_bytes(struct visit *visit, int fd, uint64_t received, uint64_t sent,
+                          struct listener_notes *notes)
+{
+    struct guard *guard = visit->guard;
+    guard->moved += received - notes->received_bytes + sent - notes->sent_bytes;
+    notes->sent_bytes = sent;
+    count_owed(guard, fd, received, visit->forgiven, notes);
     guard->owed += notes->owed_bytes;
     if (notes->owed_bytes > guard->owed_most) {
         guard->owed_most = notes->owed_bytes;
@@ -547,13 +564,13 @@ static void look_at(void *argument, int socket, int fd, struct listener_notes *n
 {
     struct visit *visit = argument;
     struct guard *guard = visit->guard;
-    uint64_t received = 0;
-    bool counted = received_bytes(socket, &received);
+    uint64_t received = 0, sent = 0;
+    bool counted = bytes_moved(socket, &received, &sent);
     bool has_sent = !counted || received > notes->received_bytes;
     if (notes->cut)
         return;
     if (counted)
-        look_at_bytes(visit, fd, received, notes);
+        look_at_bytes(visit, fd, received, sent, notes);
     struct in6_addr address, *from = address_of(&notes->peer, &address) ? &address : NULL;
     bool suspect = visit->suspects && from && find_address(guard, from, visit->now_ns);
     if (has_too_many(visit, fd, notes, from, suspect) && !notes->cut)
@@ -563,25 +580,50 @@ static void look_at(void *argument, int socket, int fd, struct listener_notes *n
         note_over(visit, fd, notes, GUARD_BACKLOG);
 }
 
+// Where gRPC has had enough of a connection it ends it, and takes its time with what it has read: who opens
+// the next at once makes it hold gigabytes.
+static void look_at_ended(void *argument, int socket, int fd, struct listener_notes *notes)
+{
+    struct guard *guard = argument;
+    struct in6_addr from;
+    uint64_t received, sent;
+    if (notes->cut || !address_of(&notes->peer, &from) || !bytes_moved(socket, &received, &sent))
+        return;
+    count_owed(guard, fd, received, 0, notes);
+    if (notes->owed_bytes > ENDED_OWING_BYTES)
+        atomic_fetch_add_explicit(&fault_count_of(guard, &from)->faults,
+                                  guard->options.faults_max / ENDED_OWING_PART,
+                                  memory_order_relaxed);
+}
+
+// Whether threads labour on bytes that are too few for it. What each has moved by itself nobody knows, so
+// all of them are taken together.
 static bool watch_labour(struct guard *guard, uint64_t now_ns)
 {
     struct in6_addr from;
     bool suspect = guard->owes_most >= 0 && address_of(&guard->owes_most_notes->peer, &from) &&
                    find_address(guard, &from, now_ns);
     uint64_t stuck_ms = suspect ? SUSPECT_STUCK_MS : STUCK_MS;
-    bool stuck = false;
+    uint64_t longest_ms = 0, spent_ms = 0, moved = 0;
     for (uint32_t i = 0; i < rpc_threads(guard->options.rpc); i++) {
         struct labour *labour = &guard->labours[i];
         struct rpc_progress now = rpc_progress(guard->options.rpc, i);
-        if (!now.within_grpc || now.events != labour->events) {
-            *labour = (struct labour){now.events, now.cpu_ns, guard->received};
+        bool idle = now.cpu_ns - labour->last_cpu_ns < (now_ns - labour->last_ns) / IDLE_PART;
+        labour->last_cpu_ns = now.cpu_ns;
+        labour->last_ns = now_ns;
+        if (!now.within_grpc || now.events != labour->events || idle) {
+            labour->events = now.events;
+            labour->cpu_ns = now.cpu_ns;
+            labour->moved = guard->moved;
             continue;
         }
-        uint64_t spent_ms = (now.cpu_ns - labour->cpu_ns) / 1000000u;
-        stuck |= spent_ms >= stuck_ms &&
-                 guard->received - labour->received < spent_ms * STUCK_BYTES_A_MS;
+        uint64_t spent = (now.cpu_ns - labour->cpu_ns) / 1000000u;
+        uint64_t since = guard->moved - labour->moved;
+        spent_ms += spent;
+        longest_ms = spent > longest_ms ? spent : longest_ms;
+        moved = since > moved ? since : moved;
     }
-    return stuck && guard->owes_most >= 0;
+    return guard->owes_most >= 0 && longest_ms >= stuck_ms && moved < spent_ms * STUCK_BYTES_A_MS;
 }
 
 static void cut_most(struct guard *guard, enum guard_reason reason)
@@ -593,6 +635,7 @@ static void cut_most(struct guard *guard, enum guard_reason reason)
 static void on_watch(uv_timer_t *timer)
 {
     struct guard *guard = timer->data;
+    rpc_take_added(guard->options.rpc);
     guard->turns++;
     if (guard->turns < TURNS_MAX &&
         guard->turns * LOOKED_AT_A_TURN < listener_stats(guard->options.listener).connections)
@@ -641,6 +684,7 @@ enum status guard_create(const struct guard_options *options, struct guard **out
     uv_timer_init(options->loop, &guard->watch);
     guard->watch.data = guard;
     uv_timer_start(&guard->watch, on_watch, WATCH_MS, WATCH_MS);
+    listener_visit_ended(options->listener, look_at_ended, guard);
     *out = guard;
     return STATUS_OK;
 }
@@ -649,6 +693,7 @@ void guard_stop(struct guard *guard)
 {
     guard->stopped = true;
     uv_timer_stop(&guard->watch);
+    listener_visit_ended(guard->options.listener, NULL, NULL);
     while (guard->greetings) {
         int fd = guard->greetings->fd;
         end_greeting(guard->greetings);

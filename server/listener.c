@@ -60,6 +60,8 @@ struct listener {
     const char *key; // of the configuration
     listener_take *take;
     void *context;
+    listener_visitor *visit_ended; // NULL: nobody wants to know
+    void *ended_context;
     bool loopback_only, tunnel;
     struct endpoint *endpoints;
     size_t endpoints_n;
@@ -98,6 +100,9 @@ static void on_connection_closed(uv_handle_t *handle)
 static void drop_connection(struct connection *connection)
 {
     struct listener *listener = connection->listener;
+    if (listener->visit_ended)
+        listener->visit_ended(listener->ended_context, looked_at(connection), connection->taken_fd,
+                              &connection->notes);
     pthread_mutex_lock(&listener->lock);
     if (connection->previous)
         connection->previous->next = connection->next;
@@ -558,12 +563,16 @@ bool listener_cut_connection(struct listener *listener, int fd)
     return cut;
 }
 
-void listener_visit(struct listener *listener,
-                    void (*visit)(void *context, int socket, int fd, struct listener_notes *notes),
-                    void *context)
+void listener_visit(struct listener *listener, listener_visitor *visit, void *context)
 {
     for (struct connection *each = listener->live; each; each = each->next)
         visit(context, looked_at(each), each->taken_fd, &each->notes);
+}
+
+void listener_visit_ended(struct listener *listener, listener_visitor *visit, void *context)
+{
+    listener->visit_ended = visit;
+    listener->ended_context = context;
 }
 
 void listener_end_idle(struct listener *listener, bool (*busy)(void *context, int fd),

@@ -71,18 +71,19 @@ struct listener_address listener_address(const struct listener *listener, size_t
 // What somebody else keeps of a connection, zero at first.
 struct listener_notes {
     struct sockaddr_storage peer; // the listener's: the caller's address
-    uint64_t received_bytes, settled_bytes, owed_bytes;
+    uint64_t received_bytes, sent_bytes, settled_bytes, owed_bytes;
     struct listener_rate {
         uint64_t last, before, since_ns;
     } faults;
     bool cut;
     bool by_tls; // the listener's: what is received is more than what gets to the server
 };
-// Main thread. Calls `visit` for each connection: `socket` is for looking at it alone, `fd` what `take`
-// was given.
-void listener_visit(struct listener *listener,
-                    void (*visit)(void *context, int socket, int fd, struct listener_notes *notes),
-                    void *context);
+// `socket` is for looking at the connection alone, `fd` what `take` was given.
+typedef void listener_visitor(void *context, int socket, int fd, struct listener_notes *notes);
+// Main thread. Calls `visit` for each connection.
+void listener_visit(struct listener *listener, listener_visitor *visit, void *context);
+// And for each from now on when it has ended; NULL: no more.
+void listener_visit_ended(struct listener *listener, listener_visitor *visit, void *context);
 
 struct listener_stats {
     uint32_t connections;

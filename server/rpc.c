@@ -474,16 +474,25 @@ static void take_connection(struct rpc_thread *thread, uint32_t number)
     atomic_store_explicit(&connection->channelz, channelz, memory_order_relaxed);
 }
 
+static uint32_t next_added(struct rpc *rpc)
+{
+    if (atomic_load_explicit(&rpc->added, memory_order_relaxed) == 0)
+        return 0;
+    pthread_mutex_lock(&rpc->adding);
+    uint32_t number = atomic_load_explicit(&rpc->added, memory_order_relaxed);
+    if (number)
+        atomic_store_explicit(&rpc->added, rpc->connections[number].next_added,
+                              memory_order_relaxed);
+    pthread_mutex_unlock(&rpc->adding);
+    return number;
+}
+
+// One by one: who keeps this thread within gRPC keeps no other connection waiting.
 static void take_added(struct rpc_thread *thread)
 {
-    uint32_t number = atomic_exchange_explicit(&thread->added, 0, memory_order_acquire);
-    while (number) {
-        // Before it is taken: by then the number may be another's.
-        uint32_t next = atomic_load_explicit(&thread->rpc->connections[number].next_added,
-                                             memory_order_relaxed);
+    uint32_t number;
+    while ((number = next_added(thread->rpc)) != 0)
         take_connection(thread, number);
-        number = next;
-    }
 }
 
 static void run_woken(struct rpc_thread *thread)
@@ -849,6 +858,12 @@ void rpc_set_reply_timeout(struct rpc *rpc, uint32_t timeout_ms)
     atomic_store_explicit(&rpc->reply_timeout_ms, timeout_ms, memory_order_relaxed);
 }
 
+static void wake(struct rpc_thread *thread)
+{
+    grpc_call_error posted = grpc_call_start_batch(thread->waker, NULL, 0, &thread->wake_tag, NULL);
+    ASSERT(posted == GRPC_CALL_OK);
+}
+
 void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
 {
     uint32_t number = connection_number(fd);
@@ -865,16 +880,23 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
     pthread_mutex_lock(&rpc->adding);
     if (rpc->connections_used <= number)
         rpc->connections_used = (size_t)number + 1;
+    connection->next_added = 0;
+    if (atomic_load_explicit(&rpc->added, memory_order_relaxed) == 0)
+        atomic_store_explicit(&rpc->added, number, memory_order_relaxed);
+    else
+        rpc->connections[rpc->added_last].next_added = number;
+    rpc->added_last = number;
+    struct rpc_thread *thread = &rpc->threads[rpc->added_n++ % rpc->options.threads];
     pthread_mutex_unlock(&rpc->adding);
-    uint32_t index = atomic_fetch_add_explicit(&rpc->added_next, 1, memory_order_relaxed);
-    struct rpc_thread *thread = &rpc->threads[index % rpc->options.threads];
-    uint32_t top = atomic_load_explicit(&thread->added, memory_order_relaxed);
-    do
-        atomic_store_explicit(&connection->next_added, top, memory_order_relaxed);
-    while (!atomic_compare_exchange_weak_explicit(&thread->added, &top, number,
-                                                  memory_order_release, memory_order_relaxed));
-    if (top == 0) // else its thread has been woken for the one before, and takes both
-        grpc_call_start_batch(thread->waker, NULL, 0, &thread->wake_tag, NULL);
+    wake(thread);
+}
+
+void rpc_take_added(struct rpc *rpc)
+{
+    if (atomic_load_explicit(&rpc->added, memory_order_relaxed) == 0)
+        return;
+    for (uint32_t i = 0; i < rpc->options.threads; i++)
+        wake(&rpc->threads[i]);
 }
 
 bool rpc_leave_idle(const struct rpc *rpc, int fd)
@@ -908,12 +930,8 @@ void rpc_end_calls(struct rpc *rpc)
 {
     if (atomic_exchange_explicit(&rpc->end_calls, true, memory_order_acq_rel))
         return;
-    for (uint32_t i = 0; i < rpc->options.threads; i++) {
-        struct rpc_thread *thread = &rpc->threads[i];
-        grpc_call_error posted =
-            grpc_call_start_batch(thread->waker, NULL, 0, &thread->wake_tag, NULL);
-        ASSERT(posted == GRPC_CALL_OK);
-    }
+    for (uint32_t i = 0; i < rpc->options.threads; i++)
+        wake(&rpc->threads[i]);
 }
 
 void rpc_cancel_calls(struct rpc *rpc)

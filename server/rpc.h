@@ -45,6 +45,8 @@ NODISCARD enum status rpc_create(const struct rpc_options *options, struct rpc *
 void rpc_set_reply_timeout(struct rpc *rpc, uint32_t timeout_ms);
 // Any thread: takes a connected socket, and `peer`, whose it is.
 void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer);
+// Any thread, now and then: the thread that was told of the last one may be long within gRPC.
+void rpc_take_added(struct rpc *rpc);
 
 // Any thread. False: calls are live on the connection that was added as `fd`. Else it is the
 // caller's to end, once, and calls that still come on it are UNAVAILABLE.

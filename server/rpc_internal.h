@@ -40,7 +40,6 @@ struct rpc_thread {
     struct tag wake_tag;
     struct beat beat;
     _Atomic(struct call *) woken; // stack of calls to wake, linked by wake_next
-    _Atomic(uint32_t) added;      // stack of connections to take, linked by next_added; 0: none
 
     // Events handled, and whether it is within gRPC now: for who looks whether it gets anywhere.
     _Atomic uint64_t events;
@@ -104,7 +103,7 @@ struct call {
 // What one connection asks of us, by its number: see connection_number. The number is another's some
 // time after it is closed.
 struct rpc_connection {
-    _Atomic uint32_t next_added;
+    uint32_t next_added;                       // guarded by rpc->adding
     _Atomic(struct access_peer *) peer;        // owned; NULL: none has had this number
     _Atomic uint32_t calls;                    // live ones
     _Atomic uint32_t admitted;                 // of those, the ones that are not being refused
@@ -133,13 +132,17 @@ struct rpc {
     _Atomic bool draining;
     _Atomic bool end_calls;
     _Atomic bool watch_idle;
-    _Atomic uint64_t arrived;    // calls, since the start
-    _Atomic uint32_t added_next; // the thread that gets the next connection
-    pthread_mutex_t adding;      // guards the next two
-    int64_t channelz_last;       // of the connection added last
-    size_t connections_used;     // none from here on has been added: pages never touched
-    _Atomic uint32_t admitted;   // calls
-    _Atomic uint32_t requests;   // in flight
+    _Atomic uint64_t arrived; // calls, since the start
+    // Connections for any thread to take, the first and the last, linked by next_added; 0: none. Changed
+    // under `adding`.
+    _Atomic uint32_t added;
+    uint32_t added_last;
+    uint32_t added_n;          // so far, by which threads are told of them in turn
+    pthread_mutex_t adding;    // guards the next two as well
+    int64_t channelz_last;     // of the connection added last
+    size_t connections_used;   // none from here on has been added: pages never touched
+    _Atomic uint32_t admitted; // calls
+    _Atomic uint32_t requests; // in flight
     struct rpc_connection *connections;
     size_t connections_n; // numbers in it; a connection beyond is closed at once
     _Atomic uint32_t
