@@ -14,6 +14,7 @@ struct gate {
     struct listener *listener;
     struct listener *health_listener;   // NULL: none
     struct guard *guard, *health_guard; // of these
+    struct guard_traffic traffic;       // of both
     uv_loop_t *loop;
     struct rpc *rpc;
     uv_timer_t look;
@@ -133,7 +134,7 @@ static void take_health(void *context, const struct listener_taken *taken)
     guard_take(gate->health_guard, taken->fd, &access_peer_health);
 }
 
-NODISCARD static enum status create_guard(const struct gate *gate, struct listener *listener,
+NODISCARD static enum status create_guard(struct gate *gate, struct listener *listener,
                                           struct guard **guard, struct error *err)
 {
     const struct config *config = gate->config;
@@ -147,6 +148,7 @@ NODISCARD static enum status create_guard(const struct gate *gate, struct listen
         .connection_bytes_max = config->connection_bytes_max,
         .bytes_max = config->transport_bytes_max / 4 * 3, // gRPC's own way is to drop anybody's
         .rpc = gate->rpc,
+        .traffic = &gate->traffic,
     };
     return guard_create(&options, guard, err);
 }

@@ -40,6 +40,7 @@ enum {
     // ends: gRPC copies all of it again with every frame. A large message takes it far less.
     STUCK_MS = 100,
     SUSPECT_STUCK_MS = 5,
+    UNCOUNTED_STUCK_MS = 1000,    // where it may labour on the messages of unix sockets
     STUCK_BYTES_A_MS = 512 << 10, // headers move 200 to 500 KiB; messages 2 MiB and more
     IDLE_PART = 50,
     ADDRESSES = 64, // remembered; the oldest gives way
@@ -51,8 +52,9 @@ enum {
     ADDRESS_FAULTS_TIMES = 4,
     SUSPECTS_FAULTS_PART = 8,
     SUSPECTS_BUFFER_BYTES = 64 << 10,
-    // A connection that ends and owes so much is worth so many of faults_max, for its address.
-    ENDED_OWING_BYTES = 1 << 20,
+    // What is no message yet is little up to here. A connection that owes more and ends is worth so many
+    // of faults_max, for its address.
+    OWING_LITTLE_BYTES = 1 << 20,
     ENDED_OWING_PART = 4,
 };
 
@@ -128,7 +130,6 @@ struct guard {
         uint64_t events, cpu_ns, moved; // when it last got anywhere, or had nothing to do
         uint64_t last_cpu_ns, last_ns;  // of the last look
     } * labours;                        // of each rpc thread
-    uint64_t moved;                     // by all connections, either way, since the start
     uint64_t suspects_until_ns;         // the last one's forgotten_ns
     struct address addresses[ADDRESSES];
     uint32_t address_next;
@@ -535,7 +536,7 @@ static void look_at_bytes(struct visit *visit, int fd, uint64_t received, uint64
                           struct listener_notes *notes)
 {
     struct guard *guard = visit->guard;
-    guard->moved += received - notes->received_bytes + sent - notes->sent_bytes;
+    guard->options.traffic->moved += received - notes->received_bytes + sent - notes->sent_bytes;
     notes->sent_bytes = sent;
     count_owed(guard, fd, received, visit->forgiven, notes);
     guard->owed += notes->owed_bytes;
@@ -571,6 +572,8 @@ static void look_at(void *argument, int socket, int fd, struct listener_notes *n
         return;
     if (counted)
         look_at_bytes(visit, fd, received, sent, notes);
+    else
+        guard->options.traffic->uncounted_ns = visit->now_ns;
     struct in6_addr address, *from = address_of(&notes->peer, &address) ? &address : NULL;
     bool suspect = visit->suspects && from && find_address(guard, from, visit->now_ns);
     if (has_too_many(visit, fd, notes, from, suspect) && !notes->cut)
@@ -590,21 +593,27 @@ static void look_at_ended(void *argument, int socket, int fd, struct listener_no
     if (notes->cut || !address_of(&notes->peer, &from) || !bytes_moved(socket, &received, &sent))
         return;
     count_owed(guard, fd, received, 0, notes);
-    if (notes->owed_bytes > ENDED_OWING_BYTES)
+    if (notes->owed_bytes > OWING_LITTLE_BYTES)
         atomic_fetch_add_explicit(&fault_count_of(guard, &from)->faults,
                                   guard->options.faults_max / ENDED_OWING_PART,
                                   memory_order_relaxed);
+}
+
+static uint64_t stuck_ms(struct guard *guard, uint64_t now_ns)
+{
+    struct in6_addr from;
+    if (now_ns - guard->options.traffic->uncounted_ns < 1000000000u)
+        return UNCOUNTED_STUCK_MS;
+    bool suspect =
+        address_of(&guard->owes_most_notes->peer, &from) && find_address(guard, &from, now_ns);
+    return suspect ? SUSPECT_STUCK_MS : STUCK_MS;
 }
 
 // Whether threads labour on bytes that are too few for it. What each has moved by itself nobody knows, so
 // all of them are taken together.
 static bool watch_labour(struct guard *guard, uint64_t now_ns)
 {
-    struct in6_addr from;
-    bool suspect = guard->owes_most >= 0 && address_of(&guard->owes_most_notes->peer, &from) &&
-                   find_address(guard, &from, now_ns);
-    uint64_t stuck_ms = suspect ? SUSPECT_STUCK_MS : STUCK_MS;
-    uint64_t longest_ms = 0, spent_ms = 0, moved = 0;
+    uint64_t longest_ms = 0, spent_ms = 0, moved = 0, all_moved = guard->options.traffic->moved;
     for (uint32_t i = 0; i < rpc_threads(guard->options.rpc); i++) {
         struct labour *labour = &guard->labours[i];
         struct rpc_progress now = rpc_progress(guard->options.rpc, i);
@@ -614,16 +623,17 @@ static bool watch_labour(struct guard *guard, uint64_t now_ns)
         if (!now.within_grpc || now.events != labour->events || idle) {
             labour->events = now.events;
             labour->cpu_ns = now.cpu_ns;
-            labour->moved = guard->moved;
+            labour->moved = all_moved;
             continue;
         }
         uint64_t spent = (now.cpu_ns - labour->cpu_ns) / 1000000u;
-        uint64_t since = guard->moved - labour->moved;
+        uint64_t since = all_moved - labour->moved;
         spent_ms += spent;
         longest_ms = spent > longest_ms ? spent : longest_ms;
         moved = since > moved ? since : moved;
     }
-    return guard->owes_most >= 0 && longest_ms >= stuck_ms && moved < spent_ms * STUCK_BYTES_A_MS;
+    return guard->owed_most > OWING_LITTLE_BYTES && longest_ms >= stuck_ms(guard, now_ns) &&
+           moved < spent_ms * STUCK_BYTES_A_MS;
 }
 
 static void cut_most(struct guard *guard, enum guard_reason reason)

@@ -21,6 +21,13 @@ struct guard;
 struct listener;
 struct rpc;
 
+// Of all connections that gRPC has, whoever guards them: its threads serve all.
+struct guard_traffic {
+    uint64_t moved; // bytes, either way, since the start
+    uint64_t
+        uncounted_ns; // when there was last one whose bytes the kernel does not count, a unix socket
+};
+
 struct guard_options {
     uv_loop_t *loop;
     struct listener *listener;
@@ -31,6 +38,7 @@ struct guard_options {
     uint32_t faults_max;           // of a connection in a second, see rpc_connection_faults
     uint32_t penalty_ms; // that the address of who was cut off is kept out; doubled each time again
     struct rpc *rpc;     // takes those that are greeted; its calls and bytes are looked at
+    struct guard_traffic *traffic; // lent
 };
 
 NODISCARD enum status guard_create(const struct guard_options *options, struct guard **guard,
