@@ -103,9 +103,9 @@ NODISCARD static enum MHD_Result answer_build(struct http *http, struct MHD_Conn
     const struct service_context *context = http->options.context;
     struct engine_info engine;
     context->engine_ops->describe(context->engine, &engine);
-    json_t *json = json_pack("{s:s, s:s, s:s, s:s}", "version", EINSUMD_VERSION, "engine",
-                             context->engine_ops->name, "device", engine.device, "kernel",
-                             engine.kernel);
+    json_t *json =
+        json_pack("{s:s, s:s, s:s, s:s}", "version", EINSUMD_VERSION, "engine",
+                  context->engine_ops->name, "device", engine.device, "kernel", engine.kernel);
     char *text = json ? json_dumps(json, JSON_COMPACT) : NULL;
     json_decref(json);
     if (!text)
