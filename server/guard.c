@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -355,19 +356,27 @@ static void look_again_later(struct greeting *greeting)
     greeting->pause_ms = greeting->pause_ms < PAUSE_MS_MAX ? greeting->pause_ms * 2 : PAUSE_MS_MAX;
 }
 
+static bool says_no_more(int fd)
+{
+    struct pollfd ended = {.fd = fd, .events = POLLRDHUP};
+    return poll(&ended, 1, 0) == 1;
+}
+
 static void look(struct greeting *greeting)
 {
     struct guard *guard = greeting->guard;
     int fd = greeting->fd;
+    bool is_all = says_no_more(fd); // which what has come would hide
     ssize_t got = recv(fd, guard->peeked, PEEK_BYTES, MSG_PEEK | MSG_DONTWAIT);
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return; // there will be something to read
-    if (got <= 0) {
+    enum verdict verdict = got > 0 ? judge(greeting, guard->peeked, (size_t)got) : VERDICT_MORE;
+    if (got <= 0 || (verdict == VERDICT_MORE && is_all)) {
         end_greeting(greeting);
         drop_socket(fd);
         return;
     }
-    switch (judge(greeting, guard->peeked, (size_t)got)) {
+    switch (verdict) {
     case VERDICT_MORE:
         look_again_later(greeting);
         break;

@@ -432,6 +432,16 @@ def test_penalty(tmp_path: Path, rng: np.random.Generator) -> None:
             site.check_serves(rng, other)
 
 
+@pytest.mark.parametrize("says", [PREFACE[:10], PREFACE], ids=["half a preface", "preface"])
+def test_gone_before_it_was_greeted(attacked: Site, says: bytes) -> None:
+    """Its socket does not wait for handshake_ms."""
+    files = descriptors(attacked.daemon)
+    for _ in range(20):
+        with RawConnection(attacked.daemon.host_port) as connection:
+            connection.send(says)
+    wait_until(lambda: descriptors(attacked.daemon) <= files, 1.5, "sockets are closed")
+
+
 @pytest.mark.parametrize(
     "says",
     [b"", PREFACE[:10], PREFACE, PREFACE + frame(SETTINGS, 0, 0)],
