@@ -118,7 +118,7 @@ struct guard {
     struct guard_options options;
     struct greeting *greetings;
     uv_timer_t watch;
-    uint64_t watched_ns;
+    uint64_t watched_ns, moved_before;
     uint32_t turns; // since
     bool stopped;
     int owes_most;                          // found by a visit: its fd; -1: nobody
@@ -655,19 +655,25 @@ static void on_watch(uv_timer_t *timer)
 {
     struct guard *guard = timer->data;
     rpc_take_added(guard->options.rpc);
+    uint64_t connections = listener_stats(guard->options.listener).connections;
     guard->turns++;
     if (guard->turns < TURNS_MAX &&
-        guard->turns * LOOKED_AT_A_TURN < listener_stats(guard->options.listener).connections)
+        (connections == 0 || guard->turns * LOOKED_AT_A_TURN < connections))
         return;
     guard->turns = 0;
     uint64_t now = now_ns();
+    const struct guard_traffic *traffic = guard->options.traffic;
+    bool moves =
+        traffic->moved != guard->moved_before || traffic->uncounted_ns == guard->watched_ns;
+    guard->moved_before = traffic->moved;
     struct visit visit = {
         .guard = guard,
         .forgiven = (now - guard->watched_ns) * FORGIVEN_BYTES_A_SECOND / 1000000000u,
         .now_ns = now,
         .suspects = guard->suspects_until_ns > now,
     };
-    visit.backlog = rpc_backlog(guard->options.rpc) > backlog_max(guard, visit.suspects);
+    if (moves) // else nobody opens calls, and the question costs more than the rest of a look
+        visit.backlog = rpc_backlog(guard->options.rpc) > backlog_max(guard, visit.suspects);
     guard->watched_ns = now;
     guard->owed = guard->owed_most = 0;
     guard->owes_most = -1;
