@@ -43,7 +43,7 @@ HONEST = 32
 MIB = 1 << 20
 # What a kind may leave behind: malloc keeps so much for the next messages.
 KEPT_BYTES = 400 * MIB
-PEAK_BYTES = 2000 * MIB
+PEAK_BYTES = 2500 * MIB
 # gRPC 1.51 copies a header that does not end again and again (CVE-2023-33953), on the thread that serves
 # all: until such a connection is cut off others wait, and on a slow machine for longer than they would.
 STRANDING = ("endless-header",)
