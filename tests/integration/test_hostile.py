@@ -345,7 +345,7 @@ def read_until(connection: RawConnection, text: bytes, times: int) -> None:
 
 
 def test_wrong_calls_end_a_connection(tmp_path: Path, rng: np.random.Generator) -> None:
-    """As many as may be wrong are all told why."""
+    """One past connection_faults_max, and not before."""
     with serving(
         tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_faults_max=50,
         penalty_ms=0,

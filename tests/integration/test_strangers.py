@@ -73,7 +73,6 @@ class Port:
         )
         return refused, seen
 
-
     def settled(self) -> tuple[float, float]:
         """Once what came before has been counted: calls are a moment after their replies."""
         figures = self.figures()
