@@ -371,7 +371,7 @@ static void look(struct greeting *greeting)
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return; // there will be something to read
     enum verdict verdict = got > 0 ? judge(greeting, guard->peeked, (size_t)got) : VERDICT_MORE;
-    if (got <= 0 || (verdict == VERDICT_MORE && is_all)) {
+    if (got <= 0 || (verdict == VERDICT_MORE && is_all) || rpc_caller_is_gone(fd)) {
         end_greeting(greeting);
         drop_socket(fd);
         return;
@@ -424,7 +424,8 @@ bool guard_admits(struct guard *guard, int socket, int fd)
     struct in6_addr from;
     bool known =
         getpeername(socket, (struct sockaddr *)&peer, &bytes) == 0 && address_of(&peer, &from);
-    rpc_count_faults(guard->options.rpc, fd, known ? &fault_count_of(guard, &from)->faults : NULL);
+    rpc_expect_connection(guard->options.rpc, fd,
+                          known ? &fault_count_of(guard, &from)->faults : NULL);
     if (!known)
         return true;
     uint64_t now = now_ns();
@@ -602,9 +603,11 @@ static void look_at_ended(void *argument, int socket, int fd, struct listener_no
     if (notes->cut || !address_of(&notes->peer, &from) || !bytes_moved(socket, &received, &sent))
         return;
     count_owed(guard, fd, received, 0, notes);
+    uint64_t faults = rpc_connection_calls(guard->options.rpc, fd) == 0; // opened for nothing
     if (notes->owed_bytes > OWING_LITTLE_BYTES)
-        atomic_fetch_add_explicit(&fault_count_of(guard, &from)->faults,
-                                  guard->options.faults_max / ENDED_OWING_PART,
+        faults += guard->options.faults_max / ENDED_OWING_PART;
+    if (faults > 0)
+        atomic_fetch_add_explicit(&fault_count_of(guard, &from)->faults, faults,
                                   memory_order_relaxed);
 }
 

@@ -15,6 +15,7 @@
 #include <grpc/support/time.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -397,11 +398,18 @@ uint64_t rpc_connection_faults(const struct rpc *rpc, int fd)
     return connection ? atomic_load_explicit(&connection->faults, memory_order_relaxed) : 0;
 }
 
-void rpc_count_faults(struct rpc *rpc, int fd, _Atomic uint64_t *beside)
+uint64_t rpc_connection_calls(const struct rpc *rpc, int fd)
+{
+    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
+    return connection ? atomic_load_explicit(&connection->arrived, memory_order_relaxed) : 1;
+}
+
+void rpc_expect_connection(struct rpc *rpc, int fd, _Atomic uint64_t *beside)
 {
     struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
     if (!connection)
         return;
+    atomic_store_explicit(&connection->arrived, 0, memory_order_relaxed);
     atomic_store_explicit(&connection->faults, 0, memory_order_relaxed);
     atomic_store_explicit(&connection->faults_beside, beside, memory_order_relaxed);
 }
@@ -451,13 +459,24 @@ void rpc_call_ended(struct call *call)
 
 // ---- one thread
 
+bool rpc_caller_is_gone(int socket)
+{
+    struct pollfd gone = {.fd = socket};
+    return poll(&gone, 1, 0) == 1; // POLLERR and POLLHUP need not be asked for
+}
+
 // gRPC reads on as long as there is something to read, on the thread that it was given the socket by: hence
-// one of its own, which guard.c watches, and never the main one.
+// one of its own, which guard.c watches, and never the main one. It takes 100 us and more for a
+// connection, be its caller there or not.
 static void take_connection(struct rpc_thread *thread, uint32_t number)
 {
     struct rpc *rpc = thread->rpc;
     struct rpc_connection *connection = &rpc->connections[number];
     int fd = (int)number - 1, at_once = 1;
+    if (rpc_caller_is_gone(fd)) {
+        close(fd);
+        return;
+    }
     int twin = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     atomic_store_explicit(&thread->within_grpc, true, memory_order_relaxed);
     grpc_server_add_channel_from_fd(rpc->server, fd, rpc->credentials); // writes before it returns
@@ -875,7 +894,6 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
     }
     access_peer_free(atomic_exchange_explicit(&connection->peer, peer, memory_order_acq_rel));
     atomic_fetch_and(&connection->calls, ~CONNECTION_LEAVES); // of the last one of this number
-    atomic_store_explicit(&connection->arrived, 0, memory_order_relaxed);
     atomic_store_explicit(&connection->channelz, 0, memory_order_relaxed);
     pthread_mutex_lock(&rpc->adding);
     if (rpc->connections_used <= number)

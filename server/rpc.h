@@ -66,9 +66,13 @@ uint64_t rpc_backlog(const struct rpc *rpc);
 uint64_t rpc_connection_backlog(const struct rpc *rpc, int fd);
 // And how many came to nothing by their client's doing: reset before their answer had left, or wrong.
 uint64_t rpc_connection_faults(const struct rpc *rpc, int fd);
-// Before a connection is added as `fd`: they begin at 0, and are counted in `beside`, too, also once it has
-// ended. For as long as rpc is there.
-void rpc_count_faults(struct rpc *rpc, int fd, _Atomic uint64_t *beside);
+// And how many have come to us.
+uint64_t rpc_connection_calls(const struct rpc *rpc, int fd);
+// Before a connection is added as `fd`: both begin at 0, and faults are counted in `beside`, too, also once
+// it has ended. For as long as rpc is there.
+void rpc_expect_connection(struct rpc *rpc, int fd, _Atomic uint64_t *beside);
+// Any thread. Whether nobody is at the other end of a socket: reset, or closed for both ways.
+bool rpc_caller_is_gone(int socket);
 
 // Main thread. How far an rpc thread has come, counted from 0.
 struct rpc_progress {

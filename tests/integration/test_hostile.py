@@ -379,6 +379,24 @@ def test_wrong_calls_of_an_address(tmp_path: Path, rng: np.random.Generator) -> 
             site.check_serves(rng, other)
 
 
+def test_connections_for_nothing_of_an_address(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Each is greeted, and over before it has asked for anything."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_faults_max=20,
+        penalty_ms=60000,
+    ) as site:  # fmt: skip
+        connections = 0
+        while rejected(site.daemon, "penalty") == 0:
+            for _ in range(100):
+                connections += 1
+                with contextlib.suppress(ConnectionError), connect_from("127.0.0.79", site) as one:
+                    one.hello()
+            assert connections < 10000
+        assert connections > 4 * 20
+        with Client(site.daemon.address, site.client.schema) as other:
+            site.check_serves(rng, other)
+
+
 def test_bytes_without_messages_end_a_connection(tmp_path: Path, rng: np.random.Generator) -> None:
     """Whatever they are: here a call whose message never ends, within its flow control."""
     with serving(
