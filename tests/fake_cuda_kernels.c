@@ -362,7 +362,7 @@ static void run_hopper_many(const void *bytes)
     uint32_t first = table->decode_runs + table->prefill_runs + table->hopper_runs;
     for (uint32_t i = first; i < first + table->many_runs; i++) {
         const struct cuda_run *run = &table->runs[i];
-        ASSERT(run->rows >= CUDA_HOPPER_SOME_TOKENS_MIN && run->tiles > 0);
+        ASSERT(run->rows >= CUDA_HOPPER_TOKENS_MIN && run->tiles > 0);
         for (uint32_t row = run->row_begin; row < run->row_begin + run->rows; row++)
             check_map(table, run, row);
     }
@@ -492,7 +492,7 @@ cudaError_t cuda_hopper_many_init(struct cuda_bucket *bucket, int sm_count)
     bool some = bucket->tokens_max <= CUDA_MANY_BOX;
     bucket->many_rows = some ? CUDA_MANY_ROWS / 2 : CUDA_MANY_ROWS;
     bucket->many_tokens = some ? CUDA_MANY_BOX : CUDA_MANY_TOKENS;
-    bucket->many_from = some ? CUDA_HOPPER_SOME_TOKENS_MIN : CUDA_HOPPER_MANY_TOKENS_MIN;
+    bucket->many_from = some ? CUDA_HOPPER_TOKENS_MIN : CUDA_HOPPER_MANY_TOKENS_MIN;
     bucket->many_cluster = 2;
     bucket->many_blocks = (uint32_t)sm_count / 2 * 2;
     bucket->many_map = make_map;

@@ -418,12 +418,15 @@ static const struct many {
     {4096, 66, true, {63, 65, 64, 320}, 256, 4 * 8 * 2, 3}, // boxes of 64
     {4096, 66, true, {1, 1, 1, 126}, 128, 4 * 8 * 2, 1},
     {4096, 66, true, {40, 40, 40, 40}, 128, 4 * 8 * 2, 0},
-    // Tiles of half as many outputs, and maps from 32 tokens on.
-    {64, 66, true, {31}, 0, 0, 0},
-    {64, 66, true, {32}, 64, 8 * 8, 1},
+    // Tiles of half as many outputs, and maps from 17 tokens on, without which it takes more.
+    {64, 66, true, {17}, 64, 8 * 8, 1},
     {64, 66, true, {64}, 64, 8 * 8, 1},
-    {64, 66, true, {16, 16}, 64, 8 * 8, 0},
-    {64, 66, true, {32, 31}, 64, 8 * 8, 1},
+    {32, 66, true, {31}, 64, 8 * 8, 1},
+    {64, 66, true, {16, 16}, 0, 0, 0},
+    {64, 66, true, {17, 15}, 0, 0, 0},
+    {64, 66, true, {17, 16}, 64, 8 * 8, 1},
+    {64, 66, true, {16, 16, 16, 16}, 64, 8 * 8, 0},
+    {64, 66, true, {17, 17, 17, 13}, 64, 8 * 8, 3},
     {64, 66, false, {64}, 0, 0, 0},
     {64, 200, true, {64}, 0, 0, 0}, // too few for the device
 };
@@ -473,7 +476,7 @@ START_TEST(table_cuts_many_tokens_into_tiles)
     bucket.hopper_from = CUDA_HOPPER_TOKENS_MIN;
     bucket.many_rows = some ? 64 : 128;
     bucket.many_tokens = some ? CUDA_MANY_BOX : CUDA_MANY_TOKENS;
-    bucket.many_from = some ? CUDA_HOPPER_SOME_TOKENS_MIN : CUDA_HOPPER_MANY_TOKENS_MIN;
+    bucket.many_from = some ? CUDA_HOPPER_TOKENS_MIN : CUDA_HOPPER_MANY_TOKENS_MIN;
     bucket.many_cluster = 2;
     bucket.many_blocks = 2 * it->clusters;
     bucket.many_map = fake_map;
@@ -498,7 +501,7 @@ START_TEST(table_cuts_many_tokens_into_tiles)
     ck_assert_uint_eq(cuda_table_launches(table) & CUDA_LAUNCH_HOPPER_MANY,
                       it->tiles_n > 0 ? CUDA_LAUNCH_HOPPER_MANY : 0);
     ck_assert_uint_eq(table->runs[0].rows, tokens);
-    ck_assert_uint_eq(check_maps(table, some ? 32 : 64), it->maps);
+    ck_assert_uint_eq(check_maps(table, some ? 17 : 64), it->maps);
     if (it->tiles_n > 0) {
         ck_assert_uint_eq(table->runs[0].tile_units, it->tile_tokens);
         ck_assert_uint_eq(table->runs[0].tiles, 2048);

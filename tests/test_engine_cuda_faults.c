@@ -630,7 +630,7 @@ START_TEST(many_tokens_take_the_tiles)
 {
     static const struct einsum_weight_format square = {
         2, 256, 512, EINSUM_WEIGHT_E4M3, EINSUM_SCALE_UE8M0, 128, 128};
-    static const uint32_t tokens[] = {CUDA_HOPPER_SOME_TOKENS_MIN - 1, CUDA_HOPPER_SOME_TOKENS_MIN,
+    static const uint32_t tokens[] = {CUDA_HOPPER_TOKENS_MIN - 1, CUDA_HOPPER_TOKENS_MIN,
                                       TOKENS_MAX};
     open_lanes();
     struct source sources[] = {source_of(&square), source_of(&formats[0])};
@@ -642,9 +642,10 @@ START_TEST(many_tokens_take_the_tiles)
         for (size_t s = 0; s < ARRAY_LEN(tokens); s++) {
             uint64_t few = fake_cuda_rows(CUDA_KERNEL_HOPPER);
             uint64_t many = fake_cuda_rows(CUDA_KERNEL_HOPPER_MANY);
-            bool tiles = i == 0 && tokens[s] >= CUDA_HOPPER_SOME_TOKENS_MIN;
+            bool wgmma = tokens[s] >= CUDA_HOPPER_TOKENS_MIN, tiles = wgmma && i == 0;
             ck_assert_int_eq(run(&sources[i], weight, tokens[s]).status, STATUS_OK);
-            ck_assert_uint_eq(fake_cuda_rows(CUDA_KERNEL_HOPPER) - few, tiles ? 0 : tokens[s]);
+            ck_assert_uint_eq(fake_cuda_rows(CUDA_KERNEL_HOPPER) - few,
+                              wgmma && !tiles ? tokens[s] : 0);
             ck_assert_uint_eq(fake_cuda_rows(CUDA_KERNEL_HOPPER_MANY) - many,
                               tiles ? tokens[s] : 0);
         }
@@ -658,7 +659,7 @@ END_TEST
 // Where no bucket has room for many tokens, no weight lies twice.
 START_TEST(small_buckets_need_no_tiles)
 {
-    static const uint32_t room[] = {8, CUDA_HOPPER_SOME_TOKENS_MIN - 1};
+    static const uint32_t room[] = {8, CUDA_HOPPER_TOKENS_MIN - 1};
     fake_cuda_start(&hopper, random_state);
     const struct engine_options options = {.lanes = 1,
                                            .batch_segments_max = 1,

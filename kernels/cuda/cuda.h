@@ -64,10 +64,9 @@ enum cuda_mode cuda_mode_of(const struct einsum_weight_format *format,
 enum { CUDA_PREFILL_TOKENS_MIN = 65 };
 // The same for Hopper's arm, and all others.
 enum { CUDA_HOPPER_TOKENS_MIN = 17 };
-// Tokens from which Hopper's arm takes a weight's tiles, if these are enough for the device: in buckets of
-// up to 64 tokens, and in others; and from which it does so anyhow.
+// Tokens from which it takes a weight's tiles, if these are enough for the device, and from which it does so
+// anyhow. In buckets of up to 64 tokens those of a single request are enough at once.
 enum {
-    CUDA_HOPPER_SOME_TOKENS_MIN = 32,
     CUDA_HOPPER_MANY_TOKENS_MIN = 33,
     CUDA_HOPPER_MANY_TOKENS_ANYHOW = 129,
 };

@@ -643,7 +643,8 @@ cudaError_t init_tiles(struct cuda_bucket *bucket, int sm_count)
         clusters = sm_count / CLUSTER;
     bucket->many_rows = OUTPUTS;
     bucket->many_tokens = TOKENS;
-    bucket->many_from = GROUPS == 1 ? CUDA_HOPPER_SOME_TOKENS_MIN : CUDA_HOPPER_MANY_TOKENS_MIN;
+    bucket->many_from =
+        GROUPS == 1 ? (uint32_t)CUDA_HOPPER_TOKENS_MIN : (uint32_t)CUDA_HOPPER_MANY_TOKENS_MIN;
     bucket->many_cluster = CLUSTER;
     bucket->many_blocks = (uint32_t)clusters * CLUSTER;
     return error;

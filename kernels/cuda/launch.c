@@ -18,7 +18,7 @@ cudaError_t cuda_bucket_init(struct cuda_bucket *bucket, uint32_t tokens_max, bo
         error = cuda_prefill_init(bucket, sm_count);
     if (error == cudaSuccess && hopper)
         error = cuda_hopper_init(bucket, sm_count);
-    if (error == cudaSuccess && hopper && tokens_max >= CUDA_HOPPER_SOME_TOKENS_MIN)
+    if (error == cudaSuccess && hopper && tokens_max >= CUDA_HOPPER_TOKENS_MIN)
         error = cuda_hopper_many_init(bucket, sm_count);
     return error;
 }

@@ -7,7 +7,7 @@
 // Tokens from which a segment has a map. Shorter ones are copied row by row: a tile is seldom theirs alone.
 static uint32_t map_tokens_min(const struct cuda_bucket *bucket)
 {
-    return bucket->many_tokens > CUDA_MANY_BOX ? CUDA_MANY_BOX : CUDA_MANY_BOX / 2;
+    return bucket->many_tokens > CUDA_MANY_BOX ? CUDA_MANY_BOX : CUDA_HOPPER_TOKENS_MIN;
 }
 
 static uint64_t maps_max(const struct cuda_bucket *bucket, uint32_t segments_max)
@@ -324,11 +324,12 @@ static uint32_t choose_stream_workers(uint32_t most, uint32_t tiles, uint32_t un
     return choose_workers(most, units, tile_units);
 }
 
-// Tiles of as few rows as it takes to fill the device with whole ones.
+// Tiles of as few rows as it takes to fill the device with whole ones: at the seam of two tiles a worker
+// waits for activations.
 static void deal_decode(const struct cuda_bucket *bucket, struct cuda_table *table)
 {
     uint32_t most = bucket->decode_workers, n = table->decode_runs;
-    uint32_t warps_k = 2;
+    uint32_t warps_k = 1;
     uint32_t tiles = cut_streamed_runs(bucket, table->runs, n, warps_k, &table->decode_units);
     while (tiles < most / 4 * 3 && warps_k < CUDA_DECODE_WARPS) {
         warps_k *= 2;
@@ -375,15 +376,17 @@ bool cuda_bucket_takes_many(const struct cuda_bucket *bucket,
     return tokens >= CUDA_HOPPER_MANY_TOKENS_ANYHOW || 5 * tiles >= 2 * bucket->many_blocks;
 }
 
+// `alone`: one segment, which so has a map. Without one tiles take longer than streaming up to 32 tokens.
 static enum cuda_kernel choose_kernel(const struct cuda_bucket *bucket,
-                                      const struct cuda_segment *segment, uint32_t tokens)
+                                      const struct cuda_segment *segment, uint32_t tokens,
+                                      bool alone)
 {
     const struct einsum_weight_format *format = &segment->weight->format;
     bool hopper = bucket->hopper_workers > 0 && einsum_hopper_takes(format);
     enum cuda_kernel kernel = segment->kernel;
     if (kernel == CUDA_KERNEL_AUTO || (kernel == CUDA_KERNEL_HOPPER && !hopper))
         kernel = cuda_kernel_for(format, tokens, bucket->prefill_from, bucket->hopper_from);
-    bool many = segment->weight->tiles &&
+    bool many = segment->weight->tiles && (alone || tokens >= CUDA_HOPPER_MANY_TOKENS_MIN) &&
                 cuda_bucket_takes_many(bucket, format, segment->operand.groups, tokens);
     return kernel == CUDA_KERNEL_HOPPER && many ? CUDA_KERNEL_HOPPER_MANY : kernel;
 }
@@ -400,7 +403,7 @@ static uint32_t read_together(const struct cuda_bucket *bucket, const struct cud
         tokens += segments[order[end]].operand.tokens;
         all_ue8m0 &= segments[order[end]].operand.scale_type == EINSUM_SCALE_UE8M0;
     }
-    reading->kernel = choose_kernel(bucket, first, tokens);
+    reading->kernel = choose_kernel(bucket, first, tokens, end == begin + 1);
     reading->run = run_of(first, all_ue8m0);
     reading->run.row_begin = row;
     reading->run.rows = tokens;

@@ -149,6 +149,18 @@ static launcher &launcher_for(uint32_t tokens)
     return *l;
 }
 
+// As on a device so small that few tiles fill it: Hopper's arm takes whole ones, several to a block.
+static launcher &small_launcher_for(uint32_t tokens)
+{
+    static std::map<uint32_t, std::unique_ptr<launcher>> launchers;
+    cuda_bucket bucket = launcher_for(tokens).bucket;
+    auto &l = launchers[bucket.tokens_max];
+    bucket.many_blocks = std::min(bucket.many_blocks, 4 * bucket.many_cluster);
+    if (l == nullptr)
+        l.reset(new launcher(bucket, 64));
+    return *l;
+}
+
 // What the dispatcher takes, and each kernel by name: all of them, or one after the other.
 static std::vector<cuda_kernel> kernels_for(const test_weight &w, uint32_t tokens)
 {
@@ -166,11 +178,12 @@ static std::vector<cuda_kernel> kernels_for(const test_weight &w, uint32_t token
 }
 
 static void one(const test_weight &w, const recipe &r, launcher &l, uint32_t tokens, int layouts,
-                uint32_t group_begin, uint32_t groups, const char *where)
+                uint32_t group_begin, uint32_t groups, const char *where,
+                const std::vector<cuda_kernel> &kernels)
 {
     static const char *const names[] = {"auto", "decode", "prefill", "hopper"};
     request q = make_request(r, w.format, tokens, group_begin, groups, layouts, false);
-    for (cuda_kernel kernel : kernels_for(w, tokens)) {
+    for (cuda_kernel kernel : kernels) {
         poison(q, 0xFF);
         cuda_segment segment = {&w.weight, q.operand, kernel};
         bool hopper = l.run(&segment, 1, stream);
@@ -181,6 +194,12 @@ static void one(const test_weight &w, const recipe &r, launcher &l, uint32_t tok
         judge(w, q, 0xFF, hopper, what);
     }
     free_request(q);
+}
+
+static void one(const test_weight &w, const recipe &r, launcher &l, uint32_t tokens, int layouts,
+                uint32_t group_begin, uint32_t groups, const char *where)
+{
+    one(w, r, l, tokens, layouts, group_begin, groups, where, kernels_for(w, tokens));
 }
 
 // The device's FP64 answers against kernels/reference.c.
@@ -240,6 +259,11 @@ static void every_token_count(int only)
             for (int layouts = t % step; layouts < 8; layouts += step)
                 one(w, recipes[i], launcher_for(t), t, layouts, 0, 3, "small");
             one(odd, recipes[i], launcher_for(t), t, (int)(t % 8), t % 2, 1, "odd");
+            if (w.weight.tiles &&
+                cuda_bucket_takes_many(&small_launcher_for(t).bucket, &w.format, 3, t))
+                for (int layouts = t % step; layouts < 8; layouts += step)
+                    one(w, recipes[i], small_launcher_for(t), t, layouts, 0, 3, "whole tiles",
+                        {CUDA_KERNEL_AUTO});
             if (t % 7 == 0) // more room than needed: other code for few tokens
                 one(w, recipes[i], launcher_for(t % 2 && t <= 64 ? 64 : 512), t, (int)(t % 8), 1, 2,
                     "roomy");
@@ -306,7 +330,8 @@ static void mixes(int rounds)
             segments.push_back({&weights[(size_t)i].weight, requests.back().operand, kernel});
             used.push_back(i);
         }
-        bool hopper = launcher_for(room).run(segments.data(), (uint32_t)segments.size(), stream);
+        launcher &l = round / 4 % 2 ? small_launcher_for(room) : launcher_for(room);
+        bool hopper = l.run(segments.data(), (uint32_t)segments.size(), stream);
         CHECK(cudaStreamSynchronize(stream));
         for (size_t j = 0; j < requests.size(); j++) {
             judge(weights[(size_t)used[j]], requests[j], 0xFF, hopper,
@@ -407,6 +432,10 @@ static void few_of_each()
                         seed_next++, i % 2);
         for (uint32_t t : {1u, 9u, 33u, 70u, 130u})
             one(w, recipes[i], launcher_for(t), t, (int)(t % 8), 0, 2, "few");
+        for (uint32_t t : {20u, 64u, 130u})
+            if (w.weight.tiles)
+                one(w, recipes[i], small_launcher_for(t), t, (int)(t % 8), 0, 2, "few whole tiles",
+                    {CUDA_KERNEL_AUTO});
         free_weight(w);
     }
 }
