@@ -96,6 +96,16 @@ __device__ inline void let_next_kernel_start()
 #endif
 }
 
+// Last of all, by every block's every thread: a kernel ends after the one ahead in the stream, since who
+// waits for it counts on that one, too. One block is enough for it, and keeps none of the others' places.
+__device__ inline void end_after_kernel_ahead()
+{
+#if __CUDA_ARCH__ >= 900
+    if (blockIdx.x == 0)
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // All that the kernel ahead in the stream wrote is visible after this.
 __device__ inline void wait_for_kernel_ahead()
 {

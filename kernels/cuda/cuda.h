@@ -7,8 +7,7 @@
 // Per batch:        cuda_table_build into pinned memory, copy it to the device, replay
 //
 // A captured launch serves any mix of weights, layouts and types, since all that differs lies in the
-// table. Launches that can overlap need a workspace each: those of different streams, and on one stream
-// CUDA_OVERLAPS in turn, unless every launch is one that does not overlap the kernel ahead (cuda_launch).
+// table. Launches that can overlap (cuda_launch) need a workspace each, and outputs of their own.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -150,10 +149,6 @@ bool cuda_bucket_takes_many(const struct cuda_bucket *bucket,
                             const struct einsum_weight_format *format, uint32_t groups,
                             uint64_t tokens);
 
-// How many launches behind one another may be under way at once: one more than blocks of any kernel here
-// fit an SM, at least.
-enum { CUDA_OVERLAPS = 8 };
-
 // Scratch of a launch: zero before the first, left ready for the next.
 uint64_t cuda_workspace_bytes(const struct cuda_bucket *bucket);
 
@@ -176,9 +171,10 @@ uint32_t cuda_table_launches(const struct cuda_table *table);
 bool cuda_bucket_can_launch(const struct cuda_bucket *bucket, uint32_t launches);
 
 // Computes what is in `table` (device memory) for these kernels. They are launched with programmatic
-// stream serialization and wait for the kernel ahead in the stream before their first output, not
-// before: table, weights, activations and scales must be in place when that kernel starts. Where
-// attention is among them, its kernel goes first and overlaps with none before or after it.
+// stream serialization and end after the kernel ahead in the stream, but wait for it in nothing else:
+// table, weights, activations and scales must be in place when that kernel starts, and it must not
+// read the outputs; nor, if it does not wait either, the one ahead of it, and so on. Where attention is
+// among them, its kernel goes first and overlaps with none before or after it.
 cudaError_t cuda_launch(const struct cuda_bucket *bucket, uint32_t launches,
                         const struct cuda_table *table, void *workspace, cudaStream_t stream);
 

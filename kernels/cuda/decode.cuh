@@ -10,9 +10,9 @@
 // the edges of a chunk, for the tokens' activations, of which the first chunks come through
 // registers and all others one chunk ahead, in the same groups of copies as the weights.
 //
-// Nothing waits for the kernel ahead in the stream until the first output, which hides its tail and
-// this one's start. How short a launch can be is then a block's life over the blocks that fit an
-// SM: for up to 16 tokens blocks are small, so that three or four do.
+// Nothing waits for the kernel ahead in the stream, which hides its tail and this one's start. How short
+// a launch can be is then a block's life over the blocks that fit an SM: for up to 16 tokens blocks are
+// small, so that three or four do.
 //
 // Where a tile falls to several workers each leaves its sum in the workspace and the last to arrive
 // adds them up, in the workers' order, so that a result does not depend on timing.
@@ -474,13 +474,6 @@ accumulate(float (&acc)[1][NT][4], stream<decode_smem<MOST>::RING> &weights,
     return stage.wide;
 }
 
-__device__ __forceinline__ void wait_once(bool &waits)
-{
-    if (waits)
-        wait_for_kernel_ahead();
-    waits = false;
-}
-
 // Adds up what the workers that share a tile have summed, in their order. True for the one that
 // arrives last, whose acc then holds the tile's.
 template <int NT, int MOST>
@@ -537,11 +530,11 @@ __device__ __forceinline__ float4 add(float4 a, float4 b)
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Sums up the block's warps and stores the result: nothing before that waits for the kernel ahead.
+// Sums up the block's warps and stores the result.
 template <int NT, int MOST>
 __device__ __forceinline__ void store(const float (&acc)[1][NT][4], bool wide,
                                       decode_smem<MOST> &smem, const cuda_table *table,
-                                      const cuda_run &run, const piece &p, bool &waits)
+                                      const cuda_run &run, const piece &p)
 {
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint32_t warps_k = 1 << run.warps_k_log2, tile_rows = TILE_COLUMNS >> run.warps_k_log2;
@@ -573,8 +566,7 @@ __device__ __forceinline__ void store(const float (&acc)[1][NT][4], bool wide,
         wide_tile(run, rows, run.rows, p.g, p.d_begin, tile_rows, smem.tile, TILE_STRIDE);
         __syncthreads();
     }
-    store_tile(run, rows, run.rows, p.g, p.d_begin, tile_rows, smem.tile, TILE_STRIDE,
-               [&] { wait_once(waits); });
+    store_tile(run, rows, run.rows, p.g, p.d_begin, tile_rows, smem.tile, TILE_STRIDE);
 }
 
 template <form FORM, int NT, int MOST>
@@ -604,10 +596,9 @@ accumulate_by(float (&acc)[1][NT][4], stream<decode_smem<MOST>::RING> &weights,
 }
 
 template <form FORM, int NT, int MOST>
-__device__ __forceinline__ void do_piece(stream<decode_smem<MOST>::RING> &weights,
-                                         decode_smem<MOST> &smem, const cuda_table *table,
-                                         const work &work, const cuda_run &run, const piece &p,
-                                         float *partials, uint32_t *counters, bool &waits)
+__device__ __forceinline__ void
+do_piece(stream<decode_smem<MOST>::RING> &weights, decode_smem<MOST> &smem, const cuda_table *table,
+         const work &work, const cuda_run &run, const piece &p, float *partials, uint32_t *counters)
 {
     float acc[1][NT][4] = {};
     uint32_t d = p.d_begin + threadIdx.x;
@@ -617,7 +608,7 @@ __device__ __forceinline__ void do_piece(stream<decode_smem<MOST>::RING> &weight
     wide = __syncthreads_or(wide); // and the activations are free to be written over
     bool whole = p.begin == 0 && p.end == run.tile_units;
     if (whole || gather(acc, wide, smem, work, run, p, partials, counters))
-        store(acc, wide, smem, table, run, p, waits);
+        store(acc, wide, smem, table, run, p);
     __syncthreads(); // the tile is stored; activations may come
 }
 
@@ -646,7 +637,7 @@ __global__ void __launch_bounds__(THREADS, blocks_of_sm<MOST>())
 
     work work = work_of<FORM>(table);
     if (blockIdx.x >= work.workers) {
-        wait_for_kernel_ahead(); // who waits for this kernel counts on that one too
+        end_after_kernel_ahead();
         return;
     }
     uint32_t unit = unit_of(blockIdx.x, work.units, work.workers);
@@ -661,21 +652,20 @@ __global__ void __launch_bounds__(THREADS, blocks_of_sm<MOST>())
         copy_async_commit();
     }
 
-    bool waits = true; // the kernel ahead has not been waited for: no output may be stored
 #pragma unroll 1
     for (;;) {
         const cuda_run &run = *p.run;
         constexpr int FEWEST = FORM == BY_WGMMA ? MOST : 1;
         if (run.rows <= 8 * FEWEST)
-            do_piece<FORM, FEWEST>(weights, smem, table, work, run, p, partials, counters, waits);
+            do_piece<FORM, FEWEST>(weights, smem, table, work, run, p, partials, counters);
         else if constexpr (FEWEST != MOST)
-            do_piece<FORM, MOST>(weights, smem, table, work, run, p, partials, counters, waits);
+            do_piece<FORM, MOST>(weights, smem, table, work, run, p, partials, counters);
         unit = p.tile_begin + p.end;
         if (unit >= end)
             break;
         p = locate(work, unit, end);
     }
-    wait_once(waits);
+    end_after_kernel_ahead();
 }
 
 } // namespace

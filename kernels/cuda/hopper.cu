@@ -496,7 +496,6 @@ __device__ __forceinline__ void consume(hopper_smem<S> &smem, const cuda_table *
     walk<S> walk;
     walk.start(table);
     uint32_t thread = threadIdx.x - PRODUCERS, count = 0;
-    bool waits = true;
     piece p;
     while (walk.step(p)) {
         const cuda_run &run = table->runs[p.run];
@@ -516,10 +515,6 @@ __device__ __forceinline__ void consume(hopper_smem<S> &smem, const cuda_table *
             !gather<S>(acc, smem, table, run, p, walk.workers, partials, counters))
             continue;
         bool any_fp32 = sync_some_or(BARRIER_CONSUMERS, CONSUMERS, fp32); // the outputs are known
-        if (waits) { // no output has been written yet
-            waits = false;
-            wait_for_kernel_ahead();
-        }
         store<S>(acc, smem, run, p, any_fp32);
         // Of tokens that exist: what lies where others would may well be NaN.
         for_sums<S>(acc, run, p, [&](uint32_t first, uint64_t, const float *v) {
@@ -530,8 +525,7 @@ __device__ __forceinline__ void consume(hopper_smem<S> &smem, const cuda_table *
         if (sync_some_or(BARRIER_CONSUMERS, CONSUMERS, suspect))
             store_wide<S>(run, rows, p);
     }
-    if (waits) // who waits for this kernel counts on the one ahead too
-        wait_for_kernel_ahead();
+    end_after_kernel_ahead();
 }
 
 template <class S>
@@ -546,7 +540,7 @@ __global__ void __launch_bounds__(THREADS, S::PAIRED ? 2 : 1)
     if (threadIdx.x < table_lines)
         prefetch((const uint8_t *)table + threadIdx.x * 128);
     if (table->hopper_units == 0) {
-        wait_for_kernel_ahead();
+        end_after_kernel_ahead();
         return;
     }
     if (threadIdx.x == 0) {

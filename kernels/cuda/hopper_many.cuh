@@ -540,7 +540,6 @@ __device__ __forceinline__ void consume(many_smem &smem, const cuda_table *table
     uint32_t group = __shfl_sync(0xFFFFFFFF, threadIdx.x / GROUP - 1, 0), rank = cluster_rank();
     uint32_t tiles = table->many_tiles, count = 0;
     uint8_t *staging = smem.staging[threadIdx.x / 32 - PRODUCERS / 32];
-    bool waits = true;
     for (uint32_t tile = blockIdx.x / CLUSTER, n = 0; tile < tiles; tile += gridDim.x / CLUSTER) {
         barrier_wait(shared_address(&smem.full[count % STAGES]), count / STAGES % 2);
         const note &note = smem.notes[n];
@@ -552,10 +551,6 @@ __device__ __forceinline__ void consume(many_smem &smem, const cuda_table *table
             consume_tile<BOXES>(acc, smem, note.units, note.mapped, group, rank, count);
         else
             consume_tile<1>(acc, smem, note.units, note.mapped, group, rank, count);
-        if (waits) { // nothing has been written yet
-            waits = false;
-            wait_for_kernel_ahead();
-        }
         bool suspect = note.wide;
 #pragma unroll
         for (uint32_t i = 0; i < BOXES; i++)
@@ -569,8 +564,6 @@ __device__ __forceinline__ void consume(many_smem &smem, const cuda_table *table
             for (uint32_t i = 0; i < boxes; i++)
                 store_wide(table->runs[note.run], note, group + GROUPS * i);
     }
-    if (waits) // who waits for this kernel counts on the one ahead too
-        wait_for_kernel_ahead();
 }
 
 __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, BLOCKS)
@@ -604,6 +597,7 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, BLOCK
     }
     __syncwarp();
     cluster_sync(); // other blocks may still write here
+    end_after_kernel_ahead();
 }
 
 } // namespace

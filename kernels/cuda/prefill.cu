@@ -240,7 +240,6 @@ __global__ void __launch_bounds__(THREADS, 2) prefill_kernel(const cuda_table *_
     extern __shared__ __align__(128) uint8_t shared_memory[];
     auto &smem = *(prefill_smem *)shared_memory;
     let_next_kernel_start();
-    bool waits = true; // the kernel ahead has not been waited for: nothing may be stored
 
 #pragma unroll 1
     for (uint32_t index = blockIdx.x; index < table->prefill_tiles; index += gridDim.x) {
@@ -273,9 +272,6 @@ __global__ void __launch_bounds__(THREADS, 2) prefill_kernel(const cuda_table *_
         uint32_t warp_m = threadIdx.x / 64, warp_n = threadIdx.x / 32 % 2;
         wide |= at.d_begin + threadIdx.x < run.output_dim &&
                 weight_is_wide(run, at.g, at.d_begin + threadIdx.x);
-        if (waits)
-            wait_for_kernel_ahead();
-        waits = false;
         wide = __syncthreads_or(wide);
 #pragma unroll
         for (int m = 0; m < MT; m++)
@@ -292,11 +288,10 @@ __global__ void __launch_bounds__(THREADS, 2) prefill_kernel(const cuda_table *_
             wide_tile(run, rows, at.tokens, at.g, at.d_begin, ROWS, smem.tile, TILE_STRIDE);
             __syncthreads();
         }
-        store_tile(run, rows, at.tokens, at.g, at.d_begin, ROWS, smem.tile, TILE_STRIDE, [] {});
+        store_tile(run, rows, at.tokens, at.g, at.d_begin, ROWS, smem.tile, TILE_STRIDE);
         __syncthreads();
     }
-    if (waits) // who waits for this kernel counts on that one too
-        wait_for_kernel_ahead();
+    end_after_kernel_ahead();
 }
 
 } // namespace

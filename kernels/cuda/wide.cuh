@@ -99,11 +99,10 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high)
 }
 
 // Writes tile[token][stride] to the outputs of its tokens. Four neighbours a thread: D is a multiple of
-// 32, d_count a power of two. Calls ready() before it stores.
-template <class F>
+// 32, d_count a power of two.
 __device__ inline void store_tile(const cuda_run &run, const cuda_row *rows, uint32_t tokens,
                                   uint32_t g, uint32_t d_begin, uint32_t d_count, const float *tile,
-                                  uint32_t stride, F ready)
+                                  uint32_t stride)
 {
     uint32_t fours = d_count / 4, fours_log2 = __ffs((int)fours) - 1;
     for (uint32_t i = threadIdx.x; i < tokens * fours; i += blockDim.x) {
@@ -114,7 +113,6 @@ __device__ inline void store_tile(const cuda_run &run, const cuda_row *rows, uin
         uint64_t at = (uint64_t)g * run.output_dim + d;
         uint64_t output = rows[token].output;
         bool fp32 = rows[token].flags & CUDA_ROW_OUTPUT_FP32;
-        ready();
         if (fp32) {
             *((float4 *)output + at / 4) = v;
             continue;

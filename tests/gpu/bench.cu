@@ -10,7 +10,7 @@
 #include <string>
 #include <thread>
 
-enum { LAYERS = 43, REPLAYS = 20, WARM_UP = 10, INPUT_SETS = 4, CHECKED = 3 };
+enum { LAYERS = OVERLAPS_MAX, REPLAYS = 20, WARM_UP = 10, INPUT_SETS = 4, CHECKED = 3 };
 
 struct model {
     std::vector<test_weight> layers;
@@ -70,6 +70,7 @@ static double measure(const model &m, const cuda_bucket &bucket, uint32_t tokens
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     uint32_t kernels = 0; // the same for all: layers differ in their weights alone
     for (uint32_t i = 0; i < launches; i++) {
+        l.workspace_of(i);
         kernels = l.build(&segments[i], one_launch ? layers : 1,
                           (cuda_table *)(tables + table_bytes * i), stream);
         CHECK(cudaStreamSynchronize(stream));

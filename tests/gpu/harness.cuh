@@ -304,12 +304,13 @@ inline verdict compare(const test_weight &w, const einsum_operand &operand, bool
 // ---- launching
 
 // One for all buckets, as a lane of the engine has: what one leaves there must not disturb another. As
-// many as launches can overlap.
+// many as launches overlap.
+enum { OVERLAPS_MAX = 43 };
 inline void *shared_workspace(uint32_t which, uint64_t bytes)
 {
-    static uint8_t *memories[CUDA_OVERLAPS];
+    static uint8_t *memories[OVERLAPS_MAX];
     uint8_t *&memory = memories[which];
-    constexpr uint64_t ENOUGH = (uint64_t)64 << 20;
+    constexpr uint64_t ENOUGH = (uint64_t)32 << 20;
     if (bytes > ENOUGH) {
         fprintf(stderr, "a workspace of %llu bytes\n", (unsigned long long)bytes);
         exit(2);
@@ -342,14 +343,12 @@ struct launcher {
         host.resize(cuda_table_bytes(&bucket, segments_max));
         order.resize(segments_max);
         table = (cuda_table *)device_alloc<uint8_t>(host.size());
-        for (uint32_t i = 0; i < CUDA_OVERLAPS; i++)
-            workspace_of(i); // no allocation while a graph is captured
         workspace = workspace_of(0);
     }
-    // For launches that overlap.
+    // For launches that overlap. The first time of each not while a graph is captured.
     void *workspace_of(uint32_t launch) const
     {
-        return shared_workspace(launch % CUDA_OVERLAPS, cuda_workspace_bytes(&bucket));
+        return shared_workspace(launch, cuda_workspace_bytes(&bucket));
     }
     ~launcher()
     {
