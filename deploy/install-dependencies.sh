@@ -28,7 +28,7 @@ test_packages=(
     libb64-0d                       # perf_analyzer
     python3-dev g++                 # client/python, what torch compiles; C++ callers
     mandoc man-db bash-completion systemd # what is installed
-    nginx iproute2                  # of these, test_cluster.py: daemons behind a balancer
+    nginx iproute2                  # test_cluster.py: daemons behind a balancer; test_hostile.py: ss
 )
 package_packages=(
     dpkg-dev file lintian           # CPack and who judges what it makes

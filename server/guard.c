@@ -15,9 +15,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "labour.h"
 #include "listener.h"
 #include "log.h"
 #include "rpc.h"
+#include "suspects.h"
 
 enum {
     PEEK_BYTES = 256 << 10,
@@ -37,25 +39,8 @@ enum {
     HTTP2_ACK = 1,
     HTTP2_MAX_CONCURRENT_STREAMS = 3,
     FRAME_HEAD_BYTES = 9,
-    // A thread that has spent so much in gRPC without an event, on few bytes, has met a header that never
-    // ends: gRPC copies all of it again with every frame. A large message takes it far less.
-    STUCK_MS = 100,
-    SUSPECT_STUCK_MS = 5,
-    UNCOUNTED_STUCK_MS = 1000,    // where it may labour on the messages of unix sockets
-    STUCK_BYTES_A_MS = 512 << 10, // headers move 200 to 500 KiB; messages 2 MiB and more
-    IDLE_PART = 50,
-    ADDRESSES = 64, // remembered; the oldest gives way
-    FAULT_COUNTS_LOG2 = 10,
-    // How far a penalty may grow, and for how many times its length its address is a suspect.
-    PENALTY_TIMES_MAX = 32,
-    SUSPECT_TIMES = 8,
-    // Of faults_max an address has so much for its connections together, and a suspect so little.
-    ADDRESS_FAULTS_TIMES = 4,
-    SUSPECTS_FAULTS_PART = 8,
     SUSPECTS_BUFFER_BYTES = 64 << 10,
-    // What is no message yet is little up to here. A connection that owes more and ends is worth so many
-    // of faults_max, for its address.
-    OWING_LITTLE_BYTES = 1 << 20,
+    // A connection that owes more than a little and ends is worth so many of faults_max, for its address.
     ENDED_OWING_PART = 4,
 };
 
@@ -102,18 +87,6 @@ struct greeting {
     struct greeting *next, *previous;
 };
 
-// An address from which a connection was cut off lately.
-struct address {
-    struct in6_addr address;         // of IPv4 as mapped into IPv6's
-    uint64_t penalty_ns;             // doubled each time again
-    uint64_t until_ns, forgotten_ns; // kept out; a suspect
-};
-
-struct fault_count {
-    _Atomic uint64_t faults; // of all time
-    struct listener_rate rate;
-};
-
 struct guard {
     struct guard_options options;
     struct greeting *greetings;
@@ -127,16 +100,9 @@ struct guard {
     uint8_t *peeked; // PEEK_BYTES, of one greeting at a time
     _Atomic uint64_t ended[GUARD_REASONS];
     _Atomic uint64_t owed_bytes;
-    struct labour {
-        uint64_t events, cpu_ns, moved; // when it last got anywhere, or had nothing to do
-        uint64_t last_cpu_ns, last_ns;  // of the last look
-    } * labours;                        // of each rpc thread
-    uint64_t suspects_until_ns;         // the last one's forgotten_ns
-    struct address addresses[ADDRESSES];
-    uint32_t address_next;
-    // Of addresses, by hash: two that meet are taken for one.
-    uint64_t hash_seed;
-    struct fault_count fault_counts[1 << FAULT_COUNTS_LOG2];
+    struct labour *labours;        // of each rpc thread
+    struct rpc_progress *progress; // and where it is
+    struct suspects suspects;
 };
 
 static void count_ended(struct guard *guard, enum guard_reason reason)
@@ -147,97 +113,12 @@ static void count_ended(struct guard *guard, enum guard_reason reason)
             LOG_STR("limit", reason_keys[reason]), LOG_U64("cut_off", ended));
 }
 
-// False: of another family than TCP's.
-static bool address_of(const struct sockaddr_storage *peer, struct in6_addr *address)
-{
-    if (peer->ss_family == AF_INET6) {
-        *address = ((const struct sockaddr_in6 *)peer)->sin6_addr;
-        return true;
-    }
-    if (peer->ss_family != AF_INET)
-        return false;
-    *address = (struct in6_addr){.s6_addr = {[10] = 0xff, [11] = 0xff}};
-    memcpy(&address->s6_addr[12], &((const struct sockaddr_in *)peer)->sin_addr, 4);
-    return true;
-}
-
-// The one that is kept out or a suspect; NULL: neither.
-static struct address *find_address(struct guard *guard, const struct in6_addr *address,
-                                    uint64_t now)
-{
-    for (size_t i = 0; i < ADDRESSES; i++) {
-        struct address *each = &guard->addresses[i];
-        if (each->forgotten_ns > now && memcmp(&each->address, address, sizeof *address) == 0)
-            return each;
-    }
-    return NULL;
-}
-
-static struct fault_count *fault_count_of(struct guard *guard, const struct in6_addr *address)
-{
-    uint64_t halves[2];
-    memcpy(halves, address, sizeof halves);
-    uint64_t hash = guard->hash_seed;
-    for (size_t i = 0; i < ARRAY_LEN(halves); i++) {
-        hash = (hash ^ halves[i]) * 0x9E3779B97F4A7C15u;
-        hash ^= hash >> 32;
-    }
-    // The high bits of a product are of all that was multiplied.
-    return &guard->fault_counts[hash >> (64 - FAULT_COUNTS_LOG2)];
-}
-
-// How much a number that only grows has grown in the second that it falls into, of which the first look
-// begins one.
-static uint64_t within_a_second(struct listener_rate *rate, uint64_t number, uint64_t now)
-{
-    if (now - rate->since_ns > 1000000000u) {
-        rate->before = rate->last;
-        rate->since_ns = now;
-    }
-    rate->last = number;
-    return number - rate->before;
-}
-
-static uint64_t faults_max(const struct guard *guard, bool suspect)
-{
-    return guard->options.faults_max / (suspect ? SUSPECTS_FAULTS_PART : 1);
-}
-
-// Who is past HTTP/2's limits loses the connection by gRPC, and opens the next: hence all of an address.
-static bool too_many_from(struct guard *guard, const struct in6_addr *from, bool suspect,
-                          uint64_t now)
-{
-    struct fault_count *count = fault_count_of(guard, from);
-    uint64_t faults = atomic_load_explicit(&count->faults, memory_order_relaxed);
-    return within_a_second(&count->rate, faults, now) >
-           ADDRESS_FAULTS_TIMES * faults_max(guard, suspect);
-}
-
-static void punish(struct guard *guard, const struct sockaddr_storage *peer)
-{
-    struct in6_addr from;
-    if (!address_of(peer, &from))
-        return;
-    uint64_t now = now_ns(), least = guard->options.penalty_ms * 1000000ull;
-    struct address *address = find_address(guard, &from, now);
-    if (!address) {
-        address = &guard->addresses[guard->address_next++ % ADDRESSES];
-        *address = (struct address){.address = from, .penalty_ns = least};
-    } else if (address->until_ns <= now && address->penalty_ns < PENALTY_TIMES_MAX * least) {
-        address->penalty_ns *= 2;
-    }
-    address->until_ns = now + address->penalty_ns;
-    address->forgotten_ns = address->until_ns + SUSPECT_TIMES * address->penalty_ns;
-    if (guard->suspects_until_ns < address->forgotten_ns)
-        guard->suspects_until_ns = address->forgotten_ns;
-}
-
 static void cut(struct guard *guard, int fd, const struct sockaddr_storage *peer,
                 enum guard_reason reason)
 {
     if (!listener_cut_connection(guard->options.listener, fd))
         return;
-    punish(guard, peer);
+    suspects_punish(&guard->suspects, peer, now_ns());
     count_ended(guard, reason);
 }
 
@@ -421,24 +302,20 @@ bool guard_admits(struct guard *guard, int socket, int fd)
 {
     struct sockaddr_storage peer = {0};
     socklen_t bytes = sizeof peer;
-    struct in6_addr from;
-    bool known =
-        getpeername(socket, (struct sockaddr *)&peer, &bytes) == 0 && address_of(&peer, &from);
-    rpc_expect_connection(guard->options.rpc, fd,
-                          known ? &fault_count_of(guard, &from)->faults : NULL);
-    if (!known)
-        return true;
+    (void)getpeername(socket, (struct sockaddr *)&peer, &bytes); // else of no family
+    struct suspects *suspects = &guard->suspects;
+    rpc_expect_connection(guard->options.rpc, fd, suspects_faults(suspects, &peer));
     uint64_t now = now_ns();
-    const struct address *address = find_address(guard, &from, now);
-    bool kept_out = address && address->until_ns > now;
-    if (!kept_out && !too_many_from(guard, &from, address != NULL, now)) {
-        if (address) // gRPC parses all that it has read before it is told of a connection's end
+    enum suspects_standing standing = suspects_standing(suspects, &peer, now);
+    bool kept_out = standing == STANDING_KEPT_OUT, suspect = standing == STANDING_SUSPECT;
+    if (!kept_out && !suspects_has_too_many(suspects, &peer, suspect, now)) {
+        if (suspect) // gRPC parses all that it has read before it is told of a connection's end
             setsockopt(socket, SOL_SOCKET, SO_RCVBUF, &(int){SUSPECTS_BUFFER_BYTES}, sizeof(int));
         return true;
     }
     count_ended(guard, kept_out ? GUARD_PENALTY : GUARD_FAULTS);
     if (!kept_out)
-        punish(guard, &peer);
+        suspects_punish(suspects, &peer, now);
     return false;
 }
 
@@ -499,8 +376,7 @@ static bool bytes_moved(int socket, uint64_t *received, uint64_t *sent)
 struct visit {
     struct guard *guard;
     uint64_t now_ns, forgiven;
-    bool suspects; // whether there may be any
-    bool backlog;  // gRPC has more calls than all ought to have
+    bool backlog; // gRPC has more calls than all ought to have
     struct {
         int fd;
         const struct sockaddr_storage *peer; // its notes'
@@ -561,14 +437,22 @@ static void look_at_bytes(struct visit *visit, int fd, uint64_t received, uint64
 
 // Past connection_faults_max; by itself, or with all of its address.
 static bool has_too_many(const struct visit *visit, int fd, struct listener_notes *notes,
-                         const struct in6_addr *from, bool suspect)
+                         bool suspect)
 {
-    struct guard *guard = visit->guard;
-    uint64_t faults = rpc_connection_faults(guard->options.rpc, fd);
+    struct suspects *suspects = &visit->guard->suspects;
+    uint64_t faults = rpc_connection_faults(visit->guard->options.rpc, fd);
     if (faults == notes->faults.last)
         return false;
-    return within_a_second(&notes->faults, faults, visit->now_ns) > faults_max(guard, suspect) ||
-           (from && too_many_from(guard, from, suspect, visit->now_ns));
+    return rate_within_a_second(&notes->faults, faults, visit->now_ns) >
+               suspects_faults_max(suspects, suspect) ||
+           suspects_has_too_many(suspects, &notes->peer, suspect, visit->now_ns);
+}
+
+// Or kept out: connections that it had before are still there.
+static bool is_suspect(const struct guard *guard, const struct listener_notes *notes,
+                       uint64_t now_ns)
+{
+    return suspects_standing(&guard->suspects, &notes->peer, now_ns) != STANDING_GOOD;
 }
 
 static void look_at(void *argument, int socket, int fd, struct listener_notes *notes)
@@ -584,9 +468,8 @@ static void look_at(void *argument, int socket, int fd, struct listener_notes *n
         look_at_bytes(visit, fd, received, sent, notes);
     else
         guard->options.traffic->uncounted_ns = visit->now_ns;
-    struct in6_addr address, *from = address_of(&notes->peer, &address) ? &address : NULL;
-    bool suspect = visit->suspects && from && find_address(guard, from, visit->now_ns);
-    if (has_too_many(visit, fd, notes, from, suspect) && !notes->cut)
+    bool suspect = is_suspect(guard, notes, visit->now_ns);
+    if (has_too_many(visit, fd, notes, suspect) && !notes->cut)
         note_over(visit, fd, notes, GUARD_FAULTS);
     if (visit->backlog && has_sent && !notes->cut &&
         rpc_connection_backlog(guard->options.rpc, fd) > backlog_max(guard, suspect))
@@ -598,54 +481,31 @@ static void look_at(void *argument, int socket, int fd, struct listener_notes *n
 static void look_at_ended(void *argument, int socket, int fd, struct listener_notes *notes)
 {
     struct guard *guard = argument;
-    struct in6_addr from;
+    _Atomic uint64_t *address_faults = suspects_faults(&guard->suspects, &notes->peer);
     uint64_t received, sent;
-    if (notes->cut || !address_of(&notes->peer, &from) || !bytes_moved(socket, &received, &sent))
+    if (notes->cut || !address_faults || !bytes_moved(socket, &received, &sent))
         return;
     count_owed(guard, fd, received, 0, notes);
     uint64_t faults = rpc_connection_calls(guard->options.rpc, fd) == 0; // opened for nothing
-    if (notes->owed_bytes > OWING_LITTLE_BYTES)
+    if (notes->owed_bytes > LABOUR_OWED_LITTLE_BYTES)
         faults += guard->options.faults_max / ENDED_OWING_PART;
     if (faults > 0)
-        atomic_fetch_add_explicit(&fault_count_of(guard, &from)->faults, faults,
-                                  memory_order_relaxed);
+        atomic_fetch_add_explicit(address_faults, faults, memory_order_relaxed);
 }
 
-static uint64_t stuck_ms(struct guard *guard, uint64_t now_ns)
+static bool is_stuck(struct guard *guard, uint64_t now_ns)
 {
-    struct in6_addr from;
-    if (now_ns - guard->options.traffic->uncounted_ns < 1000000000u)
-        return UNCOUNTED_STUCK_MS;
-    bool suspect =
-        address_of(&guard->owes_most_notes->peer, &from) && find_address(guard, &from, now_ns);
-    return suspect ? SUSPECT_STUCK_MS : STUCK_MS;
-}
-
-// Whether threads labour on bytes that are too few for it. What each has moved by itself nobody knows, so
-// all of them are taken together.
-static bool watch_labour(struct guard *guard, uint64_t now_ns)
-{
-    uint64_t longest_ms = 0, spent_ms = 0, moved = 0, all_moved = guard->options.traffic->moved;
-    for (uint32_t i = 0; i < rpc_threads(guard->options.rpc); i++) {
-        struct labour *labour = &guard->labours[i];
-        struct rpc_progress now = rpc_progress(guard->options.rpc, i);
-        bool idle = now.cpu_ns - labour->last_cpu_ns < (now_ns - labour->last_ns) / IDLE_PART;
-        labour->last_cpu_ns = now.cpu_ns;
-        labour->last_ns = now_ns;
-        if (!now.within_grpc || now.events != labour->events || idle) {
-            labour->events = now.events;
-            labour->cpu_ns = now.cpu_ns;
-            labour->moved = all_moved;
-            continue;
-        }
-        uint64_t spent = (now.cpu_ns - labour->cpu_ns) / 1000000u;
-        uint64_t since = all_moved - labour->moved;
-        spent_ms += spent;
-        longest_ms = spent > longest_ms ? spent : longest_ms;
-        moved = since > moved ? since : moved;
-    }
-    return guard->owed_most > OWING_LITTLE_BYTES && longest_ms >= stuck_ms(guard, now_ns) &&
-           moved < spent_ms * STUCK_BYTES_A_MS;
+    uint32_t threads = rpc_threads(guard->options.rpc);
+    for (uint32_t i = 0; i < threads; i++)
+        guard->progress[i] = rpc_progress(guard->options.rpc, i);
+    const struct labour_look look = {
+        .progress = guard->progress,
+        .traffic = guard->options.traffic,
+        .owed_bytes = guard->owed_most,
+        .suspect = guard->owes_most >= 0 && is_suspect(guard, guard->owes_most_notes, now_ns),
+        .now_ns = now_ns,
+    };
+    return labour_is_stuck(guard->labours, threads, &look);
 }
 
 static void cut_most(struct guard *guard, enum guard_reason reason)
@@ -673,10 +533,10 @@ static void on_watch(uv_timer_t *timer)
         .guard = guard,
         .forgiven = (now - guard->watched_ns) * FORGIVEN_BYTES_A_SECOND / 1000000000u,
         .now_ns = now,
-        .suspects = guard->suspects_until_ns > now,
     };
     if (moves) // else nobody opens calls, and the question costs more than the rest of a look
-        visit.backlog = rpc_backlog(guard->options.rpc) > backlog_max(guard, visit.suspects);
+        visit.backlog = rpc_backlog(guard->options.rpc) >
+                        backlog_max(guard, suspects_any(&guard->suspects, now));
     guard->watched_ns = now;
     guard->owed = guard->owed_most = 0;
     guard->owes_most = -1;
@@ -686,7 +546,7 @@ static void on_watch(uv_timer_t *timer)
         cut(guard, visit.over[i].fd, visit.over[i].peer, visit.over[i].reason);
     if (visit.over_n == 0 && guard->owed > guard->options.bytes_max && guard->owes_most >= 0)
         cut_most(guard, GUARD_TRANSPORT_BYTES);
-    else if (watch_labour(guard, now))
+    else if (is_stuck(guard, now))
         cut_most(guard, GUARD_STUCK);
 }
 
@@ -697,18 +557,23 @@ enum status guard_create(const struct guard_options *options, struct guard **out
     struct guard *guard = calloc(1, sizeof *guard);
     uint8_t *peeked = malloc(PEEK_BYTES);
     struct labour *labours = calloc(rpc_threads(options->rpc), sizeof *labours);
-    if (!guard || !peeked || !labours) {
+    struct rpc_progress *progress = calloc(rpc_threads(options->rpc), sizeof *progress);
+    if (!guard || !peeked || !labours || !progress) {
         free(guard);
         free(peeked);
         free(labours);
+        free(progress);
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for greeting connections");
     }
     guard->options = *options;
     guard->peeked = peeked;
     guard->labours = labours;
+    guard->progress = progress;
     guard->watched_ns = now_ns();
-    if (getrandom(&guard->hash_seed, sizeof guard->hash_seed, GRND_NONBLOCK) < 0)
-        guard->hash_seed = guard->watched_ns;
+    uint64_t seed;
+    if (getrandom(&seed, sizeof seed, GRND_NONBLOCK) < 0)
+        seed = guard->watched_ns;
+    suspects_init(&guard->suspects, options->penalty_ms, options->faults_max, seed);
     uv_timer_init(options->loop, &guard->watch);
     guard->watch.data = guard;
     uv_timer_start(&guard->watch, on_watch, WATCH_MS, WATCH_MS);
@@ -733,6 +598,7 @@ void guard_destroy(struct guard *guard)
 {
     if (!guard)
         return;
+    free(guard->progress);
     free(guard->labours);
     free(guard->peeked);
     free(guard);

@@ -9,7 +9,7 @@
 //
 // What comes by TLS is greeted by the handshake, and watched like all others. A greeting only looks
 // (MSG_PEEK): gRPC reads all of it again. The address of who was cut off is kept out for a while, and a
-// suspect for some time after, whose limits are lower. Main thread but where it says any.
+// suspect for some time after, whose limits are lower: see suspects.h. Main thread but where it says any.
 #pragma once
 
 #include <uv.h>

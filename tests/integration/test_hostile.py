@@ -7,7 +7,9 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import resource
+import shutil
 import socket
 import struct
 import subprocess
@@ -418,6 +420,26 @@ def test_bytes_without_messages_end_a_connection(tmp_path: Path, rng: np.random.
             site.client.einsum(site.good_request(rng, tokens=100))
 
 
+def be_cut_off(source: str, site: Site) -> None:
+    with connect_from(source, site) as hostile, contextlib.suppress(ConnectionError):
+        hostile.hello()
+        while True:
+            hostile.send(frame(SETTINGS, 0, 0) * 1000)
+
+
+def let_in(source: str, site: Site) -> RawConnection:
+    """Once its address is not kept out; it has had an answer."""
+    deadline = time.monotonic() + seconds(20)
+    while True:
+        with contextlib.suppress(ConnectionError, AssertionError):
+            again = connect_from(source, site)
+            call_wrongly(again, 1)
+            read_until(again, b"grpc-status", 1)
+            return again
+        assert time.monotonic() < deadline, "still kept out"
+        time.sleep(0.05)
+
+
 def test_penalty(tmp_path: Path, rng: np.random.Generator) -> None:
     """The address of who was cut off is kept out for a while, twice as long the next time; another is
     not."""
@@ -428,21 +450,9 @@ def test_penalty(tmp_path: Path, rng: np.random.Generator) -> None:
 
         def kept_out() -> float:
             """For how many seconds, from when it is cut off."""
-            with connect_from("127.0.0.77", site) as hostile:
-                hostile.hello()
-                try:
-                    while True:
-                        hostile.send(frame(SETTINGS, 0, 0) * 1000)
-                except ConnectionError:
-                    pass
+            be_cut_off("127.0.0.77", site)
             begin, before = time.monotonic(), rejected(site.daemon, "penalty")
-            while True:
-                with contextlib.suppress(ConnectionError, AssertionError):
-                    with connect_from("127.0.0.77", site) as again:
-                        call_wrongly(again, 1)
-                        read_until(again, b"grpc-status", 1)
-                        break
-                time.sleep(0.05)
+            let_in("127.0.0.77", site).socket.close()
             assert rejected(site.daemon, "penalty") > before
             return time.monotonic() - begin
 
@@ -451,6 +461,30 @@ def test_penalty(tmp_path: Path, rng: np.random.Generator) -> None:
             site.check_serves(rng, other)
             assert 1.9 < kept_out()
             site.check_serves(rng, other)
+
+
+def receive_buffer(site: Site, connection: RawConnection) -> int:
+    """Of the daemon's end, in bytes of the kernel's memory."""
+    ends = (connection.socket.getpeername(), connection.socket.getsockname())
+    source, to = (f"{host}:{port}" for host, port in ends)
+    said = run("ss", "-tmnH", "src", source, "dst", to).stdout
+    found = re.search(r"skmem:\(.*\brb(\d+)", said)
+    assert found, f"no such connection: {said}"
+    return int(found[1])
+
+
+@pytest.mark.skipif(not shutil.which("ss"), reason="no ss (Debian: iproute2)")
+def test_receive_buffer_of_a_suspect(tmp_path: Path) -> None:
+    """64 KiB, which the kernel counts twice; another's is its largest from when it was greeted. gRPC parses
+    all that it has read before it sees that a connection has been cut off."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_bytes_max=65536,
+        penalty_ms=1000,
+    ) as site:  # fmt: skip
+        be_cut_off("127.0.0.80", site)
+        with let_in("127.0.0.80", site) as suspect, let_in("127.0.0.81", site) as other:
+            assert receive_buffer(site, suspect) == 2 * 65536
+            assert receive_buffer(site, other) > 2 * 65536
 
 
 @pytest.mark.parametrize("says", [PREFACE[:10], PREFACE], ids=["half a preface", "preface"])
