@@ -212,11 +212,12 @@ static enum verdict judge(struct greeting *greeting, const uint8_t *sent, size_t
 }
 
 // What gRPC takes for an acknowledgement of its own settings must not come to it before it has sent
-// these, or would count for none: until then the kernel tells nobody that there is something to read.
+// these, or would count for none: until then the kernel tells nobody that there is something to read, up to
+// more than HTTP/2 lets a client send by then. It makes the receive buffer twice as large.
 static void hand_over(struct greeting *greeting)
 {
     struct rpc *rpc = greeting->guard->options.rpc;
-    int fd = greeting->fd, held_back = INT32_MAX;
+    int fd = greeting->fd, held_back = PEEK_BYTES;
     struct access_peer *peer = greeting->peer;
     bool is_tcp = greeting->is_tcp;
     end_greeting(greeting);

@@ -95,13 +95,14 @@ static struct suspects_faults *faults_of(struct suspects *suspects,
         return NULL;
     uint64_t halves[2];
     memcpy(halves, &address, sizeof halves);
+    // The high bits of a product are of all that was multiplied; a second one lets the seed decide who meets.
+    const uint64_t odd = 0x9E3779B97F4A7C15u;
     uint64_t hash = suspects->seed;
     for (size_t i = 0; i < ARRAY_LEN(halves); i++) {
-        hash = (hash ^ halves[i]) * 0x9E3779B97F4A7C15u;
+        hash = (hash ^ halves[i]) * odd;
         hash ^= hash >> 32;
     }
-    // The high bits of a product are of all that was multiplied.
-    return &suspects->faults[hash >> (64 - SUSPECTS_FAULTS_LOG2)];
+    return &suspects->faults[hash * odd >> (64 - SUSPECTS_FAULTS_LOG2)];
 }
 
 _Atomic uint64_t *suspects_faults(struct suspects *suspects, const struct sockaddr_storage *peer)
