@@ -64,7 +64,7 @@ enum { CUDA_PREFILL_TOKENS_MIN = 65 };
 // The same for Hopper's arm, and all others.
 enum { CUDA_HOPPER_TOKENS_MIN = 17 };
 // Tokens from which it takes a weight's tiles, if these are enough for the device, and from which it does so
-// anyhow. In buckets of up to 64 tokens those of a single request are enough at once.
+// anyhow. In buckets of up to 64 tokens those of a single request take them whenever they take the arm.
 enum {
     CUDA_HOPPER_MANY_TOKENS_MIN = 33,
     CUDA_HOPPER_MANY_TOKENS_ANYHOW = 129,
