@@ -12,7 +12,7 @@
 
 enum {
     SUSPECTS_MAX = 64, // remembered; the oldest gives way
-    SUSPECTS_FAULTS_LOG2 = 10,
+    SUSPECTS_FAULTS_LOG2 = 14,
 };
 
 struct suspects {
