@@ -305,8 +305,8 @@ bool guard_admits(struct guard *guard, int socket, int fd)
     socklen_t bytes = sizeof peer;
     (void)getpeername(socket, (struct sockaddr *)&peer, &bytes); // else of no family
     struct suspects *suspects = &guard->suspects;
-    rpc_expect_connection(guard->options.rpc, fd, suspects_faults(suspects, &peer));
     uint64_t now = now_ns();
+    rpc_expect_connection(guard->options.rpc, fd, suspects_faults(suspects, &peer, now));
     enum suspects_standing standing = suspects_standing(suspects, &peer, now);
     bool kept_out = standing == STANDING_KEPT_OUT, suspect = standing == STANDING_SUSPECT;
     if (!kept_out && !suspects_has_too_many(suspects, &peer, suspect, now)) {
@@ -482,7 +482,7 @@ static void look_at(void *argument, int socket, int fd, struct listener_notes *n
 static void look_at_ended(void *argument, int socket, int fd, struct listener_notes *notes)
 {
     struct guard *guard = argument;
-    _Atomic uint64_t *address_faults = suspects_faults(&guard->suspects, &notes->peer);
+    _Atomic uint64_t *address_faults = suspects_faults(&guard->suspects, &notes->peer, now_ns());
     uint64_t received, sent;
     if (notes->cut || !address_faults || !bytes_moved(socket, &received, &sent))
         return;

@@ -87,14 +87,10 @@ enum suspects_standing suspects_standing(const struct suspects *suspects,
 
 // ---- faults
 
-static struct suspects_faults *faults_of(struct suspects *suspects,
-                                         const struct sockaddr_storage *peer)
+static struct suspects_faults *set_of(struct suspects *suspects, const struct in6_addr *address)
 {
-    struct in6_addr address;
-    if (!address_of(peer, &address))
-        return NULL;
     uint64_t halves[2];
-    memcpy(halves, &address, sizeof halves);
+    memcpy(halves, address, sizeof halves);
     // The high bits of a product are of all that was multiplied; a second one lets the seed decide who meets.
     const uint64_t odd = 0x9E3779B97F4A7C15u;
     uint64_t hash = suspects->seed;
@@ -102,12 +98,41 @@ static struct suspects_faults *faults_of(struct suspects *suspects,
         hash = (hash ^ halves[i]) * odd;
         hash ^= hash >> 32;
     }
-    return &suspects->faults[hash * odd >> (64 - SUSPECTS_FAULTS_LOG2)];
+    return suspects->faults[hash * odd >> (64 - SUSPECTS_SETS_LOG2)];
 }
 
-_Atomic uint64_t *suspects_faults(struct suspects *suspects, const struct sockaddr_storage *peer)
+// Nothing has come since the last look at it, and that was before this second.
+static bool is_idle(const struct suspects_faults *of, uint64_t now_ns)
 {
-    struct suspects_faults *of = faults_of(suspects, peer);
+    return atomic_load_explicit(&of->faults, memory_order_relaxed) == of->rate.last &&
+           now_ns - of->rate.since_ns > 1000000000u;
+}
+
+static struct suspects_faults *faults_of(struct suspects *suspects,
+                                         const struct sockaddr_storage *peer, uint64_t now_ns)
+{
+    struct in6_addr address;
+    if (!address_of(peer, &address))
+        return NULL;
+    struct suspects_faults *set = set_of(suspects, &address), *stalest = NULL;
+    for (size_t i = 0; i < SUSPECTS_SET; i++) {
+        if (memcmp(&set[i].address, &address, sizeof address) == 0)
+            return &set[i];
+        if (is_idle(&set[i], now_ns) && (!stalest || set[i].rate.since_ns < stalest->rate.since_ns))
+            stalest = &set[i];
+    }
+    if (!stalest)
+        return NULL;
+    stalest->address = address;
+    stalest->rate.before = stalest->rate.last;
+    stalest->rate.since_ns = now_ns;
+    return stalest;
+}
+
+_Atomic uint64_t *suspects_faults(struct suspects *suspects, const struct sockaddr_storage *peer,
+                                  uint64_t now_ns)
+{
+    struct suspects_faults *of = faults_of(suspects, peer, now_ns);
     return of ? &of->faults : NULL;
 }
 
@@ -119,7 +144,7 @@ uint64_t suspects_faults_max(const struct suspects *suspects, bool suspect)
 bool suspects_has_too_many(struct suspects *suspects, const struct sockaddr_storage *peer,
                            bool suspect, uint64_t now_ns)
 {
-    struct suspects_faults *of = faults_of(suspects, peer);
+    struct suspects_faults *of = faults_of(suspects, peer, now_ns);
     if (!of)
         return false;
     uint64_t faults = atomic_load_explicit(&of->faults, memory_order_relaxed);

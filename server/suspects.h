@@ -12,7 +12,8 @@
 
 enum {
     SUSPECTS_MAX = 64, // remembered; the oldest gives way
-    SUSPECTS_FAULTS_LOG2 = 14,
+    SUSPECTS_SETS_LOG2 = 10,
+    SUSPECTS_SET = 4,
 };
 
 struct suspects {
@@ -24,15 +25,17 @@ struct suspects {
         uint64_t until_ns, forgotten_ns; // kept out; a suspect
     } addresses[SUSPECTS_MAX];
     uint32_t next;
-    // Of addresses, by hash: two that meet are taken for one.
+    // In sets, by hash. The one of which nothing was heard for longest gives way, if that is more than a
+    // second; where there is none, the next address of a set is not counted.
     struct suspects_faults {
-        _Atomic uint64_t faults; // of all time
+        struct in6_addr address;
+        _Atomic uint64_t faults; // of all time, whoever had the place
         struct rate rate;
-    } faults[1 << SUSPECTS_FAULTS_LOG2];
+    } faults[1 << SUSPECTS_SETS_LOG2][SUSPECTS_SET];
 };
 
 // An address is kept out for `penalty_ms` the first time, and has a multiple of `faults_max` in a second for
-// its connections together. `seed` is nobody's to guess: which addresses meet depends on it.
+// its connections together. `seed` is nobody's to guess: which addresses share a set depends on it.
 void suspects_init(struct suspects *suspects, uint32_t penalty_ms, uint32_t faults_max,
                    uint64_t seed);
 
@@ -47,7 +50,8 @@ enum suspects_standing suspects_standing(const struct suspects *suspects,
 bool suspects_any(const struct suspects *suspects, uint64_t now_ns);
 
 // What counts an address's faults, for as long as `suspects` is there; NULL: nothing does.
-_Atomic uint64_t *suspects_faults(struct suspects *suspects, const struct sockaddr_storage *peer);
+_Atomic uint64_t *suspects_faults(struct suspects *suspects, const struct sockaddr_storage *peer,
+                                  uint64_t now_ns);
 // That one connection may have in a second.
 uint64_t suspects_faults_max(const struct suspects *suspects, bool suspect);
 // Whether an address has had too many in this second.

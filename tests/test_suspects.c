@@ -163,8 +163,8 @@ START_TEST(all_ports_are_one)
     suspects_punish(&suspects, at_port("10.0.0.1", 1), start);
     ck_assert_int_eq(suspects_standing(&suspects, at_port("10.0.0.1", 2), start),
                      STANDING_KEPT_OUT);
-    ck_assert_ptr_eq(suspects_faults(&suspects, at_port("10.0.0.1", 1)),
-                     suspects_faults(&suspects, at_port("10.0.0.1", 2)));
+    ck_assert_ptr_eq(suspects_faults(&suspects, at_port("10.0.0.1", 1), start),
+                     suspects_faults(&suspects, at_port("10.0.0.1", 2), start));
 }
 END_TEST
 
@@ -174,8 +174,8 @@ START_TEST(ipv4_and_its_mapped_form_are_one)
     check_standing("::ffff:10.0.0.1", start, STANDING_KEPT_OUT);
     suspects_punish(&suspects, at("::ffff:10.0.0.2"), start);
     check_standing("10.0.0.2", start, STANDING_KEPT_OUT);
-    ck_assert_ptr_eq(suspects_faults(&suspects, at("10.0.0.1")),
-                     suspects_faults(&suspects, at("::ffff:10.0.0.1")));
+    ck_assert_ptr_eq(suspects_faults(&suspects, at("10.0.0.1"), start),
+                     suspects_faults(&suspects, at("::ffff:10.0.0.1"), start));
 }
 END_TEST
 
@@ -185,14 +185,17 @@ START_TEST(other_families_have_none)
 {
     struct sockaddr_storage other = *at("10.0.0.1");
     other.ss_family = other_families[_i];
-    ck_assert_ptr_null(suspects_faults(&suspects, &other));
+    ck_assert_ptr_null(suspects_faults(&suspects, &other, start));
     suspects_punish(&suspects, &other, start);
     ck_assert(!suspects_any(&suspects, start));
     // Nor those of an address that looks like it, or of any other.
     suspects_punish(&suspects, at("10.0.0.1"), start);
     suspects_punish(&suspects, at("::"), start);
-    for (uint32_t i = 0; i < 20000; i++)
-        atomic_store(suspects_faults(&suspects, numbered(i)), 1000 * FAULTS_MAX);
+    for (uint32_t i = 0; i < 20000; i++) {
+        _Atomic uint64_t *place = suspects_faults(&suspects, numbered(i), start);
+        if (place)
+            atomic_store(place, 1000 * FAULTS_MAX);
+    }
     ck_assert_int_eq(suspects_standing(&suspects, &other, start), STANDING_GOOD);
     ck_assert(!suspects_has_too_many(&suspects, &other, true, start));
 }
@@ -220,7 +223,7 @@ END_TEST
 
 static void add_faults(const char *of, uint64_t faults)
 {
-    atomic_fetch_add(suspects_faults(&suspects, at(of)), faults);
+    atomic_fetch_add(suspects_faults(&suspects, at(of), start), faults);
 }
 
 static bool has_too_many(const char *who, bool suspect, uint64_t now)
@@ -274,6 +277,90 @@ START_TEST(two_addresses_count_apart)
 }
 END_TEST
 
+enum { ADDRESSES = 20000, PLACES = SUSPECTS_SET << SUSPECTS_SETS_LOG2 };
+
+static size_t index_of(const void *place)
+{
+    return (size_t)((const char *)place - (const char *)suspects.faults) / sizeof **suspects.faults;
+}
+
+// How many of all addresses have a place, none the same.
+static int places_of_all(const void *places[ADDRESSES], uint64_t now)
+{
+    static int holders[PLACES];
+    memset(holders, 0, sizeof holders);
+    int n = 0;
+    for (uint32_t i = 0; i < ADDRESSES; i++) {
+        const _Atomic uint64_t *place = suspects_faults(&suspects, numbered(i), now);
+        places[i] = place;
+        if (!place)
+            continue;
+        ck_assert_int_eq(holders[index_of(place)]++, 0);
+        n++;
+    }
+    return n;
+}
+
+START_TEST(no_two_share_a_count)
+{
+    static const void *places[ADDRESSES];
+    int n = places_of_all(places, start);
+    ck_assert_int_gt(n, PLACES / 10 * 9); // of sets that are filled by chance
+    ck_assert_int_le(n, PLACES);
+    for (uint32_t i = 0; i < 100; i++) // and keep it, while the others ask again
+        ck_assert_ptr_eq(suspects_faults(&suspects, numbered(i), start + second), places[i]);
+}
+END_TEST
+
+START_TEST(who_is_heard_of_keeps_its_place)
+{
+    static const void *places[ADDRESSES];
+    suspects_faults(&suspects, at("192.168.0.1"), start);
+    add_faults("192.168.0.1", 4 * FAULTS_MAX + 1); // at which nobody looks
+    places_of_all(places, start + 10 * second);
+    ck_assert(has_too_many("192.168.0.1", false, start + 10 * second));
+}
+END_TEST
+
+// What was counted for the one before is not the next one's.
+START_TEST(the_next_one_begins_at_0)
+{
+    static const void *before[ADDRESSES], *after[ADDRESSES];
+    int n = places_of_all(before, start);
+    for (uint32_t i = 0; i < ADDRESSES; i++)
+        if (before[i]) {
+            atomic_fetch_add(suspects_faults(&suspects, numbered(i), start), 4 * FAULTS_MAX + 1);
+            ck_assert(suspects_has_too_many(&suspects, numbered(i), false, start));
+        }
+    ck_assert_int_eq(places_of_all(after, start + second), n);
+    ck_assert_mem_eq(before, after, sizeof before);
+    for (uint32_t i = 0; i < ADDRESSES; i++)
+        if (!before[i]) {
+            ck_assert(!suspects_has_too_many(&suspects, numbered(i), false, start + second + 1));
+            ck_assert_ptr_nonnull(suspects_faults(&suspects, numbered(i), start + second + 1));
+            break;
+        }
+}
+END_TEST
+
+START_TEST(the_stalest_gives_way)
+{
+    enum { STALE = 2 }; // of each set
+    static const void *places[ADDRESSES];
+    places_of_all(places, start);
+    for (uint32_t i = 0; i < ADDRESSES; i++)
+        if (places[i] && index_of(places[i]) % SUSPECTS_SET != STALE)
+            suspects_has_too_many(&suspects, numbered(i), false, start + 2 * second);
+    for (uint32_t i = 0; i < ADDRESSES; i++)
+        if (!places[i]) {
+            const void *place = suspects_faults(&suspects, numbered(i), start + 4 * second);
+            ck_assert_uint_eq(index_of(place) % SUSPECTS_SET, STALE);
+            return;
+        }
+    ck_abort_msg("all have places");
+}
+END_TEST
+
 static const char *const pairs[][2] = {
     {"10.0.0.1", "10.0.0.2"},       {"10.0.0.1", "10.0.1.1"},       {"10.0.0.1", "11.0.0.1"},
     {"10.0.0.1", "192.168.77.200"}, {"10.0.0.1", "2001:db8::1"},    {"2001:db8::1", "2001:db8::2"},
@@ -281,38 +368,20 @@ static const char *const pairs[][2] = {
     {"10.1.2.3", "10.5.2.1"},
 };
 
-START_TEST(with_most_seeds)
+static size_t set_of(const char *address)
+{
+    return index_of(suspects_faults(&suspects, at(address), start)) / SUSPECTS_SET;
+}
+
+// Or somebody could be kept from being counted by who knows four that do.
+START_TEST(with_most_seeds_they_are_of_different_sets)
 {
     int together = 0;
     for (uint64_t seed = 0; seed < SEEDS; seed++) {
         suspects_init(&suspects, PENALTY_MS, FAULTS_MAX, seed * 0xD1B54A32D192ED03u);
-        together += suspects_faults(&suspects, at(pairs[_i][0])) ==
-                    suspects_faults(&suspects, at(pairs[_i][1]));
+        together += set_of(pairs[_i][0]) == set_of(pairs[_i][1]);
     }
     ck_assert_int_lt(together, SEEDS / 100);
-}
-END_TEST
-
-// Some do meet: others with another seed.
-START_TEST(who_meets_depends_on_the_seed)
-{
-    enum { ADDRESSES = 2000 };
-    static const void *first[ADDRESSES];
-    for (uint32_t i = 0; i < ADDRESSES; i++)
-        first[i] = suspects_faults(&suspects, numbered(i));
-    suspects_init(&suspects, PENALTY_MS, FAULTS_MAX, 0x123456789ABCDEFu);
-    static const void *second_time[ADDRESSES];
-    for (uint32_t i = 0; i < ADDRESSES; i++)
-        second_time[i] = suspects_faults(&suspects, numbered(i));
-    int met = 0, met_again = 0;
-    for (uint32_t i = 0; i < ADDRESSES; i++)
-        for (uint32_t j = 0; j < i; j++)
-            if (first[i] == first[j]) {
-                met++;
-                met_again += second_time[i] == second_time[j];
-            }
-    ck_assert_int_gt(met, 0);
-    ck_assert_int_lt(met_again, met / 2);
 }
 END_TEST
 
@@ -342,8 +411,11 @@ int main(void)
     tcase_add_test(faults, of_a_suspect_an_eighth);
     tcase_add_test(faults, within_a_second);
     tcase_add_test(faults, two_addresses_count_apart);
-    tcase_add_loop_test(faults, with_most_seeds, 0, ARRAY_LEN(pairs));
-    tcase_add_test(faults, who_meets_depends_on_the_seed);
+    tcase_add_test(faults, no_two_share_a_count);
+    tcase_add_test(faults, who_is_heard_of_keeps_its_place);
+    tcase_add_test(faults, the_next_one_begins_at_0);
+    tcase_add_test(faults, the_stalest_gives_way);
+    tcase_add_loop_test(faults, with_most_seeds_they_are_of_different_sets, 0, ARRAY_LEN(pairs));
     suite_add_tcase(suite, faults);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
