@@ -389,7 +389,7 @@ def test_connections_for_nothing_of_an_address(tmp_path: Path, rng: np.random.Ge
     ) as site:  # fmt: skip
         connections = 0
         while rejected(site.daemon, "penalty") == 0:
-            for _ in range(100):
+            for _ in range(20):
                 connections += 1
                 with contextlib.suppress(ConnectionError), connect_from("127.0.0.79", site) as one:
                     one.hello()
@@ -475,7 +475,7 @@ def receive_buffer(site: Site, connection: RawConnection) -> int:
 
 @pytest.mark.skipif(not shutil.which("ss"), reason="no ss (Debian: iproute2)")
 def test_receive_buffer_of_a_suspect(tmp_path: Path) -> None:
-    """64 KiB, which the kernel counts twice; another's is its largest from when it was greeted. gRPC parses
+    """64 KiB, which the kernel counts twice; another's is larger from when it was greeted. gRPC parses
     all that it has read before it sees that a connection has been cut off."""
     with serving(
         tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", connection_bytes_max=65536,
