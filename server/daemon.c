@@ -41,6 +41,7 @@ enum {
     ADDRESSES_BYTES = 2048,
     DEVICE_CHECK_MS = 200,
     WATCHED_MAX = 1 << 16, // descriptors
+    CLOSING_LOOKS = 8,     // for idle connections in a time of lame_duck_ms
     CUT_OFF_MS = 1000,     // of waiting that callers take their last answer
     STOP_SLACK_MS = 10000, // of giving back what was taken, once all is answered
     LOAD_LOG_SECONDS = 2,
@@ -634,6 +635,7 @@ static void on_lame_duck_over(uv_timer_t *timer)
 {
     struct daemon *daemon = CONTAINER_OF(timer, struct daemon, lame_duck);
     daemon->drain_started = true;
+    uv_timer_stop(&daemon->closing);
     gate_stop(daemon->context.gate);
     if (daemon->context.sharing) {
         sharing_stop(daemon->context.sharing);
@@ -646,18 +648,18 @@ static void on_lame_duck_over(uv_timer_t *timer)
 
 static void begin_drain(struct daemon *daemon, const char *reason)
 {
+    uint32_t lame_duck_ms = daemon->config->lame_duck_ms;
     daemon->draining = true;
     atomic_store_explicit(&daemon->context.draining, true, memory_order_relaxed);
-    LOG(INFO, "draining", LOG_STR("reason", reason),
-        LOG_U64("lame_duck_ms", daemon->config->lame_duck_ms),
+    LOG(INFO, "draining", LOG_STR("reason", reason), LOG_U64("lame_duck_ms", lame_duck_ms),
         LOG_U64("grace_ms", daemon->config->drain_grace_ms));
     // Calls have the grace period, and after them the rings.
-    supervisor_stopping(daemon->config->lame_duck_ms + 2ull * daemon->config->drain_grace_ms +
-                        STOP_SLACK_MS);
+    supervisor_stopping(lame_duck_ms + 2ull * daemon->config->drain_grace_ms + STOP_SLACK_MS);
     health_set(daemon->context.health, HEALTH_NOT_SERVING);
-    if (daemon->config->lame_duck_ms > 0)
-        uv_timer_start(&daemon->closing, on_closing, daemon->config->lame_duck_ms / 2, 0);
-    uv_timer_start(&daemon->lame_duck, on_lame_duck_over, daemon->config->lame_duck_ms, 0);
+    if (lame_duck_ms > 0)
+        uv_timer_start(&daemon->closing, on_closing, lame_duck_ms / 2,
+                       lame_duck_ms / CLOSING_LOOKS + 1);
+    uv_timer_start(&daemon->lame_duck, on_lame_duck_over, lame_duck_ms, 0);
 }
 
 static void on_stop_signal(uv_signal_t *handle, int signal_number)

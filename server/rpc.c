@@ -89,10 +89,16 @@ struct access_peer *rpc_peer(const struct rpc *rpc, uint32_t connection)
     return found ? atomic_load_explicit(&found->peer, memory_order_acquire) : NULL;
 }
 
-static bool claim_idle(_Atomic uint32_t *calls)
+// False: they are not as many, or it has been claimed.
+static bool claim(struct rpc_connection *connection, uint32_t calls)
 {
-    uint32_t none = 0;
-    return atomic_compare_exchange_strong(calls, &none, CONNECTION_LEAVES);
+    return atomic_compare_exchange_strong(&connection->calls, &calls, calls | CONNECTION_LEAVES);
+}
+
+static void end_claimed(const struct call *call)
+{
+    const struct rpc_options *options = &call->thread->rpc->options;
+    options->on_connection_idle(options->drained_context, (int)call->connection - 1);
 }
 
 // The order between the count and `watch_idle` is what makes sure that whoever looks at them, this
@@ -101,9 +107,18 @@ static void leave_connection(const struct call *call)
 {
     const struct rpc *rpc = call->thread->rpc;
     struct rpc_connection *connection = find_connection(rpc, call->connection);
-    if (connection && atomic_fetch_sub(&connection->calls, 1) == 1 &&
-        atomic_load(&rpc->watch_idle) && claim_idle(&connection->calls))
-        rpc->options.on_connection_idle(rpc->options.drained_context, (int)call->connection - 1);
+    if (connection && atomic_fetch_sub(&connection->calls, 1) == 1 && !call->through_proxy &&
+        atomic_load(&rpc->watch_idle) && claim(connection, 0))
+        end_claimed(call);
+}
+
+// A proxy may take an end that reaches it together with a reply for the loss of that reply, as nginx
+// does when it has a ping to answer first. One that comes instead of a reply loses nothing: the client,
+// or the proxy itself, asks elsewhere.
+static bool ends_instead(const struct call *call, struct rpc_connection *connection)
+{
+    return call->through_proxy && atomic_load(&call->thread->rpc->watch_idle) &&
+           claim(connection, 1);
 }
 
 // False: the call's connection is about to end.
@@ -121,6 +136,10 @@ static bool link_live(struct call *call)
         call->next->previous = call;
     thread->live = call;
     atomic_fetch_add_explicit(&thread->rpc->live_calls, 1, memory_order_relaxed);
+    if (connection && ends_instead(call, connection)) {
+        end_claimed(call);
+        return false;
+    }
     return (before & CONNECTION_LEAVES) == 0;
 }
 
@@ -271,6 +290,14 @@ NODISCARD static enum status check_metadata(const struct call *call, struct erro
                      options->metadata_bytes_max);
 }
 
+static bool came_through_proxy(const struct call *call)
+{
+    bool via = false;
+    for (size_t i = 0; i < call->initial_metadata.count && !via; i++)
+        via = grpc_slice_str_cmp(call->initial_metadata.metadata[i].key, "via") == 0;
+    return via;
+}
+
 static void admit(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
@@ -312,6 +339,7 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
         return;
     }
     arm(thread); // before handling: a method without an armed slot hangs its callers
+    call->through_proxy = came_through_proxy(call);
     bool stays = link_live(call);
     if (call->armed) {
         call->method = call->armed;
@@ -895,6 +923,7 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
     access_peer_free(atomic_exchange_explicit(&connection->peer, peer, memory_order_acq_rel));
     atomic_fetch_and(&connection->calls, ~CONNECTION_LEAVES); // of the last one of this number
     atomic_store_explicit(&connection->channelz, 0, memory_order_relaxed);
+    atomic_store_explicit(&connection->arrived_at_look, UINT64_MAX, memory_order_relaxed);
     pthread_mutex_lock(&rpc->adding);
     if (rpc->connections_used <= number)
         rpc->connections_used = (size_t)number + 1;
@@ -920,7 +949,17 @@ void rpc_take_added(struct rpc *rpc)
 bool rpc_leave_idle(const struct rpc *rpc, int fd)
 {
     struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
-    return connection && claim_idle(&connection->calls);
+    if (!connection)
+        return false;
+    uint64_t arrived = atomic_load_explicit(&connection->arrived, memory_order_relaxed);
+    uint64_t before =
+        atomic_exchange_explicit(&connection->arrived_at_look, arrived, memory_order_relaxed);
+    if (arrived != before || !claim(connection, 0))
+        return false;
+    if (atomic_load_explicit(&connection->arrived, memory_order_relaxed) == arrived)
+        return true;
+    atomic_fetch_and(&connection->calls, ~CONNECTION_LEAVES); // one has come and gone since
+    return false;
 }
 
 uint32_t rpc_threads(const struct rpc *rpc)

@@ -31,8 +31,9 @@ struct rpc_options {
         const struct service_context *context); // advice, when calls are too many
     // Called on an rpc thread once the server has shut down and no call is left.
     void (*on_drained)(void *drained_context);
-    // Called on an rpc thread, after rpc_watch_idle, when the last call has ended of the connection
-    // that was added as `fd`, which may be closed by then.
+    // Called on an rpc thread, after rpc_watch_idle, when the connection that was added as `fd`, and
+    // may be closed by now, is to end: its last call has ended, or, if calls reach it through a proxy,
+    // one has come that will be UNAVAILABLE.
     void (*on_connection_idle)(void *drained_context, int fd);
     void *drained_context;
 };
@@ -48,8 +49,8 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer);
 // Any thread, now and then: the thread that was told of the last one may be long within gRPC.
 void rpc_take_added(struct rpc *rpc);
 
-// Any thread. False: calls are live on the connection that was added as `fd`. Else it is the
-// caller's to end, once, and calls that still come on it are UNAVAILABLE.
+// Main thread, now and then. False: the connection that was added as `fd` has had a call since the last
+// time. Else it is the caller's to end, once, and calls that still come on it are UNAVAILABLE.
 bool rpc_leave_idle(const struct rpc *rpc, int fd);
 // What its threads are about: works while one handles an event.
 uint32_t rpc_threads(const struct rpc *rpc);

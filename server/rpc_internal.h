@@ -69,6 +69,7 @@ struct call {
     uint64_t deadline_ns;
     uint32_t connection; // see call_connection; 0: not asked for yet
     bool admitted, sure;
+    bool through_proxy; // it says so, by `via`
     void *state;
 
     // References: one of the rpc thread until the call is over, one for each hold, one for being in
@@ -112,6 +113,7 @@ struct rpc_connection {
     _Atomic(_Atomic uint64_t *) faults_beside; // counts them too; or NULL
     _Atomic uint64_t settled_bytes;            // see rpc_settled_bytes
     _Atomic uint64_t arrived;                  // calls since it was added
+    _Atomic uint64_t arrived_at_look;          // the last one of rpc_leave_idle
     _Atomic int64_t channelz;                  // gRPC's number for it
 };
 

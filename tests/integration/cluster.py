@@ -11,8 +11,9 @@ import re
 import shutil
 import signal
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import pytest
 
@@ -110,6 +111,19 @@ class Nginx:
     def __exit__(self, *_: Any) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(seconds(10))
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Its workers get no CPU within."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        workers = [int(pid) for pid in children.split()]
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for worker in workers:
+                os.kill(worker, signal.SIGCONT)
 
 
 class Host:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -23,11 +24,15 @@ from daemon import EINSUMCTL, count, environment, run, seconds, wait_until
 
 HOSTS = 3
 LAME_DUCK_MS = 1000
+NGINX_SLEEP_S = 0.06  # less than an eighth of LAME_DUCK_MS, see rpc_leave_idle
+NGINX_SLEEPS = 10  # in LAME_DUCK_MS
 TOKENS = [1, 3, 200]  # the last is larger than what gRPC keeps for a retry by default, 256 KiB
 LOAD = Path(__file__).with_name("cluster_load.py")
 
 
 class Cluster:
+    nginx: Nginx
+
     def __init__(self, directory: Path, network: Network):
         self.network = network
         self.weights = small_weights(1)
@@ -90,7 +95,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("cluster")
     with Network(HOSTS) as network:
         site = Cluster(directory, network)
-        with Nginx(directory / "nginx", network):
+        with Nginx(directory / "nginx", network) as site.nginx:
             yield site
         for host in site.hosts:
             host.daemon.stop()
@@ -138,6 +143,21 @@ def test_rolling_restart(cluster: Cluster, balancer: str, drains: int) -> None:
             cluster.restart_each()
     # nginx loses the trailers of a stream, now and then, if its caller is still sending.
     caller.judge({"UNAVAILABLE", "INTERNAL"} if balancer == "nginx" else {"UNAVAILABLE"})
+
+
+def test_restart_while_nginx_sleeps(cluster: Cluster) -> None:
+    """No connection's end reaches nginx together with a reply, late as it may look."""
+    with Caller(cluster, "nginx") as caller:
+        for host in cluster.hosts * 2:
+            cluster.wait_spread()
+            host.daemon.process.send_signal(signal.SIGTERM)
+            for _ in range(NGINX_SLEEPS):
+                time.sleep(LAME_DUCK_MS / 1000 / NGINX_SLEEPS - NGINX_SLEEP_S)
+                with cluster.nginx.asleep():
+                    time.sleep(NGINX_SLEEP_S)
+            host.restart()
+        cluster.wait_spread()
+    caller.judge({"UNAVAILABLE", "INTERNAL"})
 
 
 def test_rolling_restart_c_client(cluster: Cluster) -> None:
