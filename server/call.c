@@ -163,7 +163,7 @@ static void drop_reference(struct call *call)
     call->trailers_n = 0;
     metrics_count_call(call->thread->rpc->options.metrics, call->metrics_call, status_of(call));
     if (call->closed_cancelled || is_clients_fault(call->finish_status))
-        rpc_call_fault(call);
+        connections_fault(call->thread->rpc->connections, call->connection);
     rpc_call_ended(call);
 }
 
@@ -342,7 +342,7 @@ NODISCARD static enum status check_access(struct call *call, struct error *err)
 {
     const struct rpc *rpc = call->thread->rpc;
     const struct method *method = call->method;
-    struct access_peer *peer = rpc_peer(rpc, call_connection(call));
+    struct access_peer *peer = connections_peer(rpc->connections, call_connection(call));
     if (access_given(rpc->options.access, peer, method->needs))
         return STATUS_OK;
     struct access_call asked = {.method = method->path, .needs = method->needs, .peer = peer};

@@ -414,7 +414,7 @@ static void on_calls_drained(void *argument)
     uv_async_send(&daemon->drained);
 }
 
-static void on_connection_idle(void *argument, int fd)
+static void on_connection_ends(void *argument, int fd)
 {
     struct daemon *daemon = argument;
     gate_end_connection(daemon->context.gate, fd);
@@ -519,7 +519,7 @@ NODISCARD static enum status start_serving(struct daemon *daemon, struct error *
         .access = gate_access(daemon->context.gate),
         .on_drained = on_calls_drained,
         .retry_after_ms = retry_after_ms,
-        .on_connection_idle = on_connection_idle,
+        .on_connection_ends = on_connection_ends,
         .drained_context = daemon,
     };
     enum status status = rpc_create(&options, &daemon->rpc, err);

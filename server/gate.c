@@ -222,19 +222,21 @@ enum status gate_start(struct gate *gate, struct rpc *rpc, struct error *err)
 static bool busy(void *context, int fd)
 {
     const struct gate *gate = context;
-    return !rpc_leave_idle(gate->rpc, fd);
+    return !connections_leave_idle(rpc_connections(gate->rpc), connection_number(fd));
 }
 
 void gate_close(struct gate *gate)
 {
     listener_stop(gate->listener);
-    rpc_watch_idle(gate->rpc);
+    connections_close(rpc_connections(gate->rpc));
     listener_end_idle(gate->listener, busy, gate);
 }
 
 void gate_end_connection(struct gate *gate, int fd)
 {
     listener_end_connection(gate->listener, fd);
+    if (gate->health_listener)
+        listener_end_connection(gate->health_listener, fd);
 }
 
 struct guard_stats gate_guard_stats(const struct gate *gate)

@@ -26,8 +26,8 @@ NODISCARD enum status gate_create(uv_loop_t *loop, const struct config *config,
 // again, each for itself, soon after their files have changed.
 NODISCARD enum status gate_start(struct gate *gate, struct rpc *rpc, struct error *err);
 
-// No further callers but for probes; a connection ends with its last call. Once more, now and then,
-// ends those that have had none since.
+// No further callers but for probes; a connection ends with its last call, see connections.h. Once more, now
+// and then, ends those that have had none since.
 void gate_close(struct gate *gate);
 // Any thread. As listener_end_connection.
 void gate_end_connection(struct gate *gate, int fd);

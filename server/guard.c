@@ -89,6 +89,7 @@ struct greeting {
 
 struct guard {
     struct guard_options options;
+    struct connections *connections; // the rpc's
     struct greeting *greetings;
     uv_timer_t watch;
     uint64_t watched_ns, moved_before;
@@ -306,7 +307,8 @@ bool guard_admits(struct guard *guard, int socket, int fd)
     (void)getpeername(socket, (struct sockaddr *)&peer, &bytes); // else of no family
     struct suspects *suspects = &guard->suspects;
     uint64_t now = now_ns();
-    rpc_expect_connection(guard->options.rpc, fd, suspects_faults(suspects, &peer, now));
+    connections_expect(guard->connections, connection_number(fd),
+                       suspects_faults(suspects, &peer, now));
     enum suspects_standing standing = suspects_standing(suspects, &peer, now);
     bool kept_out = standing == STANDING_KEPT_OUT, suspect = standing == STANDING_SUSPECT;
     if (!kept_out && !suspects_has_too_many(suspects, &peer, suspect, now)) {
@@ -407,7 +409,7 @@ static uint64_t backlog_max(const struct guard *guard, bool suspect)
 static void count_owed(const struct guard *guard, int fd, uint64_t received, uint64_t forgiven,
                        struct listener_notes *notes)
 {
-    uint64_t settled = rpc_settled_bytes(guard->options.rpc, fd);
+    uint64_t settled = connections_settled(guard->connections, connection_number(fd));
     if (notes->received_bytes == 0) // the number's figures are those of who had it before, too
         notes->settled_bytes = settled;
     // What TLS adds to each record is no message's.
@@ -441,7 +443,7 @@ static bool has_too_many(const struct visit *visit, int fd, struct listener_note
                          bool suspect)
 {
     struct suspects *suspects = &visit->guard->suspects;
-    uint64_t faults = rpc_connection_faults(visit->guard->options.rpc, fd);
+    uint64_t faults = connections_faults(visit->guard->connections, connection_number(fd));
     if (faults == notes->faults.last)
         return false;
     return rate_within_a_second(&notes->faults, faults, visit->now_ns) >
@@ -487,7 +489,8 @@ static void look_at_ended(void *argument, int socket, int fd, struct listener_no
     if (notes->cut || !address_faults || !bytes_moved(socket, &received, &sent))
         return;
     count_owed(guard, fd, received, 0, notes);
-    uint64_t faults = rpc_connection_calls(guard->options.rpc, fd) == 0; // opened for nothing
+    uint64_t faults = connections_calls(guard->connections,
+                                        connection_number(fd)) == 0; // opened for nothing
     if (notes->owed_bytes > LABOUR_OWED_LITTLE_BYTES)
         faults += guard->options.faults_max / ENDED_OWING_PART;
     if (faults > 0)
@@ -567,6 +570,7 @@ enum status guard_create(const struct guard_options *options, struct guard **out
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for greeting connections");
     }
     guard->options = *options;
+    guard->connections = rpc_connections(options->rpc);
     guard->peeked = peeked;
     guard->labours = labours;
     guard->progress = progress;

@@ -33,9 +33,9 @@ struct guard_options {
     struct listener *listener;
     uint32_t handshake_ms;         // of a greeting
     uint32_t streams_max;          // of a connection: what the client is told, and must acknowledge
-    uint64_t connection_bytes_max; // sent by a connection and not settled, see rpc_settled_bytes
+    uint64_t connection_bytes_max; // sent by a connection and not settled, see connections_settle
     uint64_t bytes_max;            // of all together; then the one with most is cut off
-    uint32_t faults_max;           // of a connection in a second, see rpc_connection_faults
+    uint32_t faults_max;           // of a connection in a second, see connections_fault
     uint32_t penalty_ms; // that the address of who was cut off is kept out; doubled each time again
     struct rpc *rpc;     // takes those that are greeted; its calls and bytes are looked at
     struct guard_traffic *traffic; // lent

@@ -32,6 +32,7 @@
 #include "beat.h"
 #include "checksum.h"
 #include "config.h"
+#include "connections.h"
 #include "cut.h"
 #include "futex.h"
 #include "nan.h"
@@ -452,7 +453,7 @@ static struct request *take_request(struct ring *ring, uint64_t id)
         .job.on_done = on_done,
         .job.on_room = on_room,
         .job.quiet = true,
-        .job.connection = (uint32_t)ring->doorbell + 1, // as call_connection numbers a socket
+        .job.connection = connection_number(ring->doorbell),
     };
     pthread_mutex_unlock(&ring->lock);
     atomic_fetch_add_explicit(&ring->references, 1, memory_order_relaxed);

@@ -39,11 +39,9 @@ enum {
     // Serving front-ends ping every 10 to 30 s, some faster.
     PING_INTERVAL_MS_MIN = 1000,
     GRPC_LOG_LINES_A_SECOND = 4,
+    // What a call may cost beside its messages: headers, frames, window updates for the reply.
+    CALL_OVERHEAD_BYTES = 16 << 10,
 };
-
-// In the count of a connection that is about to end: who ends it has seen 0, and a call that comes
-// nevertheless is refused, since the end of its reply could be lost.
-static const uint32_t CONNECTION_LEAVES = UINT32_C(1) << 31;
 
 __thread struct rpc_thread *rpc_thread_here;
 
@@ -77,70 +75,29 @@ static void put_free(struct call *call)
     call->thread->free_list = call;
 }
 
-// NULL: not one of ours.
-static struct rpc_connection *find_connection(const struct rpc *rpc, uint32_t connection)
-{
-    return connection < rpc->connections_n ? &rpc->connections[connection] : NULL;
-}
-
-struct access_peer *rpc_peer(const struct rpc *rpc, uint32_t connection)
-{
-    struct rpc_connection *found = find_connection(rpc, connection);
-    return found ? atomic_load_explicit(&found->peer, memory_order_acquire) : NULL;
-}
-
-// False: they are not as many, or it has been claimed.
-static bool claim(struct rpc_connection *connection, uint32_t calls)
-{
-    return atomic_compare_exchange_strong(&connection->calls, &calls, calls | CONNECTION_LEAVES);
-}
-
-static void end_claimed(const struct call *call)
+static void end_connection(const struct call *call)
 {
     const struct rpc_options *options = &call->thread->rpc->options;
-    options->on_connection_idle(options->drained_context, (int)call->connection - 1);
-}
-
-// The order between the count and `watch_idle` is what makes sure that whoever looks at them, this
-// thread or the main one, sees the end of the last call.
-static void leave_connection(const struct call *call)
-{
-    const struct rpc *rpc = call->thread->rpc;
-    struct rpc_connection *connection = find_connection(rpc, call->connection);
-    if (connection && atomic_fetch_sub(&connection->calls, 1) == 1 && !call->through_proxy &&
-        atomic_load(&rpc->watch_idle) && claim(connection, 0))
-        end_claimed(call);
-}
-
-// A proxy may take an end that reaches it together with a reply for the loss of that reply, as nginx
-// does when it has a ping to answer first. One that comes instead of a reply loses nothing: the client,
-// or the proxy itself, asks elsewhere.
-static bool ends_instead(const struct call *call, struct rpc_connection *connection)
-{
-    return call->through_proxy && atomic_load(&call->thread->rpc->watch_idle) &&
-           claim(connection, 1);
+    options->on_connection_ends(options->drained_context, connection_fd(call->connection));
 }
 
 // False: the call's connection is about to end.
 static bool link_live(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
-    struct rpc_connection *connection = find_connection(thread->rpc, call_connection(call));
-    uint32_t before = connection ? atomic_fetch_add(&connection->calls, 1) : 0;
-    if (connection)
-        atomic_fetch_add_explicit(&connection->arrived, 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&thread->rpc->arrived, 1, memory_order_relaxed);
+    struct rpc *rpc = thread->rpc;
     call->previous = NULL;
     call->next = thread->live;
     if (call->next)
         call->next->previous = call;
     thread->live = call;
-    atomic_fetch_add_explicit(&thread->rpc->live_calls, 1, memory_order_relaxed);
-    if (connection && ends_instead(call, connection)) {
-        end_claimed(call);
-        return false;
-    }
-    return (before & CONNECTION_LEAVES) == 0;
+    atomic_fetch_add_explicit(&rpc->arrived, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&rpc->live_calls, 1, memory_order_relaxed);
+    enum connections_call began =
+        connections_call_began(rpc->connections, call_connection(call), call->through_proxy);
+    if (began == CONNECTION_ENDS)
+        end_connection(call);
+    return began == CONNECTION_STAYS;
 }
 
 static void unlink_live(struct call *call)
@@ -251,9 +208,7 @@ NODISCARD static enum status check_calls(const struct call *call, struct error *
 {
     const struct rpc_thread *thread = call->thread;
     const struct rpc *rpc = thread->rpc;
-    const struct rpc_connection *connection = find_connection(rpc, call->connection);
-    uint32_t calls =
-        connection ? atomic_load_explicit(&connection->admitted, memory_order_relaxed) : 0;
+    uint32_t calls = connections_admitted(rpc->connections, call->connection);
     uint32_t of_all = atomic_load_explicit(&rpc->admitted, memory_order_relaxed);
     uint32_t left = of_all < rpc->options.calls_max ? rpc->options.calls_max - of_all : 0;
     if (calls < CONNECTION_CALLS_SURE && thread->sure_n < thread->sure_max)
@@ -301,10 +256,7 @@ static bool came_through_proxy(const struct call *call)
 static void admit(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
-    struct rpc_connection *connection = find_connection(thread->rpc, call->connection);
-    uint32_t before =
-        connection ? atomic_fetch_add_explicit(&connection->admitted, 1, memory_order_relaxed)
-                   : UINT32_MAX;
+    uint32_t before = connections_admit(thread->rpc->connections, call->connection);
     call->admitted = true;
     call->sure = before < CONNECTION_CALLS_SURE && thread->sure_n < thread->sure_max;
     if (call->sure) {
@@ -318,7 +270,7 @@ static void admit(struct call *call)
 static void unadmit(struct call *call)
 {
     struct rpc_thread *thread = call->thread;
-    struct rpc_connection *connection = find_connection(thread->rpc, call->connection);
+    connections_unadmit(thread->rpc->connections, call->connection);
     call->admitted = false;
     if (call->sure) {
         thread->sure_n--;
@@ -326,8 +278,6 @@ static void unadmit(struct call *call)
         thread->admitted_n--;
         atomic_fetch_sub_explicit(&thread->rpc->admitted, 1, memory_order_relaxed);
     }
-    if (connection)
-        atomic_fetch_sub_explicit(&connection->admitted, 1, memory_order_relaxed);
 }
 
 static void on_arrived(struct rpc_thread *thread, struct call *call, bool success)
@@ -362,19 +312,10 @@ static void on_arrived(struct rpc_thread *thread, struct call *call, bool succes
 
 void rpc_message_came(struct call *call, const grpc_byte_buffer *message)
 {
-    struct rpc_connection *connection = find_connection(call->thread->rpc, call_connection(call));
     uint64_t bytes = CALL_OVERHEAD_BYTES;
     if (message)
         bytes += grpc_byte_buffer_length((grpc_byte_buffer *)(uintptr_t)message);
-    if (connection)
-        atomic_fetch_add_explicit(&connection->settled_bytes, bytes, memory_order_relaxed);
-}
-
-uint64_t rpc_settled_bytes(const struct rpc *rpc, int fd)
-{
-    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
-    return connection ? atomic_load_explicit(&connection->settled_bytes, memory_order_relaxed)
-                      : UINT64_MAX;
+    connections_settle(call->thread->rpc->connections, call_connection(call), bytes);
 }
 
 uint64_t rpc_backlog(const struct rpc *rpc)
@@ -386,11 +327,9 @@ uint64_t rpc_backlog(const struct rpc *rpc)
 
 uint64_t rpc_connection_backlog(const struct rpc *rpc, int fd)
 {
-    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
-    if (!connection)
-        return 0;
-    uint64_t arrived = atomic_load_explicit(&connection->arrived, memory_order_relaxed);
-    uint64_t started = backlog_streams_started(connection->channelz);
+    uint32_t number = connection_number(fd);
+    uint64_t arrived = connections_calls(rpc->connections, number);
+    uint64_t started = backlog_streams_started(connections_channelz(rpc->connections, number));
     return started > arrived ? started - arrived : 0;
 }
 
@@ -408,48 +347,12 @@ struct rpc_progress rpc_progress(const struct rpc *rpc, uint32_t index)
     return progress;
 }
 
-void rpc_call_fault(struct call *call)
-{
-    struct rpc_connection *connection = find_connection(call->thread->rpc, call->connection);
-    if (!connection)
-        return;
-    atomic_fetch_add_explicit(&connection->faults, 1, memory_order_relaxed);
-    _Atomic uint64_t *beside =
-        atomic_load_explicit(&connection->faults_beside, memory_order_relaxed);
-    if (beside)
-        atomic_fetch_add_explicit(beside, 1, memory_order_relaxed);
-}
-
-uint64_t rpc_connection_faults(const struct rpc *rpc, int fd)
-{
-    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
-    return connection ? atomic_load_explicit(&connection->faults, memory_order_relaxed) : 0;
-}
-
-uint64_t rpc_connection_calls(const struct rpc *rpc, int fd)
-{
-    const struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
-    return connection ? atomic_load_explicit(&connection->arrived, memory_order_relaxed) : 1;
-}
-
-void rpc_expect_connection(struct rpc *rpc, int fd, _Atomic uint64_t *beside)
-{
-    struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
-    if (!connection)
-        return;
-    atomic_store_explicit(&connection->arrived, 0, memory_order_relaxed);
-    atomic_store_explicit(&connection->faults, 0, memory_order_relaxed);
-    atomic_store_explicit(&connection->faults_beside, beside, memory_order_relaxed);
-}
-
 enum status call_request_begin(struct call *call, struct error *err)
 {
     struct rpc *rpc = call->thread->rpc;
     const struct rpc_options *options = &rpc->options;
-    struct rpc_connection *connection = find_connection(rpc, call_connection(call));
     uint32_t of_all = atomic_fetch_add_explicit(&rpc->requests, 1, memory_order_relaxed);
-    uint32_t of_it =
-        connection ? atomic_fetch_add_explicit(&connection->requests, 1, memory_order_relaxed) : 0;
+    uint32_t of_it = connections_request_began(rpc->connections, call_connection(call));
     if (of_it < options->connection_in_flight_max && of_all < options->in_flight_max)
         return STATUS_OK;
     call_request_end(call);
@@ -467,10 +370,8 @@ enum status call_request_begin(struct call *call, struct error *err)
 void call_request_end(struct call *call)
 {
     struct rpc *rpc = call->thread->rpc;
-    struct rpc_connection *connection = find_connection(rpc, call->connection);
     atomic_fetch_sub_explicit(&rpc->requests, 1, memory_order_relaxed);
-    if (connection)
-        atomic_fetch_sub_explicit(&connection->requests, 1, memory_order_relaxed);
+    connections_request_ended(rpc->connections, call->connection);
 }
 
 void rpc_call_ended(struct call *call)
@@ -479,7 +380,8 @@ void rpc_call_ended(struct call *call)
     unlink_live(call);
     if (call->admitted)
         unadmit(call);
-    leave_connection(call);
+    if (connections_call_ended(thread->rpc->connections, call->connection, call->through_proxy))
+        end_connection(call);
     put_free(call);
     arm(thread);
     count_down(thread->rpc);
@@ -499,8 +401,7 @@ bool rpc_caller_is_gone(int socket)
 static void take_connection(struct rpc_thread *thread, uint32_t number)
 {
     struct rpc *rpc = thread->rpc;
-    struct rpc_connection *connection = &rpc->connections[number];
-    int fd = (int)number - 1, at_once = 1;
+    int fd = connection_fd(number), at_once = 1;
     if (rpc_caller_is_gone(fd)) {
         close(fd);
         return;
@@ -513,32 +414,19 @@ static void take_connection(struct rpc_thread *thread, uint32_t number)
         setsockopt(twin, SOL_SOCKET, SO_RCVLOWAT, &at_once, sizeof at_once);
         close(twin);
     }
-    pthread_mutex_lock(&rpc->adding);
+    pthread_mutex_lock(&rpc->finding);
     int64_t channelz = backlog_find_socket(rpc->channelz_last, fd);
     if (channelz > rpc->channelz_last)
         rpc->channelz_last = channelz;
-    pthread_mutex_unlock(&rpc->adding);
-    atomic_store_explicit(&connection->channelz, channelz, memory_order_relaxed);
-}
-
-static uint32_t next_added(struct rpc *rpc)
-{
-    if (atomic_load_explicit(&rpc->added, memory_order_relaxed) == 0)
-        return 0;
-    pthread_mutex_lock(&rpc->adding);
-    uint32_t number = atomic_load_explicit(&rpc->added, memory_order_relaxed);
-    if (number)
-        atomic_store_explicit(&rpc->added, rpc->connections[number].next_added,
-                              memory_order_relaxed);
-    pthread_mutex_unlock(&rpc->adding);
-    return number;
+    pthread_mutex_unlock(&rpc->finding);
+    connections_set_channelz(rpc->connections, number, channelz);
 }
 
 // One by one: who keeps this thread within gRPC keeps no other connection waiting.
-static void take_added(struct rpc_thread *thread)
+static void take_connections(struct rpc_thread *thread)
 {
     uint32_t number;
-    while ((number = next_added(thread->rpc)) != 0)
+    while ((number = connections_next(thread->rpc->connections)) != 0)
         take_connection(thread, number);
 }
 
@@ -608,7 +496,7 @@ static void handle(struct rpc_thread *thread, const struct tag *tag, bool succes
 {
     switch (tag->kind) {
     case TAG_WAKE:
-        take_added(thread);
+        take_connections(thread);
         run_woken(thread);
         break;
     case TAG_SHUTDOWN:
@@ -826,16 +714,14 @@ static void free_rpc(struct rpc *rpc)
         grpc_completion_queue_destroy(rpc->threads[i].queue);
     }
     grpc_shutdown();
-    pthread_mutex_destroy(&rpc->adding);
-    for (size_t i = 0; i < rpc->connections_used; i++)
-        access_peer_free(rpc->connections[i].peer);
-    free(rpc->connections);
+    pthread_mutex_destroy(&rpc->finding);
+    connections_destroy(rpc->connections);
     free(rpc->threads);
     free(rpc);
 }
 
-// Connections are numbered by their sockets. Pages that no number reaches are never touched.
-static size_t files_max(void)
+// As many as sockets.
+static size_t connection_numbers(void)
 {
     long files = sysconf(_SC_OPEN_MAX);
     return files > 0 && files < CONNECTIONS_MAX ? (size_t)files + 1 : CONNECTIONS_MAX;
@@ -846,21 +732,20 @@ enum status rpc_create(const struct rpc_options *options, struct rpc **out, stru
     ASSERT(options->threads > 0);
     struct rpc *rpc = calloc(1, sizeof *rpc);
     struct rpc_thread *threads = calloc(options->threads, sizeof *threads);
-    size_t connections_n = files_max();
-    struct rpc_connection *connections = calloc(connections_n, sizeof *connections);
+    struct connections *connections = connections_create(connection_numbers());
     if (!rpc || !threads || !connections) {
         free(rpc);
         free(threads);
-        free(connections);
+        if (connections)
+            connections_destroy(connections);
         return error_set(err, STATUS_RESOURCE_EXHAUSTED, "no memory for the gRPC server");
     }
     rpc->options = *options;
     rpc->threads = threads;
     rpc->connections = connections;
-    rpc->connections_n = connections_n;
     rpc->shutdown_tag = (struct tag){.kind = TAG_SHUTDOWN};
     atomic_init(&rpc->reply_timeout_ms, options->reply_timeout_ms);
-    pthread_mutex_init(&rpc->adding, NULL);
+    pthread_mutex_init(&rpc->finding, NULL);
     atomic_init(&rpc->live_calls, 1); // the server's own, until its shutdown tag pops
 
     gpr_set_log_function(on_grpc_log);
@@ -913,53 +798,25 @@ static void wake(struct rpc_thread *thread)
 
 void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
 {
-    uint32_t number = connection_number(fd);
-    struct rpc_connection *connection = find_connection(rpc, number);
-    if (!connection) {
-        access_peer_free(peer);
+    if (!connections_add(rpc->connections, connection_number(fd), peer)) {
         close(fd);
         return;
     }
-    access_peer_free(atomic_exchange_explicit(&connection->peer, peer, memory_order_acq_rel));
-    atomic_fetch_and(&connection->calls, ~CONNECTION_LEAVES); // of the last one of this number
-    atomic_store_explicit(&connection->channelz, 0, memory_order_relaxed);
-    atomic_store_explicit(&connection->arrived_at_look, UINT64_MAX, memory_order_relaxed);
-    pthread_mutex_lock(&rpc->adding);
-    if (rpc->connections_used <= number)
-        rpc->connections_used = (size_t)number + 1;
-    connection->next_added = 0;
-    if (atomic_load_explicit(&rpc->added, memory_order_relaxed) == 0)
-        atomic_store_explicit(&rpc->added, number, memory_order_relaxed);
-    else
-        rpc->connections[rpc->added_last].next_added = number;
-    rpc->added_last = number;
-    struct rpc_thread *thread = &rpc->threads[rpc->added_n++ % rpc->options.threads];
-    pthread_mutex_unlock(&rpc->adding);
-    wake(thread);
+    uint32_t turn = atomic_fetch_add_explicit(&rpc->added, 1, memory_order_relaxed);
+    wake(&rpc->threads[turn % rpc->options.threads]);
 }
 
 void rpc_take_added(struct rpc *rpc)
 {
-    if (atomic_load_explicit(&rpc->added, memory_order_relaxed) == 0)
+    if (!connections_waiting(rpc->connections))
         return;
     for (uint32_t i = 0; i < rpc->options.threads; i++)
         wake(&rpc->threads[i]);
 }
 
-bool rpc_leave_idle(const struct rpc *rpc, int fd)
+struct connections *rpc_connections(const struct rpc *rpc)
 {
-    struct rpc_connection *connection = find_connection(rpc, connection_number(fd));
-    if (!connection)
-        return false;
-    uint64_t arrived = atomic_load_explicit(&connection->arrived, memory_order_relaxed);
-    uint64_t before =
-        atomic_exchange_explicit(&connection->arrived_at_look, arrived, memory_order_relaxed);
-    if (arrived != before || !claim(connection, 0))
-        return false;
-    if (atomic_load_explicit(&connection->arrived, memory_order_relaxed) == arrived)
-        return true;
-    atomic_fetch_and(&connection->calls, ~CONNECTION_LEAVES); // one has come and gone since
-    return false;
+    return rpc->connections;
 }
 
 uint32_t rpc_threads(const struct rpc *rpc)
@@ -970,11 +827,6 @@ uint32_t rpc_threads(const struct rpc *rpc)
 const struct beat *rpc_beat(const struct rpc *rpc, uint32_t thread)
 {
     return &rpc->threads[thread].beat;
-}
-
-void rpc_watch_idle(struct rpc *rpc)
-{
-    atomic_store(&rpc->watch_idle, true);
 }
 
 void rpc_drain(struct rpc *rpc)

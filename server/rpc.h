@@ -6,6 +6,7 @@
 #pragma once
 
 #include "call.h"
+#include "connections.h"
 #include "metrics.h"
 
 struct beat;
@@ -31,10 +32,9 @@ struct rpc_options {
         const struct service_context *context); // advice, when calls are too many
     // Called on an rpc thread once the server has shut down and no call is left.
     void (*on_drained)(void *drained_context);
-    // Called on an rpc thread, after rpc_watch_idle, when the connection that was added as `fd`, and
-    // may be closed by now, is to end: its last call has ended, or, if calls reach it through a proxy,
-    // one has come that will be UNAVAILABLE.
-    void (*on_connection_idle)(void *drained_context, int fd);
+    // Called on an rpc thread: the connection that was added as `fd`, and may be closed by now, is to end,
+    // see connections.h.
+    void (*on_connection_ends)(void *drained_context, int fd);
     void *drained_context;
 };
 
@@ -49,29 +49,16 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer);
 // Any thread, now and then: the thread that was told of the last one may be long within gRPC.
 void rpc_take_added(struct rpc *rpc);
 
-// Main thread, now and then. False: the connection that was added as `fd` has had a call since the last
-// time. Else it is the caller's to end, once, and calls that still come on it are UNAVAILABLE.
-bool rpc_leave_idle(const struct rpc *rpc, int fd);
+// As long as a call lives, gRPC keeps its connection's socket open, so that its number is nobody else's.
+struct connections *rpc_connections(const struct rpc *rpc);
 // What its threads are about: works while one handles an event.
 uint32_t rpc_threads(const struct rpc *rpc);
 const struct beat *rpc_beat(const struct rpc *rpc, uint32_t thread);
-
-// Any thread. How many bytes of what the connection added as `fd` has sent are settled: they came as
-// whole messages, or are what calls cost beside these. Only grows. What a connection has sent beyond is
-// what gRPC holds of it, or has wasted its time with.
-uint64_t rpc_settled_bytes(const struct rpc *rpc, int fd);
 
 // Main thread. Calls that gRPC has and that have not come to us: of all, and of the connection that was
 // added as `fd`. Each asks gRPC for a text, and reads it.
 uint64_t rpc_backlog(const struct rpc *rpc);
 uint64_t rpc_connection_backlog(const struct rpc *rpc, int fd);
-// And how many came to nothing by their client's doing: reset before their answer had left, or wrong.
-uint64_t rpc_connection_faults(const struct rpc *rpc, int fd);
-// And how many have come to us.
-uint64_t rpc_connection_calls(const struct rpc *rpc, int fd);
-// Before a connection is added as `fd`: both begin at 0, and faults are counted in `beside`, too, also once
-// it has ended. For as long as rpc is there.
-void rpc_expect_connection(struct rpc *rpc, int fd, _Atomic uint64_t *beside);
 // Any thread. Whether nobody is at the other end of a socket: reset, or closed for both ways.
 bool rpc_caller_is_gone(int socket);
 
@@ -81,8 +68,6 @@ struct rpc_progress {
     bool within_grpc;
 };
 struct rpc_progress rpc_progress(const struct rpc *rpc, uint32_t index);
-// Main thread.
-void rpc_watch_idle(struct rpc *rpc);
 
 // Main thread. Refuses new calls, tells clients to go elsewhere, runs on_drain of every live call;
 // on_drained follows when the last one has ended by itself or by rpc_cancel_calls.

@@ -101,25 +101,6 @@ struct call {
     _Alignas(max_align_t) unsigned char inline_state[CALL_INLINE_STATE_BYTES];
 };
 
-// What one connection asks of us, by its number: see connection_number. The number is another's some
-// time after it is closed.
-struct rpc_connection {
-    uint32_t next_added;                       // guarded by rpc->adding
-    _Atomic(struct access_peer *) peer;        // owned; NULL: none has had this number
-    _Atomic uint32_t calls;                    // live ones
-    _Atomic uint32_t admitted;                 // of those, the ones that are not being refused
-    _Atomic uint32_t requests;                 // in flight; see call_request_begin
-    _Atomic uint64_t faults;                   // see rpc_call_fault
-    _Atomic(_Atomic uint64_t *) faults_beside; // counts them too; or NULL
-    _Atomic uint64_t settled_bytes;            // see rpc_settled_bytes
-    _Atomic uint64_t arrived;                  // calls since it was added
-    _Atomic uint64_t arrived_at_look;          // the last one of rpc_leave_idle
-    _Atomic int64_t channelz;                  // gRPC's number for it
-};
-
-// What a call may cost beside its messages: headers, frames, window updates for the reply.
-enum { CALL_OVERHEAD_BYTES = 16 << 10 };
-
 struct rpc {
     struct rpc_options options;
     _Atomic uint32_t reply_timeout_ms;
@@ -133,39 +114,21 @@ struct rpc {
     grpc_server_credentials *credentials;
     _Atomic bool draining;
     _Atomic bool end_calls;
-    _Atomic bool watch_idle;
     _Atomic uint64_t arrived; // calls, since the start
-    // Connections for any thread to take, the first and the last, linked by next_added; 0: none. Changed
-    // under `adding`.
-    _Atomic uint32_t added;
-    uint32_t added_last;
-    uint32_t added_n;          // so far, by which threads are told of them in turn
-    pthread_mutex_t adding;    // guards the next two as well
+    struct connections *connections;
+    _Atomic uint32_t added;    // connections so far, by which threads are told of them in turn
+    pthread_mutex_t finding;   // guards the next one
     int64_t channelz_last;     // of the connection added last
-    size_t connections_used;   // none from here on has been added: pages never touched
     _Atomic uint32_t admitted; // calls
     _Atomic uint32_t requests; // in flight
-    struct rpc_connection *connections;
-    size_t connections_n; // numbers in it; a connection beyond is closed at once
     _Atomic uint32_t
         live_calls; // of all threads, and one for the server until its shutdown tag has popped
 };
 
-// The listener gives gRPC its sockets by number, and that is what gRPC calls the peers.
-static inline uint32_t connection_number(int fd)
-{
-    return (uint32_t)fd + 1; // 0 is none
-}
-
 // rpc.c
-// Who sent the call. As long as a call lives, gRPC keeps its connection's socket open, so that its
-// number is nobody else's. NULL: unknown.
-struct access_peer *rpc_peer(const struct rpc *rpc, uint32_t connection);
 extern __thread struct rpc_thread *rpc_thread_here; // set while an rpc thread is outside of gRPC
 void rpc_call_ended(struct call *call);             // back to the pool
 void rpc_message_came(struct call *call, const grpc_byte_buffer *message);
-// It came to nothing by its client's doing: reset before its answer had left, or wrong.
-void rpc_call_fault(struct call *call);
 
 // call.c: what rpc.c does with the events of a call.
 // `full` not NULL: too many are live; `leaves`: its connection ends. Both are refused.

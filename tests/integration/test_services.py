@@ -576,6 +576,22 @@ def test_lame_duck_closes_idle_connections(tmp_path: Path, rng: np.random.Genera
         assert site.daemon.wait_exit() == 0
 
 
+def test_lame_duck_on_the_health_port(tmp_path: Path) -> None:
+    """Whoever asks there on and on hears of it to the end."""
+    with serving(tmp_path, small_weights(1), 256, lame_duck_ms=2000,
+                 health_listen=["127.0.0.1:0"]) as site:  # fmt: skip
+        address = site.daemon.wait_event("ready")["health_listen"]
+        begin = time.monotonic()
+        with Client(address, site.client.schema) as prober:
+            assert prober.health("") == SERVING
+            site.daemon.terminate()
+            site.daemon.wait_event("draining")
+            while time.monotonic() - begin < 1.8:
+                assert prober.health("") == NOT_SERVING
+                time.sleep(0.05)
+        assert site.daemon.wait_exit() == 0
+
+
 def test_lame_duck_closes_a_connection_after_its_last_call(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
