@@ -426,6 +426,8 @@ static void look_at_bytes(struct visit *visit, int fd, uint64_t received, uint64
 {
     struct guard *guard = visit->guard;
     guard->options.traffic->moved += received - notes->received_bytes + sent - notes->sent_bytes;
+    if (sent != notes->sent_bytes)
+        notes->sent_ns = visit->now_ns;
     notes->sent_bytes = sent;
     count_owed(guard, fd, received, visit->forgiven, notes);
     guard->owed += notes->owed_bytes;
@@ -502,11 +504,14 @@ static bool is_stuck(struct guard *guard, uint64_t now_ns)
     uint32_t threads = rpc_threads(guard->options.rpc);
     for (uint32_t i = 0; i < threads; i++)
         guard->progress[i] = rpc_progress(guard->options.rpc, i);
+    const struct listener_notes *most = guard->owes_most_notes;
+    bool owed = guard->owes_most >= 0;
     const struct labour_look look = {
         .progress = guard->progress,
         .traffic = guard->options.traffic,
         .owed_bytes = guard->owed_most,
-        .suspect = guard->owes_most >= 0 && is_suspect(guard, guard->owes_most_notes, now_ns),
+        .sent_ns = owed ? most->sent_ns : 0,
+        .suspect = owed && is_suspect(guard, most, now_ns),
         .now_ns = now_ns,
     };
     return labour_is_stuck(guard->labours, threads, &look);

@@ -73,6 +73,7 @@ struct listener_address listener_address(const struct listener *listener, size_t
 struct listener_notes {
     struct sockaddr_storage peer; // the listener's: the caller's address
     uint64_t received_bytes, sent_bytes, settled_bytes, owed_bytes;
+    uint64_t sent_ns;
     struct rate faults;
     bool cut;
     bool by_tls; // the listener's: what is received is more than what gets to the server

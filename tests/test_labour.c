@@ -23,6 +23,8 @@ static bool busy[THREADS];    // all the time
 static uint64_t bytes_a_ms;   // of all
 static bool by_a_unix_socket; // some of them
 
+static const int others[] = {0, 2}; // threads looked at before the busy one, and after
+
 static bool look_after(uint64_t ns)
 {
     look.now_ns += ns;
@@ -185,9 +187,62 @@ START_TEST(bytes_from_before_do_not_count)
 }
 END_TEST
 
-// ---- several threads
+// ---- who owes most
 
-static const int others[] = {0, 2}; // looked at before it, and after
+// As a message's sender is told of the room for more.
+START_TEST(who_is_sent_something_is_not_stuck)
+{
+    bytes_a_ms = A_MS - 1;
+    for (int i = 0; i < 20; i++) {
+        labours_for(99);
+        look.sent_ns = look.now_ns + MS;
+        ck_assert(!look_after(MS));
+    }
+}
+END_TEST
+
+START_TEST(what_was_sent_before_does_not_count)
+{
+    look.sent_ns = look.now_ns;
+    ck_assert_int_eq(stuck_after(), 100);
+    setup();
+    labours_for(50);
+    progress[1].events++;
+    look.sent_ns = look.now_ns + MS;
+    ck_assert(!look_after(MS));
+    ck_assert_int_eq(stuck_after(), 100);
+}
+END_TEST
+
+// Replies to earlier calls may go on for as long as their caller likes.
+START_TEST(who_is_sent_something_for_ever)
+{
+    bytes_a_ms = A_MS / 8 - 1;
+    look.sent_ns = UINT64_MAX;
+    ck_assert_int_eq(stuck_after(), 1000);
+    setup();
+    bytes_a_ms = A_MS / 8;
+    look.sent_ns = UINT64_MAX;
+    ck_assert_int_eq(stuck_after(), NEVER);
+}
+END_TEST
+
+// The one that began first has had nothing sent since; another that began later has.
+START_TEST(since_the_longest_began)
+{
+    labours_for(60);
+    busy[others[_i]] = true;
+    look.sent_ns = look.now_ns - 60 * MS;
+    ck_assert_int_eq(stuck_after(), 40);
+    setup();
+    labours_for(60);
+    busy[others[_i]] = true;
+    look.sent_ns = look.now_ns - 59 * MS;
+    ck_assert_int_eq(stuck_after(), 1000 - 60);
+}
+END_TEST
+
+// ---- several threads
 
 START_TEST(times_of_all_against_bytes_of_all)
 {
@@ -270,6 +325,10 @@ int main(void)
     tcase_add_test(tests, bytes_too_few);
     tcase_add_test(tests, bytes_that_stop);
     tcase_add_test(tests, bytes_from_before_do_not_count);
+    tcase_add_test(tests, who_is_sent_something_is_not_stuck);
+    tcase_add_test(tests, what_was_sent_before_does_not_count);
+    tcase_add_test(tests, who_is_sent_something_for_ever);
+    tcase_add_loop_test(tests, since_the_longest_began, 0, ARRAY_LEN(others));
     tcase_add_test(tests, times_of_all_against_bytes_of_all);
     tcase_add_loop_test(tests, the_longest_is_what_counts, 0, ARRAY_LEN(others));
     tcase_add_loop_test(tests, bytes_since_the_first_began, 0, ARRAY_LEN(others));

@@ -43,6 +43,7 @@ from scrape import scrape
 
 HONEST = 32
 MIB = 1 << 20
+LARGE_BYTES = 400 * MIB  # of which gRPC has some hundred milliseconds
 # What a kind may leave behind: malloc keeps so much for the next messages.
 KEPT_BYTES = 400 * MIB
 PEAK_BYTES = 2500 * MIB
@@ -486,6 +487,29 @@ def test_receive_buffer_of_a_suspect(tmp_path: Path) -> None:
         with let_in("127.0.0.80", site) as suspect, let_in("127.0.0.81", site) as other:
             assert receive_buffer(site, suspect) == 2 * 65536
             assert 2 * 65536 < receive_buffer(site, other) <= 1 << 20
+
+
+def test_who_owes_little_beside_large_messages(tmp_path: Path) -> None:
+    """The labour for `listen`'s messages is not blamed on who owes something on `health_listen`."""
+    with serving(
+        tmp_path, small_weights(1), 256, http_listen="127.0.0.1:0", health_listen=["127.0.0.1:0"],
+        message_bytes_max=LARGE_BYTES + MIB, connection_bytes_max=LARGE_BYTES + MIB,
+        transport_bytes_max=4 * LARGE_BYTES,
+    ) as site:  # fmt: skip
+        host, port = site.daemon.wait_event("ready")["health_listen"].rsplit(":", 1)
+        with RawConnection((host, int(port))) as owing:
+            owing.hello()
+            owing.send(call_headers("/grpc.health.v1.Health/Check"),
+                       frame(DATA, 0, 1, message(b"", claimed_bytes=4 * MIB)),
+                       frame(DATA, 0, 1, bytes(PIECE)) * (2 * MIB // PIECE))  # fmt: skip
+            for _ in range(3):
+                with pytest.raises(grpc.RpcError) as caught:
+                    site.client.raw(EINSUM, bytes(LARGE_BYTES))
+                assert caught.value.code() == StatusCode.INVALID_ARGUMENT, site.daemon.log
+            assert rejected(site.daemon, "connection_stuck") == 0
+            owing.send(frame(DATA, 0, 1, bytes(PIECE)) * (2 * MIB // PIECE),
+                       frame(DATA, END_STREAM, 1))  # fmt: skip
+            read_until(owing, b"grpc-status", 1)
 
 
 @pytest.mark.parametrize("says", [PREFACE[:10], PREFACE], ids=["half a preface", "preface"])
