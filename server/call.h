@@ -9,7 +9,7 @@
 //     on_sent     the message given to call_send has left; the next may be sent
 //     on_wake     another thread has called call_wake
 //     on_cancel   the client, its deadline or a lost connection has ended the call: no use answering
-//     on_drain    the daemon is draining: end the call soon. Only long-lived calls need it
+//     on_drain    the daemon is draining: end the call soon. Only long-lived calls need it; may come again
 //     on_end      the call is over and no callback follows; drop what its state holds
 //
 // Any may be NULL. A method answers with call_finish, once; a unary method gives the response with

@@ -50,7 +50,8 @@ int64_t connections_channelz(const struct connections *connections, uint32_t num
 // Once closing, a connection ends with its last call. Not so if that came through a proxy, which may take
 // an end that reaches it together with a reply for the loss of that reply, as nginx does when it has a ping
 // to answer first: that connection ends when it has been idle for a while, or instead of the reply to the
-// next call. Nothing is lost by it: the client, or the proxy itself, asks elsewhere.
+// next call. Nothing is lost by it: the client, or the proxy itself, asks elsewhere. Streams are told to end
+// when closing begins, see rpc_close.
 
 void connections_close(struct connections *connections);
 

@@ -228,7 +228,7 @@ static bool busy(void *context, int fd)
 void gate_close(struct gate *gate)
 {
     listener_stop(gate->listener);
-    connections_close(rpc_connections(gate->rpc));
+    rpc_close(gate->rpc);
     listener_end_idle(gate->listener, busy, gate);
 }
 

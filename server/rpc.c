@@ -462,13 +462,13 @@ static void sweep(struct rpc_thread *thread)
     thread->swept_ns = now;
 }
 
-static void drain_live_calls(struct rpc_thread *thread)
+static void drain_live_calls(struct rpc_thread *thread, bool through_proxies_alone)
 {
-    thread->draining = true;
     struct call *next;
     for (struct call *call = thread->live; call; call = next) {
         next = call->next;
-        if (call->method && call->method->on_drain && !call->over)
+        bool meant = call->through_proxy || !through_proxies_alone;
+        if (meant && call->method && call->method->on_drain && !call->over)
             call->method->on_drain(call);
     }
 }
@@ -476,7 +476,6 @@ static void drain_live_calls(struct rpc_thread *thread)
 // The job of a call may come back later, and then finds it finished.
 static void end_live_calls(struct rpc_thread *thread)
 {
-    thread->ended_calls = true;
     struct error err;
     error_set(&err, STATUS_UNAVAILABLE, "draining: not finished within drain_grace_ms");
     struct call *next;
@@ -487,6 +486,25 @@ static void end_live_calls(struct rpc_thread *thread)
         if (call->method && call->method->on_cancel)
             call->method->on_cancel(call);
         call_finish(call, NULL, &err);
+    }
+}
+
+// Once each, when the time has come. Armed slots fail when the server starts to drain, and who sets the
+// others wakes every thread.
+static void look_at_end(struct rpc_thread *thread)
+{
+    struct rpc *rpc = thread->rpc;
+    if (!thread->closing && atomic_load_explicit(&rpc->closing, memory_order_acquire)) {
+        thread->closing = true;
+        drain_live_calls(thread, true);
+    }
+    if (!thread->draining && atomic_load_explicit(&rpc->draining, memory_order_acquire)) {
+        thread->draining = true;
+        drain_live_calls(thread, false);
+    }
+    if (!thread->ended_calls && atomic_load_explicit(&rpc->end_calls, memory_order_acquire)) {
+        thread->ended_calls = true;
+        end_live_calls(thread);
     }
 }
 
@@ -530,12 +548,7 @@ static void *thread_main(void *argument)
         beat_turn(&thread->beat);
         if (event.type == GRPC_OP_COMPLETE)
             handle(thread, event.tag, event.success);
-        // Armed slots fail when the server starts to drain, so every thread comes by here then.
-        if (!thread->draining && atomic_load_explicit(&thread->rpc->draining, memory_order_acquire))
-            drain_live_calls(thread);
-        if (!thread->ended_calls &&
-            atomic_load_explicit(&thread->rpc->end_calls, memory_order_acquire))
-            end_live_calls(thread);
+        look_at_end(thread);
         if (thread->live && now_ns() - thread->swept_ns > (uint64_t)SWEEP_MS * 1000000u)
             sweep(thread);
         // What this thread has woken itself comes without a tag.
@@ -804,12 +817,16 @@ void rpc_add_connection(struct rpc *rpc, int fd, struct access_peer *peer)
     wake(&rpc->threads[turn % rpc->options.threads]);
 }
 
-void rpc_take_added(struct rpc *rpc)
+static void wake_all(struct rpc *rpc)
 {
-    if (!connections_waiting(rpc->connections))
-        return;
     for (uint32_t i = 0; i < rpc->options.threads; i++)
         wake(&rpc->threads[i]);
+}
+
+void rpc_take_added(struct rpc *rpc)
+{
+    if (connections_waiting(rpc->connections))
+        wake_all(rpc);
 }
 
 struct connections *rpc_connections(const struct rpc *rpc)
@@ -827,6 +844,13 @@ const struct beat *rpc_beat(const struct rpc *rpc, uint32_t thread)
     return &rpc->threads[thread].beat;
 }
 
+void rpc_close(struct rpc *rpc)
+{
+    connections_close(rpc->connections);
+    if (!atomic_exchange_explicit(&rpc->closing, true, memory_order_acq_rel))
+        wake_all(rpc);
+}
+
 void rpc_drain(struct rpc *rpc)
 {
     atomic_store_explicit(&rpc->draining, true, memory_order_release);
@@ -835,10 +859,8 @@ void rpc_drain(struct rpc *rpc)
 
 void rpc_end_calls(struct rpc *rpc)
 {
-    if (atomic_exchange_explicit(&rpc->end_calls, true, memory_order_acq_rel))
-        return;
-    for (uint32_t i = 0; i < rpc->options.threads; i++)
-        wake(&rpc->threads[i]);
+    if (!atomic_exchange_explicit(&rpc->end_calls, true, memory_order_acq_rel))
+        wake_all(rpc);
 }
 
 void rpc_cancel_calls(struct rpc *rpc)

@@ -69,6 +69,9 @@ struct rpc_progress {
 };
 struct rpc_progress rpc_progress(const struct rpc *rpc, uint32_t index);
 
+// Main thread. Connections begin to end, see connections.h; on_drain of live calls that came through a
+// proxy runs, while the end of their connection is not yet near. Again is harmless.
+void rpc_close(struct rpc *rpc);
 // Main thread. Refuses new calls, tells clients to go elsewhere, runs on_drain of every live call;
 // on_drained follows when the last one has ended by itself or by rpc_cancel_calls.
 void rpc_drain(struct rpc *rpc);

@@ -55,8 +55,7 @@ struct rpc_thread {
     uint32_t admitted_n, admitted_max, sure_n, sure_max;
     // Slots that wait, by registered method; behind those in use, the generic slots.
     uint32_t armed[RPC_REGISTERED_MAX + 1];
-    bool draining;    // on_drain has been run
-    bool ended_calls; // as rpc_end_calls asks
+    bool closing, draining, ended_calls; // as rpc_close, rpc_drain, rpc_end_calls ask
     uint64_t swept_ns;
 };
 
@@ -112,8 +111,7 @@ struct rpc {
     size_t registered_n;
     uint32_t metrics_calls[RPC_METHODS_MAX]; // of each method, counted through all tables
     grpc_server_credentials *credentials;
-    _Atomic bool draining;
-    _Atomic bool end_calls;
+    _Atomic bool closing, draining, end_calls;
     _Atomic uint64_t arrived; // calls, since the start
     struct connections *connections;
     _Atomic uint32_t added;    // connections so far, by which threads are told of them in turn

@@ -47,9 +47,9 @@ def test_health_check_unknown(small: Site) -> None:
         assert caught.value.code() == StatusCode.NOT_FOUND
 
 
-def watch(client: Client, service: str) -> Any:
+def watch(client: Client, service: str, **options: Any) -> Any:
     request = client.message("grpc.health.v1.HealthCheckRequest", service=service)
-    return client.callable(HEALTH, "Watch")(request, timeout=seconds(60))
+    return client.callable(HEALTH, "Watch")(request, timeout=seconds(60), **options)
 
 
 def test_health_watch(small: Site) -> None:
@@ -573,6 +573,33 @@ def test_lame_duck_closes_idle_connections(tmp_path: Path, rng: np.random.Genera
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(site.daemon.host_port)
         site.check_serves(rng)
+        assert site.daemon.wait_exit() == 0
+
+
+def test_lame_duck_through_a_proxy(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Which says `via`. Its streams end in the middle, before their connection does; the next call
+    gets the connection's end for an answer, and is safe to try again."""
+    lame_duck_ms = int(1000 * seconds(2))
+    via = {"metadata": (("via", "2.0 a-proxy"),)}
+    with serving(tmp_path, small_weights(1), 256, lame_duck_ms=lame_duck_ms) as site:
+        request = site.good_request(rng).SerializeToString()
+        with (
+            Client(site.daemon.address, site.client.schema) as proxy,
+            Client(site.daemon.address, site.client.schema) as other,
+        ):
+            replies, watching = watch(proxy, "", **via), watch(other, "")
+            assert next(replies).status == next(watching).status == SERVING
+            begin = time.monotonic()
+            site.daemon.terminate()
+            assert next(replies).status == next(watching).status == NOT_SERVING
+            with pytest.raises(grpc.RpcError) as caught:
+                next(replies)
+            assert caught.value.code() == StatusCode.UNAVAILABLE
+            assert time.monotonic() - begin >= lame_duck_ms / 2000 - 0.01  # timers round
+            with pytest.raises(grpc.RpcError) as caught:
+                proxy.raw(f"/{EINSUM}/Einsum", request, **via)
+            assert caught.value.code() == StatusCode.UNAVAILABLE
+            site.check_serves(rng, other)
         assert site.daemon.wait_exit() == 0
 
 
