@@ -11,7 +11,7 @@ enum {
     A = 3,
     B = 5,
     THREADS = 4,
-    ROUNDS = 200000,
+    ROUNDS = 50000,
 };
 
 static struct connections *connections;

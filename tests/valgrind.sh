@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.." || exit
 build=${EINSUMD_BUILD_DIR:-build/release}
 # Of the tests those that take seconds; what the others are about, a daemon under memcheck is asked
 # for by integration/test_valgrind.py.
-tests=(metrics trace safetensors rope selftest job inference health supervisor reflection labour suspects)
+tests=(metrics trace safetensors rope selftest job inference health supervisor reflection labour suspects connections)
 
 command -v valgrind >/dev/null || {
     echo "valgrind tests: SKIPPED: not installed (deploy/install-dependencies.sh --tests)"
