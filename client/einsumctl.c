@@ -7,6 +7,7 @@
 #include "ctl.h"
 
 #include <malloc.h>
+#include <openssl/crypto.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -247,6 +248,8 @@ int main(int argc, char **argv)
     mallopt(M_TRIM_THRESHOLD, 1 << 30);
     mallopt(M_MMAP_THRESHOLD, 1 << 30);
     mallopt(M_TOP_PAD, 64 << 20);
+    // gRPC's threads may still be about TLS when this one exits: OpenSSL must not be gone then.
+    OPENSSL_init_crypto(OPENSSL_INIT_NO_ATEXIT, NULL);
 
     struct parse parse = {.argc = argc, .argv = argv, .at = 1};
     if (!parse_all(&parse))

@@ -1,5 +1,6 @@
 // einsumd's command line. What the daemon does is in daemon.c.
 #include <getopt.h>
+#include <openssl/crypto.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -122,6 +123,8 @@ static void confine(const struct config *config)
 
 int main(int argc, char **argv)
 {
+    // gRPC's threads may still be about TLS when this one exits: OpenSSL must not be gone then.
+    OPENSSL_init_crypto(OPENSSL_INIT_NO_ATEXIT, NULL);
     struct arguments arguments = parse_arguments(argc, argv);
     if (arguments.action == ACTION_SERVE)
         block_signals(); // so early: a SIGHUP that comes now must not kill
