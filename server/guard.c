@@ -499,6 +499,17 @@ static void look_at_ended(void *argument, int socket, int fd, struct listener_no
         atomic_fetch_add_explicit(address_faults, faults, memory_order_relaxed);
 }
 
+// Whether the one that owes most of all is this guard's.
+static bool has_most(const struct guard *guard)
+{
+    struct guard_traffic *traffic = guard->options.traffic;
+    if (traffic->most == guard || guard->owed_most > traffic->most_owed_bytes) {
+        traffic->most = guard;
+        traffic->most_owed_bytes = guard->owed_most;
+    }
+    return traffic->most == guard;
+}
+
 static bool is_stuck(struct guard *guard, uint64_t now_ns)
 {
     uint32_t threads = rpc_threads(guard->options.rpc);
@@ -550,12 +561,13 @@ static void on_watch(uv_timer_t *timer)
     guard->owed = guard->owed_most = 0;
     guard->owes_most = -1;
     listener_visit(guard->options.listener, look_at, &visit);
+    bool most = has_most(guard);
     atomic_store_explicit(&guard->owed_bytes, guard->owed, memory_order_relaxed);
     for (size_t i = 0; i < visit.over_n; i++)
         cut(guard, visit.over[i].fd, visit.over[i].peer, visit.over[i].reason);
     if (visit.over_n == 0 && guard->owed > guard->options.bytes_max && guard->owes_most >= 0)
         cut_most(guard, GUARD_TRANSPORT_BYTES);
-    else if (is_stuck(guard, now))
+    else if (is_stuck(guard, now) && most)
         cut_most(guard, GUARD_STUCK);
 }
 

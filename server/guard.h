@@ -26,6 +26,8 @@ struct guard_traffic {
     uint64_t moved; // bytes, either way, since the start
     uint64_t
         uncounted_ns; // when there was last one whose bytes the kernel does not count, a unix socket
+    const struct guard *most; // who guards the one that owes most; NULL: none does
+    uint64_t most_owed_bytes;
 };
 
 struct guard_options {
