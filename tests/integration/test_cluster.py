@@ -24,7 +24,7 @@ from daemon import EINSUMCTL, count, environment, run, seconds, wait_until
 
 HOSTS = 3
 LAME_DUCK_MS = 1000
-NGINX_SLEEP_S = 0.06  # less than an eighth of LAME_DUCK_MS, see rpc_leave_idle
+NGINX_SLEEP_S = 0.06  # less than an eighth of LAME_DUCK_MS, see connections_leave_idle
 NGINX_SLEEPS = 10  # in LAME_DUCK_MS
 TOKENS = [1, 3, 200]  # the last is larger than what gRPC keeps for a retry by default, 256 KiB
 LOAD = Path(__file__).with_name("cluster_load.py")

@@ -605,7 +605,8 @@ def test_lame_duck_through_a_proxy(tmp_path: Path, rng: np.random.Generator) -> 
 
 def test_lame_duck_on_the_health_port(tmp_path: Path) -> None:
     """Whoever asks there on and on hears of it to the end."""
-    with serving(tmp_path, small_weights(1), 256, lame_duck_ms=2000,
+    lame_duck_s = seconds(2)
+    with serving(tmp_path, small_weights(1), 256, lame_duck_ms=int(1000 * lame_duck_s),
                  health_listen=["127.0.0.1:0"]) as site:  # fmt: skip
         address = site.daemon.wait_event("ready")["health_listen"]
         begin = time.monotonic()
@@ -613,7 +614,7 @@ def test_lame_duck_on_the_health_port(tmp_path: Path) -> None:
             assert prober.health("") == SERVING
             site.daemon.terminate()
             site.daemon.wait_event("draining")
-            while time.monotonic() - begin < 1.8:
+            while time.monotonic() - begin < 0.8 * lame_duck_s:
                 assert prober.health("") == NOT_SERVING
                 time.sleep(0.05)
         assert site.daemon.wait_exit() == 0
